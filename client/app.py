@@ -1,0 +1,119 @@
+"""The ClientApp: steps 3 to 7 of a round, at one site.
+
+Steps 1, 2 and 8 to 12 are the coordinator's; see `server/rounds.py`.
+"""
+
+import logging
+from collections.abc import Callable
+
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+
+from client.site import Site
+from client.train import Trainer
+from common import messages
+from common.config import Config, NoiseSource, PrivacyMode, check_delta, config_hash
+from common.errors import CoterieError, PrivacyRefusedError, VerificationError
+from common.messages import Instruction, Update
+from common.privacy.accounting import Event, within
+from common.privacy.mechanism import mechanism_of, round_event
+
+log = logging.getLogger(__name__)
+
+OpenSite = Callable[[Context], Site]
+
+
+class _BudgetExhaustedError(PrivacyRefusedError):
+    """The instruction would exceed the epsilon the run was planned with."""
+
+
+def client_app(open_site: OpenSite, *, allow_seeded_noise: bool = False) -> ClientApp:
+    """The ClientApp that answers training instructions for the sites `open_site` knows.
+
+    Guarantee: whatever arrives, the reply is an `Update` or one of the fixed refusals of
+    `common.messages`; the text of an exception stays in the local log.
+    Args: allow_seeded_noise: True in simulations only; seeded noise protects nothing.
+    """
+    app = ClientApp()
+    trainers: dict[str, Trainer] = {}
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        try:
+            instruction = messages.read_instruction(message)
+            site = open_site(context)
+            trainer = _warm_trainer(trainers, instruction.config)
+            update = _answer(site, trainer, instruction, allow_seeded_noise=allow_seeded_noise)
+            return Message(messages.pack_update(update), reply_to=message)
+        except Exception as error:  # noqa: BLE001 - the border: nothing else may leave
+            return _refuse(message, error)
+
+    return app
+
+
+def _answer(
+    site: Site, trainer: Trainer, instruction: Instruction, *, allow_seeded_noise: bool
+) -> Update:
+    # 3. Check the instruction against what this site accepts, before anything is charged.
+    _check(site, trainer, instruction, allow_seeded_noise=allow_seeded_noise)
+    # 4. Charge, before data are touched; a failure further down does not give it back.
+    charge = _charge(site, instruction)
+    # 5. The private steps. (6, prepare in the ledger, comes with the issue "privacy books".)
+    vector = trainer.train(site, instruction.vector, round_number=instruction.round)
+    # 7. Release: the parameters after the noise, and what they cost.
+    return Update(
+        run_id=instruction.run_id,
+        round=instruction.round,
+        layout_digest=trainer.layout.digest,
+        charge=charge,
+        vector=vector,
+    )
+
+
+def _check(
+    site: Site, trainer: Trainer, instruction: Instruction, *, allow_seeded_noise: bool
+) -> None:
+    config = instruction.config
+    if instruction.layout_digest != trainer.layout.digest:
+        raise VerificationError("instruction: its layout is not that of the model named in it")
+    if not 1 <= instruction.round <= config.federation.rounds:
+        raise VerificationError(f"instruction: round {instruction.round} is not in the plan")
+    if any(round_number == instruction.round for round_number, _ in site.charges):
+        raise VerificationError(f"instruction: round {instruction.round} was already answered")
+    if config.privacy.mode is PrivacyMode.none:
+        return
+    if config.privacy.noise is NoiseSource.seeded and not allow_seeded_noise:
+        raise VerificationError("instruction: seeded noise protects nothing and is refused here")
+    # By the declared number of records: a refusal must not depend on the true one.
+    check_delta(config.privacy.delta, int(mechanism_of(config).declared_records), site.name)
+    events = [event for _, event in site.charges] + [round_event(config)]
+    if not within(events, epsilon=config.privacy.epsilon, delta=config.privacy.delta):
+        raise _BudgetExhaustedError(
+            f"round {instruction.round} would exceed epsilon {config.privacy.epsilon:g}"
+        )
+
+
+def _charge(site: Site, instruction: Instruction) -> Event:
+    event = round_event(instruction.config)
+    site.charges.append((instruction.round, event))
+    return event
+
+
+def _warm_trainer(trainers: dict[str, Trainer], config: Config) -> Trainer:
+    """One trainer per configuration and process: the model is loaded once."""
+    key = config_hash(config)
+    if key not in trainers:
+        trainers.clear()
+        trainers[key] = Trainer(config)
+    return trainers[key]
+
+
+def _refuse(message: Message, error: Exception) -> Message:
+    if isinstance(error, _BudgetExhaustedError):
+        code = messages.BUDGET_EXHAUSTED
+    elif isinstance(error, CoterieError):
+        code = messages.INVALID_INSTRUCTION
+    else:
+        code = messages.LOCAL_FAILURE
+    log.error("not answered (%s): %s", messages.REFUSALS[code], error, exc_info=code == messages.LOCAL_FAILURE)
+    return Message(Error(code, messages.REFUSALS[code]), reply_to=message)

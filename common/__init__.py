@@ -1,0 +1,1 @@
+"""What both sides agree on; imports neither server nor client."""

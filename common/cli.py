@@ -1,0 +1,134 @@
+"""`coterie`: the one console script. It knows no command; it finds them.
+
+Commands are entry points of the group `coterie.commands`; a module is imported only when its
+command is called, so `coterie --help` stays quick and no import runs against the arrows.
+A command is a function `(Invocation) -> None`; the first line of its docstring is its help.
+"""
+
+import ast
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError, CoterieError
+
+GROUP = "coterie.commands"
+INTERRUPTED = 130
+
+# Read by flwr at import: nothing calls out, and nothing is installed at run time.
+OFFLINE_DEFAULTS = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """One call of one command: its arguments, and whether a machine reads the answer."""
+
+    command: str
+    arguments: tuple[str, ...]
+    json: bool
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code; see `common/errors.py` for the codes."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = {point.name: point for point in metadata.entry_points(group=GROUP)}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help(commands))
+        return 0
+    if arguments[0] == "--version":
+        print(f"coterie {metadata.version('coterie')}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    invocation = _invocation(name, rest)
+    try:
+        if name not in commands:
+            known = ", ".join(sorted(commands))
+            raise ConfigError(f"{name}: no such command; the commands are {known}")
+        os.environ.update({**OFFLINE_DEFAULTS, **os.environ})
+        commands[name].load()(invocation)
+    except CoterieError as error:
+        return _complain(invocation, error.exit_code, type(error).__name__, str(error))
+    except KeyboardInterrupt:
+        return _complain(invocation, INTERRUPTED, "Interrupted", "interrupted")
+    except BrokenPipeError:  # the reader of our output has gone, as in `coterie ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def emit_json(answer: dict[str, Any]) -> None:
+    """Prints the one JSON object of a `--json` call on stdout."""
+    print(json.dumps(answer, ensure_ascii=False, allow_nan=False))
+
+
+def run_typer(function: Callable[..., None], invocation: Invocation) -> None:
+    """Runs `function` with arguments parsed by typer; a usage fault becomes a ConfigError."""
+    import click  # noqa: PLC0415 - only commands that parse pay for the import
+    import typer  # noqa: PLC0415
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(function)
+    try:
+        typer.main.get_command(app).main(
+            args=list(invocation.arguments),
+            prog_name=f"coterie {invocation.command}",
+            standalone_mode=False,
+        )
+    except click.ClickException as error:
+        raise ConfigError(
+            f"{error.format_message()} See: coterie {invocation.command} --help"
+        ) from error
+
+
+def _invocation(name: str, rest: list[str]) -> Invocation:
+    """Takes `--json` off before anyone else parses; Hydra would refuse it. `--` ends options."""
+    end = rest.index("--") if "--" in rest else len(rest)
+    options = [argument for argument in rest[:end] if argument != "--json"]
+    return Invocation(name, (*options, *rest[end:]), json=len(options) < end)
+
+
+def _complain(invocation: Invocation, code: int, kind: str, message: str) -> int:
+    print(f"coterie {invocation.command}: {message}", file=sys.stderr)
+    if invocation.json:
+        emit_json({"error": {"code": code, "kind": kind, "message": message}})
+    return code
+
+
+def _help(commands: dict[str, metadata.EntryPoint]) -> str:
+    width = max(map(len, commands), default=0)
+    lines = [f"  {name:<{width}}  {_summary(commands[name])}" for name in sorted(commands)]
+    return "\n".join(
+        [
+            "Usage: coterie COMMAND [ARGUMENT ...] [--json]",
+            "",
+            "Sites that may not share data fine-tune one Transformer together.",
+            "",
+            "Commands:",
+            *lines,
+            "",
+            "Example: coterie simulate privacy.epsilon=1 federation.sites=3",
+            "Help of one command: coterie COMMAND --help",
+        ]
+    )
+
+
+def _summary(point: metadata.EntryPoint) -> str:
+    """First docstring line of a command's function, read without importing its module."""
+    spec = util.find_spec(point.module)
+    if spec is None or spec.origin is None:
+        return "(not installed)"
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == point.attr:
+            return (ast.get_docstring(node) or "").split("\n")[0]
+    return ""

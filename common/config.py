@@ -1,0 +1,406 @@
+"""The configuration: schemas, cross-field rules, and its one canonical text.
+
+Hydra composes `conf/` once, at the entry point; below it everything is one of these frozen
+dataclasses. Fields that change the guarantee stand in `PrivacyConfig` and `FederationConfig`;
+fields that change only speed stand in `EngineConfig`.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from common.canonical import canonical_json, digest
+from common.errors import ConfigError
+
+# Enums are read by member *name* (OmegaConf), so members are spelled as people type them.
+
+
+class TaskName(Enum):
+    """What the model learns to do."""
+
+    text_classification = "text_classification"
+
+
+class TuningMethod(Enum):
+    """Which parameters are trained, and so released."""
+
+    lora = "lora"
+    head = "head"
+
+
+class PrivacyMode(Enum):
+    """The unit the guarantee protects: one record, or nothing."""
+
+    record = "record"
+    none = "none"
+
+
+class NoiseSource(Enum):
+    """Where noise and Poisson coins come from; `seeded` is for tests and is never private."""
+
+    entropy = "entropy"
+    seeded = "seeded"
+
+
+class DataSource(Enum):
+    """Where records are read from."""
+
+    bbc_news = "bbc_news"
+    csv = "csv"
+
+
+class Partition(Enum):
+    """How a simulation deals records to sites."""
+
+    iid = "iid"
+    dirichlet = "dirichlet"
+
+
+class EngineName(Enum):
+    """What carries messages between the coordinator and the sites."""
+
+    local = "local"
+
+
+class Split(Enum):
+    """Which public split the coordinator evaluates on."""
+
+    holdout = "holdout"
+    validation = "validation"
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """The task and how its input is cut."""
+
+    name: TaskName = MISSING
+    """One of the tasks in `common/tasks`."""
+    max_tokens: int = MISSING
+    """Tokens kept per record; longer records are truncated, shorter ones padded."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The pretrained encoder."""
+
+    name: str = MISSING
+    """Hub name, local folder, or the name of an embedded model of the `demo` extra."""
+    feature_scale: float = MISSING
+    """Length to which pooled features are normalised before the classification head."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Records, and which of them are public."""
+
+    source: DataSource = MISSING
+    """Reader to use."""
+    path: str = ""
+    """File of private records (csv)."""
+    test_path: str = ""
+    """File of public hold-out records (csv); empty: a share of `path` is declared public."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    label_column: str = "label"
+    """Column that holds the class name."""
+    labels: list[str] = MISSING
+    """Class names, in order. From the config and never from private data."""
+    holdout_fraction: float = 0.2
+    """Share of the records set aside as public hold-out, in [0, 1)."""
+    validation_fraction: float = 0.1
+    """Share of the records set aside as public validation split, in [0, 1)."""
+    split_seed: int = 0
+    """Which split; fixed apart from `seed`, so that no run trains on another run's hold-out."""
+    declared_records: int | None = None
+    """Training records of all sites together, public by declaration. None: a simulation counts."""
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """What is trained, and how fast."""
+
+    method: TuningMethod = MISSING
+    """`lora` (adapters and head) or `head` (on frozen features)."""
+    rank: int = 8
+    """Rank r of the LoRA matrices."""
+    alpha: int = 16
+    """LoRA scaling: the adapter's output is multiplied by alpha / rank."""
+    last_layers: int = 1
+    """How many of the top blocks get adapters."""
+    targets: list[str] = MISSING
+    """Names of the linear modules, inside a block, that get adapters."""
+    head_learning_rate: float = MISSING
+    """Step size of the classification head, in units of parameter per clipped gradient."""
+    adapter_learning_rate: float = 0.0
+    """Step size of the adapters."""
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """The guarantee. Every field here changes it."""
+
+    mode: PrivacyMode = MISSING
+    """`record`: add or remove one record; `none`: no guarantee."""
+    epsilon: float = MISSING
+    """Bound of the whole run, over all rounds, per site. Dimensionless."""
+    delta: float = MISSING
+    """Probability the bound may fail; below one over the records of a site."""
+    clip_norm: float = MISSING
+    """L2 bound C of one record's gradient, over all trainable parameters."""
+    sample_rate: float = MISSING
+    """Poisson rate q: each record enters each step with this probability, independently."""
+    noise: NoiseSource = MISSING
+    """`entropy` (private) or `seeded` (reproducible, NOT PRIVATE)."""
+    noise_multiplier: float | None = None
+    """Sigma, in units of C. None: solved from epsilon, delta, q and the number of steps."""
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Who takes part and for how long."""
+
+    sites: int = MISSING
+    """Number of sites."""
+    rounds: int = MISSING
+    """Rounds of the run."""
+    local_steps: int = MISSING
+    """Private steps a site takes per round, whatever its number of records."""
+    partition: Partition = MISSING
+    """How a simulation deals records to sites."""
+    dirichlet_alpha: float = 0.5
+    """Concentration of the Dirichlet label skew; smaller is more skewed."""
+    quorum: float = 1.0
+    """Share of the sites whose valid update a round needs, in (0, 1]."""
+    round_timeout_s: float = 3600.0
+    """Seconds after which a round closes with the replies it has."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Speed only: nothing here changes what is computed beyond rounding."""
+
+    name: EngineName = MISSING
+    """`local`: all sites in this process."""
+    threads: int = 0
+    """Torch threads; 0: as many as the process may use."""
+    physical_batch: int = 64
+    """Records per forward pass; a drawn batch is cut into pieces of this size."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What the coordinator measures, on public data."""
+
+    split: Split = Split.holdout
+    """`validation` for choosing hyperparameters, `holdout` for reporting."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Hydra groups fill it; see `conf/`."""
+
+    task: TaskConfig = MISSING
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    tuning: TuningConfig = MISSING
+    privacy: PrivacyConfig = MISSING
+    federation: FederationConfig = MISSING
+    engine: EngineConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+    seed: int = 0
+    """Seed of public things only: partition, initialisation, cohort. Never of noise or coins."""
+    run_dir: str = ""
+    """Folder the run writes; empty: `runs/DATE/TIME`."""
+
+    @property
+    def total_steps(self) -> int:
+        """Private steps of the whole run at one site."""
+        return self.federation.rounds * self.federation.local_steps
+
+
+def register_schemas() -> None:
+    """Makes the schema known to Hydra as `config_schema`, the first default of every job."""
+    ConfigStore.instance().store(name="config_schema", node=_open_schema())
+
+
+def _open_schema() -> DictConfig:
+    """The schema as a node YAML can be merged into: a frozen dataclass gives a read-only one."""
+    schema = OmegaConf.structured(
+        Config(
+            TaskConfig(),
+            ModelConfig(),
+            DataConfig(),
+            TuningConfig(),
+            PrivacyConfig(),
+            FederationConfig(),
+            EngineConfig(),
+            EvaluationConfig(),
+        )
+    )
+    nodes = [schema]
+    while nodes:
+        node = nodes.pop()
+        OmegaConf.set_readonly(node, None)
+        nodes += [
+            child
+            for key in node
+            if not OmegaConf.is_missing(node, key) and isinstance(child := node[key], DictConfig)
+        ]
+    return schema
+
+
+def from_composed(composed: DictConfig) -> Config:
+    """Turns what Hydra composed into the frozen `Config`, or says all that is wrong with it.
+
+    Raises: ConfigError naming every missing value or broken rule.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"no value for {', '.join(missing)}: give each as NAME=VALUE")
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from error
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def to_canonical(config: Config) -> str:
+    """The canonical JSON of a config: what is hashed and what travels to the sites."""
+    return canonical_json(_plain(asdict(config)))
+
+
+def from_canonical(text: str) -> Config:
+    """Parses a config that came over the network.
+
+    Guarantee: unknown keys, wrong types and broken rules are refused. Raises: ConfigError.
+    """
+    try:
+        values = json.loads(text)
+        return from_composed(OmegaConf.merge(_open_schema(), values))  # type: ignore[arg-type]
+    except (ValueError, OmegaConfBaseException) as error:
+        raise ConfigError(f"malformed configuration: {_one_line(error)}") from error
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 that two runs share if they were asked for the same thing, wherever they write."""
+    values = _plain(asdict(config))
+    values.pop("run_dir")
+    return digest(values)
+
+
+def field_names(schema: type = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted name that may stand left of `=` on a command line."""
+    for field in fields(schema):
+        name = f"{prefix}{field.name}"
+        yield name
+        if isinstance(field.type, type) and is_dataclass(field.type):
+            yield from field_names(field.type, f"{name}.")
+
+
+def check(config: Config) -> None:
+    """Applies every rule a type cannot express, and reports all faults together.
+
+    Raises: ConfigError with one clause per fault: name, value, rule.
+    """
+    faults = [
+        f"{name}={value}: must be {rule}" for name, value, rule, holds in _rules(config) if not holds
+    ]
+    if faults:
+        raise ConfigError("; ".join(faults))
+
+
+def check_delta(delta: float, records: int, owner: str) -> None:
+    """Refuses a delta at which publishing one whole record would still be called private.
+
+    Args: records: N, the number of records the guarantee speaks about; owner: whose they are.
+    Raises: ConfigError if delta >= 1/N.
+    """
+    if records > 0 and delta * records >= 1:
+        raise ConfigError(
+            f"privacy.delta={delta:g}: must be below 1/N = {1 / records:.2g} "
+            f"for the {records} records of {owner}; choose a smaller delta"
+        )
+
+
+def _rules(config: Config) -> Iterator[tuple[str, Any, str, bool]]:
+    privacy, federation, tuning, data = (
+        config.privacy,
+        config.federation,
+        config.tuning,
+        config.data,
+    )
+    yield "task.max_tokens", config.task.max_tokens, "at least 1", config.task.max_tokens >= 1
+    scale = config.model.feature_scale
+    yield "model.feature_scale", scale, "a finite number above 0", _positive(scale)
+    yield "privacy.epsilon", privacy.epsilon, "a finite number above 0", _positive(privacy.epsilon)
+    yield "privacy.delta", privacy.delta, "between 0 and 1, both excluded", 0 < privacy.delta < 1
+    yield "privacy.clip_norm", privacy.clip_norm, "a finite number above 0", _positive(
+        privacy.clip_norm
+    )
+    yield "privacy.sample_rate", privacy.sample_rate, "above 0 and at most 1", (
+        0 < privacy.sample_rate <= 1
+    )
+    sigma = privacy.noise_multiplier
+    yield "privacy.noise_multiplier", sigma, "a finite number above 0, or null to solve it", (
+        sigma is None or _positive(sigma)
+    )
+    for name in ("sites", "rounds", "local_steps"):
+        value = getattr(federation, name)
+        yield f"federation.{name}", value, "at least 1", value >= 1
+    alpha = federation.dirichlet_alpha
+    yield "federation.dirichlet_alpha", alpha, "a finite number above 0", _positive(alpha)
+    yield "federation.quorum", federation.quorum, "above 0 and at most 1", 0 < federation.quorum <= 1
+    timeout = federation.round_timeout_s
+    yield "federation.round_timeout_s", timeout, "a finite number above 0", _positive(timeout)
+    yield "engine.threads", config.engine.threads, "0 or more", config.engine.threads >= 0
+    batch = config.engine.physical_batch
+    yield "engine.physical_batch", batch, "at least 1", batch >= 1
+    rate = tuning.head_learning_rate
+    yield "tuning.head_learning_rate", rate, "a finite number above 0", _positive(rate)
+    if tuning.method is TuningMethod.lora:
+        yield "tuning.rank", tuning.rank, "at least 1", tuning.rank >= 1
+        yield "tuning.alpha", tuning.alpha, "at least 1", tuning.alpha >= 1
+        yield "tuning.last_layers", tuning.last_layers, "at least 1", tuning.last_layers >= 1
+        yield "tuning.targets", tuning.targets, "a list of module names", bool(tuning.targets)
+        rate = tuning.adapter_learning_rate
+        yield "tuning.adapter_learning_rate", rate, "a finite number above 0", _positive(rate)
+    yield "data.labels", data.labels, "two or more different class names, in order", (
+        len(data.labels) >= 2 and len(set(data.labels)) == len(data.labels)  # noqa: PLR2004
+    )
+    shares = data.holdout_fraction, data.validation_fraction
+    for name, share in zip(("holdout_fraction", "validation_fraction"), shares, strict=True):
+        yield f"data.{name}", share, "at least 0 and below 1", 0 <= share < 1
+    total = round(sum(shares), 12)
+    yield "data.holdout_fraction + data.validation_fraction", total, "below 1", total < 1
+    declared = data.declared_records
+    yield "data.declared_records", declared, "at least 1, or null to count", (
+        declared is None or declared >= 1
+    )
+    if data.source is DataSource.csv:
+        yield "data.path", data.path or "''", "the path of a CSV file", bool(data.path)
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _plain(value: Any) -> Any:
+    """Enums by member name, as OmegaConf reads them back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.name if isinstance(value, Enum) else value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n    ")[0].split())

@@ -1,0 +1,38 @@
+"""Every error a person can meet, in one tree; each class has one exit code.
+
+CoterieError                  1
+├── ConfigError               2  a value the user can change
+├── PrivacyRefusedError       3  budget or policy says no
+├── FederationError           4  quorum, deadline, malformed replies
+└── VerificationError         5  an artefact is not what it claims to be
+"""
+
+
+class CoterieError(Exception):
+    """Root of the tree: its text is one line for a person, with the remedy."""
+
+    exit_code = 1
+
+
+class ConfigError(CoterieError):
+    """A configuration value is unknown, ill-typed or breaks a rule."""
+
+    exit_code = 2
+
+
+class PrivacyRefusedError(CoterieError):
+    """The privacy rules forbid what was asked; nothing was released."""
+
+    exit_code = 3
+
+
+class FederationError(CoterieError):
+    """Too few valid replies, too late."""
+
+    exit_code = 4
+
+
+class VerificationError(CoterieError):
+    """A file or message is malformed, altered or of another run."""
+
+    exit_code = 5

@@ -1,0 +1,201 @@
+"""What travels: the only module that spells record keys.
+
+Downwards an `Instruction`, upwards an `Update`; everything else is refused on arrival. An
+update carries released tensors, a public constant weight, ids and the charge, and nothing
+that was measured on private records.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from common.config import Config, config_hash, from_canonical, to_canonical
+from common.errors import ConfigError, VerificationError
+from common.parameters import Vector
+from common.privacy.accounting import Event
+
+VECTOR, FACTS, WEIGHT = "vector", "facts", "weight"
+MAX_VECTOR_BYTES = 2**31 - 1
+"""Larger payloads do not fit a protobuf frame, so no honest peer sends them."""
+NPY_HEADER_BYTES = 4096
+
+INVALID_INSTRUCTION, BUDGET_EXHAUSTED, LOCAL_FAILURE = 601, 602, 603
+REFUSALS = {
+    INVALID_INSTRUCTION: "invalid instruction",
+    BUDGET_EXHAUSTED: "budget exhausted",
+    LOCAL_FAILURE: "local failure",
+}
+"""Every reason a site gives for not answering. Fixed texts: exception texts never leave."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What the coordinator asks of a site in one round."""
+
+    run_id: str
+    round: int
+    """1-based."""
+    config: Config
+    layout_digest: str
+    vector: Vector
+    """The global parameters."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a site releases in one round."""
+
+    run_id: str
+    round: int
+    layout_digest: str
+    charge: Event
+    """What the round cost at the site, charged before its data were touched."""
+    vector: Vector
+    """Parameters after the private steps: a function of noisy sums only."""
+
+
+def pack_instruction(instruction: Instruction) -> RecordDict:
+    """The message content of an instruction."""
+    facts = ConfigRecord(
+        {
+            "run-id": instruction.run_id,
+            "round": instruction.round,
+            "config": to_canonical(instruction.config),
+            "config-hash": config_hash(instruction.config),
+            "layout-digest": instruction.layout_digest,
+        }
+    )
+    return RecordDict({VECTOR: pack_vector(instruction.vector), FACTS: facts})
+
+
+def read_instruction(message: Message) -> Instruction:
+    """Parses an instruction. Raises: VerificationError or ConfigError, never anything else."""
+    facts = _facts(message, {"run-id", "round", "config", "config-hash", "layout-digest"})
+    config = from_canonical(_text(facts, "config"))
+    if config_hash(config) != _text(facts, "config-hash"):
+        raise VerificationError("instruction: config and config-hash disagree")
+    return Instruction(
+        run_id=_text(facts, "run-id"),
+        round=_whole(facts, "round"),
+        config=config,
+        layout_digest=_text(facts, "layout-digest"),
+        vector=_unpack_vector(message),
+    )
+
+
+def pack_update(update: Update) -> RecordDict:
+    """The message content of an update: the whole egress of a round."""
+    facts = ConfigRecord(
+        {
+            "run-id": update.run_id,
+            "round": update.round,
+            "layout-digest": update.layout_digest,
+            "noise-multiplier": update.charge.noise_multiplier,
+            "sample-rate": update.charge.sample_rate,
+            "steps": update.charge.steps,
+        }
+    )
+    return RecordDict({VECTOR: pack_vector(update.vector), FACTS: facts})
+
+
+def read_update(message: Message) -> Update:
+    """Parses an update. Raises: VerificationError, never anything else."""
+    names = {"run-id", "round", "layout-digest", "noise-multiplier", "sample-rate", "steps"}
+    facts = _facts(message, names)
+    try:
+        charge = Event(
+            _number(facts, "noise-multiplier"), _number(facts, "sample-rate"), _whole(facts, "steps")
+        )
+    except ConfigError as error:
+        raise VerificationError(f"update: {error}") from error
+    return Update(
+        run_id=_text(facts, "run-id"),
+        round=_whole(facts, "round"),
+        layout_digest=_text(facts, "layout-digest"),
+        charge=charge,
+        vector=_unpack_vector(message),
+    )
+
+
+def pack_vector(vector: Vector) -> ArrayRecord:
+    """A flat vector as the record Flower's strategies average."""
+    return ArrayRecord({VECTOR: Array(vector)})
+
+
+def unpack_arrays(arrays: ArrayRecord) -> Vector:
+    """The flat vector of a record. Raises: VerificationError."""
+    if set(arrays) != {VECTOR}:
+        raise VerificationError("message: must hold one vector")
+    array = arrays[VECTOR]
+    if array.dtype != "float32" or len(array.data) > MAX_VECTOR_BYTES:
+        raise VerificationError(f"message: a vector of {array.dtype}, {len(array.data)} bytes")
+    # The header is read first, so that a small message cannot ask for a large allocation.
+    try:
+        buffer = io.BytesIO(array.data)
+        version = np.lib.format.read_magic(buffer)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, _, dtype = read_header(buffer, max_header_size=NPY_HEADER_BYTES)
+        if dtype != np.float32 or len(shape) != 1:
+            raise VerificationError(f"message: a vector of {dtype} and shape {shape}")
+        if shape[0] * 4 != len(array.data) - buffer.tell():
+            raise VerificationError("message: the vector's length and its bytes disagree")
+        values = np.frombuffer(array.data, dtype=np.float32, offset=buffer.tell())
+    except (ValueError, KeyError, EOFError, TypeError) as error:
+        raise VerificationError("message: the vector is not an array") from error
+    return values
+
+
+def for_aggregation(vector: Vector, reply_to: Message) -> Message:
+    """A reply in the shape Flower's strategies expect, with the public constant weight 1."""
+    content = RecordDict({VECTOR: pack_vector(vector), WEIGHT: MetricRecord({WEIGHT: 1.0})})
+    return Message(content, reply_to=reply_to)
+
+
+def content_bytes(content: RecordDict) -> int:
+    """Bytes of the arrays of a message; its few facts are not counted."""
+    return sum(
+        len(array.data) for record in content.array_records.values() for array in record.values()
+    )
+
+
+def _unpack_vector(message: Message) -> Vector:
+    return unpack_arrays(message.content.array_records[VECTOR])
+
+
+def _facts(message: Message, names: set[str]) -> ConfigRecord:
+    """The facts of a message that holds exactly one vector and exactly these names."""
+    if message.has_error():
+        raise VerificationError("message: carries an error, not content")
+    content = message.content
+    if set(content) != {VECTOR, FACTS} or VECTOR not in content.array_records:
+        raise VerificationError("message: must hold a vector and facts, and nothing else")
+    facts = content.config_records.get(FACTS)
+    if facts is None or set(facts) != names:
+        raise VerificationError(f"message: facts must be exactly {', '.join(sorted(names))}")
+    return facts
+
+
+def _text(facts: ConfigRecord, name: str) -> str:
+    value = facts[name]
+    if not isinstance(value, str):
+        raise VerificationError(f"message: {name} must be text")
+    return value
+
+
+def _whole(facts: ConfigRecord, name: str) -> int:
+    value = facts[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise VerificationError(f"message: {name} must be a whole number, 0 or more")
+    return value
+
+
+def _number(facts: ConfigRecord, name: str) -> float:
+    value = facts[name]
+    if not isinstance(value, float) or value != value:  # noqa: PLR0124 - NaN
+        raise VerificationError(f"message: {name} must be a number")
+    return value

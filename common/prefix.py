@@ -1,0 +1,89 @@
+"""The frozen prefix: blocks below the lowest trainable one run once per record, not per step.
+
+The prefix is a fixed map of one record, so keeping its output changes neither the mechanism
+nor its price; it stays in the memory of the site that owns the record.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import CoterieError
+
+Inputs = dict[str, Tensor]
+"""What a model reads, by argument name; every tensor has the records along its first axis."""
+
+
+class _Captured(Exception):  # noqa: N818 - control flow, not an error
+    """Carries the hidden state out of a forward pass that need not be finished."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class FrozenPrefix:
+    """Cuts an encoder of the usual shape (embeddings, then a list of blocks) in two.
+
+    `depth` blocks are below the cut. A block's first positional argument is the hidden state.
+    """
+
+    def __init__(self, encoder: nn.Module, depth: int) -> None:
+        self._encoder, self.depth = encoder, depth
+        self._owner, self._name, self._blocks = _find_blocks(encoder)
+        self._embeddings = encoder.get_submodule("embeddings")
+
+    @torch.no_grad()
+    def hidden(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """(B, T, d) input of the first block above the cut; the blocks above do not run."""
+
+        def capture(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            raise _Captured(arguments[0])
+
+        handle = self._blocks[self.depth].register_forward_pre_hook(capture)
+        try:
+            self._encoder(**inputs)
+        except _Captured as captured:
+            return captured.hidden
+        finally:
+            handle.remove()
+        raise AssertionError("the encoder never reached its blocks")
+
+    @contextmanager
+    def entered(self, hidden: Tensor) -> Iterator[None]:
+        """Within this block the encoder starts at the cut, from `hidden` (B, T, d)."""
+        setattr(self._owner, self._name, self._blocks[self.depth :])
+        self._embeddings.forward = lambda *_args, **_kwargs: hidden  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self._embeddings.forward
+            setattr(self._owner, self._name, self._blocks)
+
+
+def trainable_depth(encoder: nn.Module) -> int:
+    """Number of blocks below the lowest one that holds a trainable parameter."""
+    _, _, blocks = _find_blocks(encoder)
+    for depth, block in enumerate(blocks):
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            return depth
+    return len(blocks)
+
+
+def _find_blocks(encoder: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The list of blocks, and where it hangs."""
+    found = [
+        (sum(p.numel() for p in child.parameters()), owner, name, child)
+        for owner in encoder.modules()
+        for name, child in owner.named_children()
+        if isinstance(child, nn.ModuleList)
+    ]
+    if not found or not hasattr(encoder, "embeddings"):
+        raise NoPrefixError("the encoder has no embeddings followed by a list of blocks")
+    _, owner, name, blocks = max(found, key=lambda entry: entry[0])
+    return owner, name, blocks
+
+
+class NoPrefixError(CoterieError):
+    """The encoder cannot be cut; it then runs whole, which is slower and otherwise the same."""

@@ -1,0 +1,1 @@
+"""The mechanism, its randomness and its price."""

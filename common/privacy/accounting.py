@@ -1,0 +1,243 @@
+"""Events in, epsilon out. Events are the truth; an epsilon is computed, never added or stored.
+
+Three accountants: PLD (Google's dp-accounting, the headline), RDP (dp-accounting, always an
+upper bound and never crashes), PRV (Opacus, an independent code base, the cross-check).
+Opacus's GDP accountant reports less than the truth and is not used.
+Neighbours differ by adding or removing one record.
+"""
+
+import functools
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from absl import logging as absl_logging
+from dp_accounting import NeighboringRelation, dp_event
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+
+from common.errors import ConfigError, VerificationError
+
+LIVE_INTERVAL = 1e-3
+"""PLD discretisation while a run is planned; coarser is larger, never smaller."""
+REPORT_INTERVAL = 1e-4
+"""PLD discretisation of reported numbers."""
+SIGMA_DIGITS = 4
+"""Decimals of a solved noise multiplier, rounded up."""
+MAX_SIGMA = 1e6
+
+# dp-accounting warns of fractional RDP orders it drops; fewer orders only loosen the bound.
+absl_logging.set_verbosity(absl_logging.ERROR)
+
+
+@dataclass(frozen=True, order=True)
+class Event:
+    """`steps` steps of the Poisson-subsampled Gaussian mechanism."""
+
+    noise_multiplier: float
+    """Sigma in units of the clip bound; 0 means no noise."""
+    sample_rate: float
+    """Poisson rate q in [0, 1]."""
+    steps: int
+    """How often."""
+
+    def __post_init__(self) -> None:
+        """Refuses what no accountant can price. Raises: ConfigError."""
+        if math.isnan(self.noise_multiplier) or self.noise_multiplier < 0:
+            raise ConfigError(f"noise_multiplier={self.noise_multiplier}: must be 0 or more")
+        if not 0 <= self.sample_rate <= 1:
+            raise ConfigError(f"sample_rate={self.sample_rate}: must be between 0 and 1")
+        if self.steps < 0:
+            raise ConfigError(f"steps={self.steps}: must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Epsilons:
+    """One history priced three ways. `prv` is None where Opacus's accountant failed."""
+
+    pld: float
+    rdp: float
+    prv: float | None
+
+
+def coalesce(events: Iterable[Event]) -> tuple[Event, ...]:
+    """Equal mechanisms joined, free ones dropped, in a fixed order: what the price depends on.
+
+    >>> coalesce([Event(1.0, 0.1, 2), Event(2.0, 0.1, 1), Event(1.0, 0.1, 3), Event(1.0, 0.0, 9)])
+    (Event(noise_multiplier=1.0, sample_rate=0.1, steps=5), \
+Event(noise_multiplier=2.0, sample_rate=0.1, steps=1))
+    """
+    steps: Counter[tuple[float, float]] = Counter()
+    for event in events:
+        if event.sample_rate > 0 and event.steps > 0 and math.isfinite(event.noise_multiplier):
+            steps[event.noise_multiplier, event.sample_rate] += event.steps
+    return tuple(Event(sigma, q, count) for (sigma, q), count in sorted(steps.items()))
+
+
+def epsilon_pld(
+    events: Iterable[Event], delta: float, interval: float = REPORT_INTERVAL
+) -> float:
+    """Upper bound of epsilon from privacy loss distributions; inf where nothing is private.
+
+    >>> rounds = [Event(1.0, 0.02, 20)] * 5
+    >>> round(epsilon_pld(rounds, 1e-5), 3), round(epsilon_pld(rounds[:1], 1e-5), 3)
+    (1.427, 0.897)
+
+    Source: Koskela et al. (2020), arXiv:1906.03049; Google dp-accounting.
+    """
+    history = coalesce(events)
+    _check_delta(delta)
+    if not history or _unprotected(history):
+        return math.inf if history else 0.0
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
+    return _compose(accountant, history, delta)
+
+
+def epsilon_rdp(events: Iterable[Event], delta: float) -> float:
+    """Upper bound of epsilon from Renyi divergences; inf where nothing is private.
+
+    Source: Mironov et al. (2019), arXiv:1908.10530; Google dp-accounting.
+    """
+    history = coalesce(events)
+    _check_delta(delta)
+    if not history or _unprotected(history):
+        return math.inf if history else 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # overflow at orders that do not win
+        return _compose(RdpAccountant(), history, delta)
+
+
+def epsilon_prv(events: Iterable[Event], delta: float) -> float | None:
+    """Opacus's upper bound from privacy random variables; None where that code fails.
+
+    Its discretisation is known to fail at some settings (microsoft/prv_accountant 42), so
+    None is a warning and never a verdict. Source: Gopi et al. (2021), arXiv:2106.02848.
+    """
+    history = coalesce(events)
+    _check_delta(delta)
+    if not history or _unprotected(history):
+        return math.inf if history else 0.0
+    from opacus.accountants import PRVAccountant  # noqa: PLC0415 - imports torch: seconds
+
+    accountant = PRVAccountant()
+    accountant.history = [(e.noise_multiplier, e.sample_rate, e.steps) for e in history]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            epsilon = float(accountant.get_epsilon(delta))
+    except (RuntimeError, ValueError, OverflowError, ZeroDivisionError, MemoryError):
+        return None
+    return epsilon if math.isfinite(epsilon) else None
+
+
+def epsilons(events: Sequence[Event], delta: float) -> Epsilons:
+    """Prices a history with all three accountants, at report precision."""
+    return Epsilons(
+        epsilon_pld(events, delta), epsilon_rdp(events, delta), epsilon_prv(events, delta)
+    )
+
+
+def check_agreement(priced: Epsilons) -> None:
+    """Refuses numbers of which one must be wrong.
+
+    Rule: RDP >= PLD, PLD <= PRV + 0.001, and PRV - PLD <= 0.02 + 0.001 epsilon, where PRV
+    could be computed. Raises: VerificationError.
+    """
+    pld, rdp, prv = priced.pld, priced.rdp, priced.prv
+    if math.isinf(pld):
+        agree = math.isinf(rdp)
+    else:
+        agree = rdp >= pld - 1e-6
+        if prv is not None:
+            agree = agree and pld <= prv + 1e-3 and prv - pld <= 0.02 + 1e-3 * pld
+    if not agree:
+        raise VerificationError(f"the accountants disagree: {priced}; no number can be trusted")
+
+
+def within(events: Sequence[Event], *, epsilon: float, delta: float) -> bool:
+    """Whether a history costs at most `epsilon`; the fine grid is asked only if the coarse one
+    says no, since either is an upper bound.
+    """
+    return any(
+        epsilon_pld(events, delta, interval) <= epsilon
+        for interval in (LIVE_INTERVAL, REPORT_INTERVAL)
+    )
+
+
+def epsilon_by_round(event: Event, rounds: int, delta: float) -> tuple[float, ...]:
+    """Epsilon spent after each of `rounds` rounds that cost `event` each, on the coarse grid.
+
+    >>> [round(e, 3) for e in epsilon_by_round(Event(1.0, 0.02, 20), 5, 1e-5)]
+    [0.897, 1.066, 1.202, 1.321, 1.428]
+    """
+    return tuple(
+        epsilon_pld([replace(event, steps=event.steps * done)], delta, LIVE_INTERVAL)
+        for done in range(1, rounds + 1)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def solve_noise_multiplier(
+    epsilon: float, delta: float, sample_rate: float, steps: int
+) -> float:
+    """The smallest sigma, rounded up, at which `steps` steps cost at most `epsilon`.
+
+    Guarantee: epsilon_pld at LIVE or REPORT precision is <= `epsilon`, and within 1 % of it
+    unless the rounding of sigma is coarser than that.
+
+    >>> solve_noise_multiplier(3.0, 1e-4, 0.25, 40)
+    2.1742
+
+    Raises: ConfigError if no finite noise is enough.
+    """
+
+    def price(sigma: float, interval: float) -> float:
+        return epsilon_pld([Event(sigma, sample_rate, steps)], delta, interval)
+
+    high = 1.0
+    while price(high, LIVE_INTERVAL) > epsilon:
+        high *= 2
+        if high > MAX_SIGMA:
+            raise ConfigError(f"privacy.epsilon={epsilon:g}: no noise reaches it in {steps} steps")
+    low = high / 2
+    while low > 1e-3 and price(low, LIVE_INTERVAL) <= epsilon:
+        low, high = low / 2, low
+    sigma = _bisect(lambda s: price(s, LIVE_INTERVAL) <= epsilon, low, high)
+    if price(sigma, REPORT_INTERVAL) < 0.99 * epsilon:  # the coarse grid gave too much away
+        sigma = _bisect(lambda s: price(s, REPORT_INTERVAL) <= epsilon, sigma / 2, sigma, 1e-3)
+    return sigma
+
+
+def _bisect(
+    enough: Callable[[float], bool], low: float, high: float, relative: float = 1e-4
+) -> float:
+    """Smallest sigma in (low, high] that is `enough`, rounded up; `enough(high)` must hold."""
+    while high - low > relative * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return math.ceil(high * 10**SIGMA_DIGITS) / 10**SIGMA_DIGITS
+
+
+def _compose(
+    accountant: PLDAccountant | RdpAccountant, history: tuple[Event, ...], delta: float
+) -> float:
+    for event in history:
+        noise = dp_event.GaussianDpEvent(event.noise_multiplier)
+        step = noise if event.sample_rate == 1 else _sampled(event.sample_rate, noise)
+        accountant.compose(step, event.steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def _sampled(q: float, noise: dp_event.DpEvent) -> dp_event.DpEvent:
+    return dp_event.PoissonSampledDpEvent(q, noise)
+
+
+def _unprotected(history: tuple[Event, ...]) -> bool:
+    return any(event.noise_multiplier == 0 for event in history)
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise ConfigError(f"delta={delta}: must be between 0 and 1, both excluded")

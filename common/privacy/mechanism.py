@@ -1,0 +1,68 @@
+"""The subsampled Gaussian mechanism: one object, so that its parts cannot disagree."""
+
+import math
+from dataclasses import dataclass
+
+from common.config import Config, PrivacyMode
+from common.errors import ConfigError
+from common.privacy.accounting import Event
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """Sampler rate, clip bound, noise scale, divisor and accounting event of a private step.
+
+    One step draws each record with probability `sample_rate`, clips its gradient to
+    `clip_norm`, sums, adds N(0, (noise_multiplier * clip_norm)^2) to every coordinate and
+    divides by the constant `divisor`. It costs `event(1)` under add-or-remove-one-record.
+    Source: Abadi et al. (2016), arXiv:1607.00133.
+    """
+
+    noise_multiplier: float
+    clip_norm: float
+    sample_rate: float
+    declared_records: float
+    """Public constant: records per site, by declaration. Not the site's true number."""
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on the clipped sum, in parameter units."""
+        return self.noise_multiplier * self.clip_norm
+
+    @property
+    def divisor(self) -> float:
+        """Expected batch size q * N_declared; never the realised one, which is private."""
+        return self.sample_rate * self.declared_records
+
+    def event(self, steps: int) -> Event:
+        """What `steps` steps cost."""
+        return Event(self.noise_multiplier, self.sample_rate, steps)
+
+
+def mechanism_of(config: Config) -> Mechanism:
+    """The mechanism a resolved config asks for; without privacy, one that adds no noise.
+
+    Raises: ConfigError if sigma or the declared number of records is not yet resolved.
+    """
+    if config.data.declared_records is None:
+        raise ConfigError("data.declared_records: not known yet; give it, or let a simulation count")
+    return Mechanism(
+        noise_multiplier=_sigma(config),
+        clip_norm=config.privacy.clip_norm,
+        sample_rate=config.privacy.sample_rate,
+        declared_records=config.data.declared_records / config.federation.sites,
+    )
+
+
+def round_event(config: Config) -> Event:
+    """What one round costs a site. Raises: ConfigError if sigma is not yet resolved."""
+    return Event(_sigma(config), config.privacy.sample_rate, config.federation.local_steps)
+
+
+def _sigma(config: Config) -> float:
+    if config.privacy.mode is PrivacyMode.none:
+        return 0.0
+    sigma = config.privacy.noise_multiplier
+    if sigma is None or not math.isfinite(sigma) or sigma <= 0:
+        raise ConfigError(f"privacy.noise_multiplier={sigma}: not solved; plan the run first")
+    return sigma

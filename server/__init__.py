@@ -1,0 +1,1 @@
+"""What happens to what clients sent."""

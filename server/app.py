@@ -1,0 +1,83 @@
+"""The ServerApp: reads the resolved config, runs the rounds, writes everything a run leaves."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common import parameters
+from common.config import Config, from_canonical, to_canonical
+from common.data import Records
+from common.durable import write_atomic
+from common.errors import VerificationError
+from common.model import build_classifier
+from common.parameters import Layout
+from server.evaluate import Evaluator
+from server.plan import RunPlan, make_plan
+from server.release import write_model
+from server.report import RoundLine, RunFacts, build_report, round_line, write_report
+from server.rounds import OnReply, run_rounds
+
+CONFIG_KEY = "config"
+"""Key of the resolved config, one canonical string, in Flower's run config."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a person may see while a run goes on."""
+
+    on_reply: OnReply
+    on_round: Callable[[RoundLine], None]
+
+
+def server_app(public: Callable[[Config], Records], watch: Watch) -> ServerApp:
+    """The ServerApp of one run. `public` reads the split the config evaluates on."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        text = context.run_config.get(CONFIG_KEY)
+        if not isinstance(text, str):
+            raise VerificationError("run config: holds no configuration")
+        config = from_canonical(text)
+        _run(grid, make_plan(config), public(config), watch)
+
+    return app
+
+
+def _run(grid: Grid, run_plan: RunPlan, public: Records, watch: Watch) -> None:
+    config, started = run_plan.config, time.perf_counter()
+    run_dir = Path(config.run_dir)
+    write_atomic(run_dir / "config.json", to_canonical(config) + "\n")
+    model = build_classifier(config)
+    evaluator = Evaluator(config, model, public)
+    run_id = os.urandom(16).hex()
+    lines: list[RoundLine] = []
+    vector = parameters.flatten(model)
+    rounds = run_rounds(
+        grid, run_plan, vector, run_id=run_id, layout=Layout.of(model),
+        checkpoints=run_dir / "checkpoints", on_reply=watch.on_reply,
+    )
+    for outcome in rounds:
+        vector = outcome.vector
+        lines.append(round_line(outcome, evaluator.measure(vector), lines, run_plan))
+        _append(run_dir / "metrics.jsonl", lines[-1])
+        watch.on_round(lines[-1])
+    # 12. Report, and release the model of the final round: never the best on the hold-out.
+    facts = RunFacts(run_id, time.perf_counter() - started, len(public))
+    report = build_report(run_plan, lines, facts)
+    write_model(run_dir / "model", model, vector, config, report)
+    write_report(run_dir, report, lines)
+
+
+def _append(path: Path, line: RoundLine) -> None:
+    """Adds one whole line and syncs it, so that a crash loses at most the round under way."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(line), ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

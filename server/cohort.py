@@ -1,0 +1,39 @@
+"""The cohort: which sites a round asks."""
+
+from collections.abc import Mapping
+from time import monotonic, sleep
+
+from flwr.serverapp import Grid
+
+from common.errors import FederationError
+
+POLL_S = 0.2
+
+
+def wait_for_sites(grid: Grid, *, sites: int, timeout_s: float) -> dict[int, str]:
+    """Node ids of the federation with their names, once `sites` of them are there.
+
+    Raises: FederationError after `timeout_s` seconds, with the number that came.
+    """
+    deadline = monotonic() + timeout_s
+    while len(nodes := _nodes(grid)) < sites:
+        if monotonic() > deadline:
+            raise FederationError(
+                f"{len(nodes)} of {sites} sites came within {timeout_s:g} s; start the others, "
+                "or lower federation.sites"
+            )
+        sleep(POLL_S)
+    return nodes
+
+
+def sample_cohort(nodes: Mapping[int, str]) -> tuple[int, ...]:
+    """The nodes of one round, in an order that does not depend on when they came: all of them.
+
+    A sampled cohort would change no charge: the coordinator sees who takes part, so client
+    sampling amplifies nothing against it.
+    """
+    return tuple(sorted(nodes))
+
+
+def _nodes(grid: Grid) -> dict[int, str]:
+    return {node.node_id: node.name or f"node-{node.node_id}" for node in grid.get_nodes()}

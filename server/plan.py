@@ -1,0 +1,213 @@
+"""The plan: what a run will cost, known before anything is touched."""
+
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from common.cli import Invocation, emit_json
+from common.composition import run_job
+from common.config import Config, NoiseSource, PrivacyMode, check_delta, config_hash
+from common.errors import ConfigError
+from common.model import Classifier, build_classifier
+from common.parameters import Layout
+from common.privacy.account import number
+from common.privacy.accounting import (
+    Event,
+    epsilon_by_round,
+    solve_noise_multiplier,
+    within,
+)
+from common.privacy.mechanism import round_event
+
+RELATION = "add_or_remove_one"
+BYTES_PER_PARAMETER = 4
+NOT_PRIVATE = "NOT PRIVATE"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run, priced. `config` has sigma filled in; every other number follows from it."""
+
+    config: Config
+    epsilon_by_round: tuple[float, ...]
+    """Spent by a site after each round it took part in; inf without privacy."""
+
+    @property
+    def event(self) -> Event:
+        """The charge of one round at one site."""
+        return round_event(self.config)
+
+    @property
+    def epsilon(self) -> float:
+        """What the whole run costs each site."""
+        return self.epsilon_by_round[-1]
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """How much is trained, and so travels each way in each round at each site."""
+
+    trainable: int
+    total: int
+
+    @property
+    def bytes_per_message(self) -> int:
+        """Float32 bytes of one vector."""
+        return self.trainable * BYTES_PER_PARAMETER
+
+
+def plan(invocation: Invocation) -> None:
+    """Say what a run will cost, in epsilon, steps, bytes and time; touch no data."""
+
+    def job(config: Config) -> None:
+        run_plan = make_plan(config)
+        model = build_classifier(config)
+        size = size_of(model)
+        seconds = estimate_seconds(run_plan.config, model)
+        if invocation.json:
+            emit_json(plan_object(run_plan, size, seconds))
+        else:
+            show_plan(run_plan, size, seconds, Console())
+
+    run_job(job, invocation)
+
+
+def make_plan(config: Config) -> RunPlan:
+    """Solves sigma where the config leaves it open, and prices every round.
+
+    Raises: ConfigError if a sigma given by hand exceeds the configured epsilon, or delta is
+    not below one over the declared records of a site.
+    """
+    privacy, rounds = config.privacy, config.federation.rounds
+    if privacy.mode is PrivacyMode.none:
+        return RunPlan(config, (math.inf,) * rounds)
+    if config.data.declared_records is not None:
+        per_site = config.data.declared_records // config.federation.sites
+        check_delta(privacy.delta, per_site, "a site")
+    resolved = _with_sigma(config)
+    spent = epsilon_by_round(round_event(resolved), rounds, privacy.delta)
+    whole = [replace(round_event(resolved), steps=config.total_steps)]
+    if not within(whole, epsilon=privacy.epsilon, delta=privacy.delta):
+        raise ConfigError(
+            f"privacy.noise_multiplier={privacy.noise_multiplier}: spends epsilon "
+            f"{spent[-1]:.4g} in {config.total_steps} steps, above privacy.epsilon="
+            f"{privacy.epsilon:g}; raise either, or leave it null to have it solved"
+        )
+    return RunPlan(resolved, tuple(min(epsilon, privacy.epsilon) for epsilon in spent))
+
+
+def size_of(model: Classifier) -> ModelSize:
+    """Counts the parameters of a model."""
+    return ModelSize(Layout.of(model).size, sum(p.numel() for p in model.parameters()))
+
+
+def estimate_seconds(config: Config, model: Classifier) -> float | None:
+    """Rough wall time of the sites' work here, from one timed synthetic batch; None if the
+    number of records is not declared. Evaluation and start-up come on top.
+    """
+    records = config.data.declared_records
+    if records is None:
+        return None
+    probe = 8
+    inputs = {
+        name: torch.ones((probe, config.task.max_tokens), dtype=torch.long)
+        for name in ("input_ids", "attention_mask")
+    }
+    model.prepare(inputs)
+    started = time.perf_counter()
+    prepared = model.prepare(inputs)
+    prepare_s = (time.perf_counter() - started) / probe
+    started = time.perf_counter()
+    model(**prepared).sum().backward()
+    step_s = (time.perf_counter() - started) / probe
+    model.zero_grad(set_to_none=True)
+    visits = config.total_steps * config.privacy.sample_rate
+    return records * (prepare_s + visits * step_s)
+
+
+def plan_object(run_plan: RunPlan, size: ModelSize, seconds: float | None) -> dict[str, Any]:
+    """The `--json` form of a plan."""
+    config, event = run_plan.config, run_plan.event
+    answer: dict[str, Any] = {
+        "privacy": {
+            "mode": config.privacy.mode.name,
+            "unit": "record",
+            "relation": RELATION,
+            "delta": config.privacy.delta,
+            "epsilon": number(run_plan.epsilon),
+            "epsilon_by_round": [number(epsilon) for epsilon in run_plan.epsilon_by_round],
+            "private": is_private(config),
+        },
+        "noise_multiplier": event.noise_multiplier,
+        "sample_rate": event.sample_rate,
+        "clip_norm": config.privacy.clip_norm,
+        "sites": config.federation.sites,
+        "rounds": config.federation.rounds,
+        "steps_per_round": event.steps,
+        "steps": config.total_steps,
+        "charge_per_site": {**asdict(event), "steps": config.total_steps},
+        "trainable": size.trainable,
+        "parameters": size.total,
+        "bytes_per_message": size.bytes_per_message,
+        "bytes": 2 * size.bytes_per_message * config.federation.rounds * config.federation.sites,
+        "config_hash": config_hash(config),
+    }
+    if seconds is not None:
+        answer["estimated_s"] = round(seconds, 1)
+    return answer
+
+
+def is_private(config: Config) -> bool:
+    """Whether the run protects records at all."""
+    return (
+        config.privacy.mode is PrivacyMode.record and config.privacy.noise is NoiseSource.entropy
+    )
+
+
+def show_plan(run_plan: RunPlan, size: ModelSize, seconds: float | None, console: Console) -> None:
+    """Prints the plan as a table for a person."""
+    config, event = run_plan.config, run_plan.event
+    federation, privacy = config.federation, config.privacy
+    title = "Plan" if is_private(config) else f"Plan ({NOT_PRIVATE})"
+    table = Table(title=title, show_header=False, title_justify="left")
+    rows = {
+        "model": f"{config.model.name}, {config.tuning.method.name}: trains "
+        f"{size.trainable:,} of {size.total:,} parameters",
+        "federation": f"{federation.sites} sites, {federation.rounds} rounds of "
+        f"{federation.local_steps} steps, {federation.partition.name}",
+        "each step": f"Poisson rate {event.sample_rate:g}, clip {privacy.clip_norm:g}, "
+        f"sigma {event.noise_multiplier:g}, noise from {privacy.noise.name}",
+        "each site pays": _price(run_plan),
+        "traffic": f"{size.bytes_per_message / 1e6:.2f} MB each way per site and round",
+    }
+    if seconds is not None:
+        rows["sites' work here"] = f"about {seconds:.0f} s"
+    for name, text in rows.items():
+        table.add_row(name, text)
+    console.print(table)
+
+
+def _price(run_plan: RunPlan) -> str:
+    privacy = run_plan.config.privacy
+    if privacy.mode is PrivacyMode.none:
+        return "everything: privacy.mode=none guarantees nothing"
+    spent = run_plan.epsilon_by_round
+    rounds = len(spent)
+    shown = sorted({1, (rounds + 1) // 2, rounds})
+    steps = ", ".join(f"{spent[number - 1]:.3f} after round {number}" for number in shown)
+    return f"epsilon {steps} (delta {privacy.delta:g}, one record added or removed)"
+
+
+def _with_sigma(config: Config) -> Config:
+    privacy = config.privacy
+    if privacy.noise_multiplier is not None:
+        return config
+    sigma = solve_noise_multiplier(
+        privacy.epsilon, privacy.delta, privacy.sample_rate, config.total_steps
+    )
+    return replace(config, privacy=replace(privacy, noise_multiplier=sigma))

@@ -1,0 +1,291 @@
+"""What a run leaves to read: `report.json`, `report.html`, and a line per round."""
+
+import base64
+import io
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.cli import Invocation, emit_json, run_typer
+from common.config import NoiseSource, PrivacyMode, config_hash
+from common.durable import write_atomic
+from common.errors import VerificationError
+from common.privacy.account import epsilon_object, number
+from common.privacy.accounting import Epsilons, check_agreement, epsilons
+from server.documents import render
+from server.plan import NOT_PRIVATE, RELATION, RunPlan, is_private
+from server.rounds import RoundOutcome
+
+LIBRARIES = ("coterie", "torch", "opacus", "flwr", "transformers", "peft", "dp-accounting")
+SELECTION_REASON = (
+    "the default hyperparameters were chosen by earlier runs on these training records, "
+    "judged on a public validation split; what those runs revealed is not in epsilon"
+)
+
+
+@dataclass(frozen=True)
+class RoundLine:
+    """One line of `metrics.jsonl`."""
+
+    round: int
+    metrics: dict[str, float]
+    epsilon: float | str
+    """Of the site that was charged most, or "inf"."""
+    asked: tuple[str, ...]
+    refused: dict[str, str]
+    bytes_down: int
+    bytes_up: int
+    sites_s: float
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known only once a run is over."""
+
+    run_id: str
+    total_s: float
+    evaluation_records: int
+
+
+def round_line(
+    outcome: RoundOutcome, metrics: dict[str, float], before: list[RoundLine], run_plan: RunPlan
+) -> RoundLine:
+    """The line of a round that just ended, after the lines `before` it."""
+    asked = [*(line.asked for line in before), outcome.asked]
+    most = max(_rounds_charged(asked).values())
+    return RoundLine(
+        round=outcome.round,
+        metrics=metrics,
+        epsilon=number(run_plan.epsilon_by_round[most - 1]),
+        asked=outcome.asked,
+        refused=outcome.refused,
+        bytes_down=outcome.bytes_down,
+        bytes_up=outcome.bytes_up,
+        sites_s=round(outcome.sites_s, 3),
+    )
+
+
+def build_report(run_plan: RunPlan, lines: list[RoundLine], facts: RunFacts) -> dict[str, Any]:
+    """The content of `report.json`.
+
+    Guarantee: a site's epsilon is that of every round it was *asked* in, answered or not, all
+    composed together; the three accountants agree. Raises: VerificationError if they do not.
+    """
+    config = run_plan.config
+    charged = _rounds_charged([line.asked for line in lines])
+    prices = {rounds: _price(run_plan, rounds) for rounds in set(charged.values())}
+    worst = prices[max(charged.values())]
+    train_s = sum(line.sites_s for line in lines)
+    return {
+        "run_id": facts.run_id,
+        "task": config.task.name.name,
+        "model": config.model.name,
+        "tuning": config.tuning.method.name,
+        "rounds": len(lines),
+        "engine": config.engine.name.name,
+        "privacy": {
+            "mode": config.privacy.mode.name,
+            "unit": "record",
+            "relation": RELATION,
+            "delta": config.privacy.delta,
+            "epsilon": epsilon_object(worst),
+            "private": is_private(config),
+            "private_reason": _private_reason(run_plan),
+            "scope": "this_run",
+            "selection_charged": False,
+            "selection_reason": SELECTION_REASON,
+            "mechanism": asdict(run_plan.event),
+            "clip_norm": config.privacy.clip_norm,
+        },
+        "sites": [
+            {
+                "name": name,
+                "epsilon": number(prices[rounds].pld),
+                "cap": None,
+                "rounds": rounds,
+                "steps": rounds * run_plan.event.steps,
+                "ledger_head": None,
+            }
+            for name, rounds in sorted(charged.items(), key=lambda item: _natural(item[0]))
+        ],
+        "evaluation": dict(lines[-1].metrics),
+        "evaluation_split": config.evaluation.split.name,
+        "evaluation_records": facts.evaluation_records,
+        "timing": {
+            "total_s": round(facts.total_s, 2),
+            "train_s": round(train_s, 2),
+            "overhead_s": round(facts.total_s - train_s, 2),
+        },
+        "communication": {
+            "bytes_up": sum(line.bytes_up for line in lines),
+            "bytes_down": sum(line.bytes_down for line in lines),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in LIBRARIES},
+        },
+        "config_hash": config_hash(config),
+        "seed": config.seed,
+    }
+
+
+def write_report(run_dir: Path, report: dict[str, Any], lines: list[RoundLine]) -> None:
+    """Writes `report.json` and `report.html`, each whole or not at all."""
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(run_dir / "report.json", text + "\n")
+    write_atomic(run_dir / "report.html", render_html(report, lines))
+
+
+def read_report(run_dir: Path) -> tuple[dict[str, Any], list[RoundLine]]:
+    """Reads back what a run wrote. Raises: VerificationError if it is missing or malformed."""
+    try:
+        report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
+        text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
+        lines = [RoundLine(**json.loads(line)) for line in text.splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise VerificationError(
+            f"{run_dir}: holds no finished run (report.json and metrics.jsonl)"
+        ) from error
+    return report, lines
+
+
+def report(invocation: Invocation) -> None:
+    """Show a finished run again, beside its baseline if there is one."""
+
+    def command(
+        run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+        baseline: Annotated[
+            Path | None, typer.Option(help="Folder of the same run with privacy=none.")
+        ] = None,
+    ) -> None:
+        """Prints the closing table of a run and writes its report.html anew.
+
+        Example: coterie report runs/demo --baseline runs/baseline
+        """
+        content, lines = read_report(run)
+        if baseline is not None:
+            content["baseline"] = _baseline(baseline)
+            write_report(run, content, lines)
+        else:
+            write_atomic(run / "report.html", render_html(content, lines))
+        if invocation.json:
+            emit_json(content)
+        else:
+            show_report(content, run, Console())
+
+    run_typer(command, invocation)
+
+
+def show_report(content: dict[str, Any], run_dir: Path, console: Console) -> None:
+    """The closing table."""
+    privacy = content["privacy"]
+    stamp = "" if privacy["private"] else f" ({NOT_PRIVATE})"
+    table = Table(title=f"Result{stamp}", title_justify="left")
+    for column in ("site", "rounds", "steps", "epsilon"):
+        table.add_column(column, justify="left" if column == "site" else "right")
+    for site in content["sites"]:
+        epsilon = site["epsilon"]
+        shown = epsilon if isinstance(epsilon, str) else f"{epsilon:.3f}"
+        table.add_row(site["name"], str(site["rounds"]), str(site["steps"]), shown)
+    console.print(table)
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in content["evaluation"].items())
+    console.print(f"{metrics} on {content['evaluation_records']} public records", highlight=False)
+    if "baseline" in content:
+        console.print(f"without privacy: {content['baseline']['evaluation']}", highlight=False)
+    console.print(f"{privacy['private_reason']}", highlight=False)
+    console.print(f"{content['timing']['total_s']:.0f} s; everything is in {run_dir}", highlight=False)
+
+
+def render_html(content: dict[str, Any], lines: list[RoundLine]) -> str:
+    """One self-contained page: no script, no address outside the file."""
+    return render("report.html.jinja", report=content, lines=lines, plots=_plots(content, lines))
+
+
+def _rounds_charged(asked: list[tuple[str, ...]]) -> dict[str, int]:
+    """Rounds each site was asked in: a site that fell silent may have trained all the same."""
+    charged: dict[str, int] = {}
+    for cohort in asked:
+        for name in cohort:
+            charged[name] = charged.get(name, 0) + 1
+    return charged
+
+
+def _price(run_plan: RunPlan, rounds: int) -> Epsilons:
+    event = replace(run_plan.event, steps=run_plan.event.steps * rounds)
+    priced = epsilons([event], run_plan.config.privacy.delta)
+    check_agreement(priced)
+    return priced
+
+
+def _private_reason(run_plan: RunPlan) -> str:
+    privacy = run_plan.config.privacy
+    if privacy.mode is PrivacyMode.none:
+        return "NOT PRIVATE: privacy.mode=none, no clipping and no noise."
+    if privacy.noise is NoiseSource.seeded:
+        return "NOT PRIVATE: privacy.noise=seeded, whoever knows the seed can subtract the noise."
+    return (
+        "Record-level DP-SGD inside each site, noise and sampling from OS entropy, composed over "
+        "all rounds. No ledger enforced it yet: each site's count lived in this process only."
+    )
+
+
+def _baseline(folder: Path) -> dict[str, Any]:
+    content, _ = read_report(folder)
+    return {
+        "evaluation": content["evaluation"],
+        "privacy_mode": content["privacy"]["mode"],
+        "config_hash": content["config_hash"],
+        "seed": content["seed"],
+    }
+
+
+def _plots(content: dict[str, Any], lines: list[RoundLine]) -> list[dict[str, str]]:
+    rounds = [line.round for line in lines]
+    name = next(iter(lines[0].metrics))
+    quality = {name: [line.metrics[name] for line in lines]}
+    levels = {}
+    if "baseline" in content:
+        levels["without privacy"] = content["baseline"]["evaluation"][name]
+    spent = [math.inf if line.epsilon == "inf" else float(line.epsilon) for line in lines]
+    plots = [_plot(rounds, quality, levels, f"{name} on public records")]
+    if all(map(math.isfinite, spent)):
+        plots.append(_plot(rounds, {"epsilon spent": spent}, {}, "epsilon spent by a site"))
+    return plots
+
+
+def _plot(
+    rounds: list[int], curves: dict[str, list[float]], levels: dict[str, float], title: str
+) -> dict[str, str]:
+    """One line plot as an SVG data address, with its description for those who cannot see it."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - half a second, for this page only
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for label, values in curves.items():
+        axes.plot(rounds, values, marker="o", label=label)
+    for label, value in levels.items():
+        axes.axhline(value, linestyle="--", color="gray", label=label)
+    axes.set(xlabel="round", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    if levels:
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    last = "; ".join(f"{label}: {values[-1]:.4f}" for label, values in curves.items())
+    return {"src": f"data:image/svg+xml;base64,{encoded}", "alt": f"{title}, last round {last}"}
+
+
+def _natural(name: str) -> tuple[str, int]:
+    stem = name.rstrip("0123456789")
+    return stem, int(name[len(stem) :] or 0)

@@ -1,0 +1,130 @@
+"""The loop: one round of the federation, on one page.
+
+Steps 3 to 7 happen at each site, beside the data; see `client/app.py`. Step 12, the report,
+follows the last round; see `server/report.py`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, perf_counter, sleep
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from common import messages
+from common.errors import FederationError
+from common.messages import Instruction
+from common.parameters import Layout, Vector
+from server.aggregate import Verdicts, average, fedavg, judge
+from server.checkpoint import write_checkpoint
+from server.cohort import POLL_S, sample_cohort, wait_for_sites
+from server.plan import RunPlan
+
+OnReply = Callable[[int, str], None]
+"""Called with (round, site) when a reply arrives."""
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """What one round left behind."""
+
+    round: int
+    asked: tuple[str, ...]
+    """Sites that were sent the instruction, and count as charged whatever they answered."""
+    refused: dict[str, str]
+    """Sites without an accepted update, with the reason."""
+    vector: Vector
+    """The new global parameters."""
+    bytes_down: int
+    bytes_up: int
+    sites_s: float
+    """Seconds from sending to the last reply."""
+
+
+def run_rounds(
+    grid: Grid, run_plan: RunPlan, vector: Vector, *, run_id: str, layout: Layout,
+    checkpoints: Path, on_reply: OnReply,
+) -> Iterator[RoundOutcome]:
+    """Runs the planned rounds, from `vector`.
+
+    Guarantee: every wait has a deadline; a round that ends has its checkpoint on disk.
+    Raises: FederationError if too few sites come, or answer, in time.
+    """
+    config, strategy = run_plan.config, fedavg()
+    timeout_s = config.federation.round_timeout_s
+    nodes = wait_for_sites(grid, sites=config.federation.sites, timeout_s=timeout_s)
+    for number in range(1, config.federation.rounds + 1):
+        # 1. Sample the cohort.
+        cohort = sample_cohort(nodes)
+        # 2. Send the instruction.
+        instruction = Instruction(run_id, number, config, layout.digest, vector)
+        started = perf_counter()
+        sent, bytes_down = _send(grid, cohort, instruction, ttl_s=timeout_s)
+        # 8. Collect replies until all have come, or the deadline.
+        replies = _collect(
+            grid, sent, timeout_s, lambda node, at=number: on_reply(at, nodes[node])
+        )
+        sites_s = perf_counter() - started
+        # 9. Validate each reply by itself, then aggregate.
+        verdicts = judge(
+            replies, sent=sent, instruction=instruction, layout=layout, charge=run_plan.event
+        )
+        _check_quorum(verdicts, run_plan, number)
+        vector = average(verdicts, round_number=number, strategy=strategy)
+        # 10. Checkpoint, atomically.
+        write_checkpoint(checkpoints, run_id=run_id, round_number=number, vector=vector)
+        # 11. Record.
+        yield RoundOutcome(
+            round=number,
+            asked=tuple(nodes[node] for node in cohort),
+            refused={nodes[node]: reason for node, reason in verdicts.refused.items()},
+            vector=vector,
+            bytes_down=bytes_down,
+            bytes_up=verdicts.bytes_up,
+            sites_s=sites_s,
+        )
+
+
+def _send(
+    grid: Grid, cohort: tuple[int, ...], instruction: Instruction, *, ttl_s: float
+) -> tuple[dict[str, int], int]:
+    """Pushes one message per node; returns node id by message id, and the bytes sent."""
+    content = messages.pack_instruction(instruction)
+    outgoing = [
+        Message(
+            content, dst_node_id=node, message_type=MessageType.TRAIN, ttl=ttl_s,
+            group_id=str(instruction.round),
+        )
+        for node in cohort
+    ]
+    ids = grid.push_messages(outgoing)
+    return dict(zip(ids, cohort, strict=True)), len(cohort) * messages.content_bytes(content)
+
+
+def _collect(
+    grid: Grid, sent: dict[str, int], timeout_s: float, on_reply: Callable[[int], None]
+) -> list[Message]:
+    """Polls until every message has an answer or `timeout_s` seconds have passed."""
+    deadline, waiting, replies = monotonic() + timeout_s, set(sent), []
+    while waiting and monotonic() < deadline:
+        arrived = list(grid.pull_messages(sorted(waiting)))
+        for reply in arrived:
+            replies.append(reply)
+            if reply.metadata.reply_to_message_id in waiting:
+                waiting.discard(reply.metadata.reply_to_message_id)
+                on_reply(sent[reply.metadata.reply_to_message_id])
+        if not arrived:
+            sleep(POLL_S)
+    return replies
+
+
+def _check_quorum(verdicts: Verdicts, run_plan: RunPlan, number: int) -> None:
+    sites, quorum = run_plan.config.federation.sites, run_plan.config.federation.quorum
+    if len(verdicts.accepted) < quorum * sites:
+        reasons = sorted(set(verdicts.refused.values()))
+        raise FederationError(
+            f"round {number}: {len(verdicts.accepted)} of {sites} sites answered, "
+            f"federation.quorum={quorum:g} asks for more ({'; '.join(reasons)}); "
+            "see the sites' own logs"
+        )

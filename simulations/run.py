@@ -1,0 +1,174 @@
+"""`coterie simulate`: the main job, both sides on one machine."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from flwr.app import Context, RecordDict
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from client.app import client_app
+from client.site import Site
+from common.cli import Invocation, emit_json
+from common.composition import run_job, sweep_index
+from common.config import Config, Split, check_delta, to_canonical
+from common.data import Records, Splits, load_splits
+from common.errors import ConfigError
+from common.model import build_classifier
+from server.app import CONFIG_KEY, Watch, server_app
+from server.plan import estimate_seconds, make_plan, show_plan, size_of
+from server.report import RoundLine, read_report, show_report
+from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid
+from simulations.partition import deal
+
+DECLARATION_TOLERANCE = 0.1
+"""Share by which the counted records of a simulation may differ from the declared ones."""
+
+
+def simulate(invocation: Invocation) -> None:
+    """Fine-tune one model across simulated sites, privately; the main job."""
+
+    def job(config: Config) -> None:
+        console = Console(stderr=invocation.json)
+        _configure_process(config)
+        run_dir = run_simulation(config, console)
+        content, _ = read_report(run_dir)
+        if invocation.json:
+            emit_json(content)
+        else:
+            show_report(content, run_dir, console)
+
+    run_job(job, invocation)
+
+
+def run_simulation(config: Config, console: Console) -> Path:
+    """Runs one federation from plan to report; returns the run folder.
+
+    Guarantee: a refused configuration leaves no file behind.
+    Raises: CoterieError of any kind.
+    """
+    run_dir = _run_dir(config)
+    config = replace(config, run_dir=str(run_dir))
+    # The plan comes before the first record is read; what needs the records is checked after.
+    run_plan = make_plan(config)
+    model = build_classifier(config)
+    show_plan(run_plan, size_of(model), estimate_seconds(config, model), console)
+    splits = load_splits(config.data)
+    sites = deal(splits.train, config.federation, seed=config.seed)
+    config = _resolve(run_plan.config, splits, sites)
+    names = [f"site-{number}" for number in range(1, len(sites) + 1)]
+    opened = {
+        index: Site(name, records)
+        for index, (name, records) in enumerate(zip(names, sites, strict=True))
+    }
+    grid = LocalGrid(
+        client_app(
+            lambda context: opened[int(context.node_config["partition-id"])],
+            allow_seeded_noise=True,
+        ),
+        names,
+    )
+    with _progress(config, console) as watch:
+        app = server_app(lambda _: _public(config, splits), watch)
+        app(grid, _server_context(config))
+    return run_dir
+
+
+def _resolve(config: Config, splits: Splits, sites: list[Records]) -> Config:
+    """Fills in the number of records, and applies the rules that need it.
+
+    Raises: ConfigError if the declaration is far off, delta is too large for the largest
+    site, or the public split is empty.
+    """
+    counted, declared = len(splits.train), config.data.declared_records
+    if declared is not None and abs(counted - declared) > DECLARATION_TOLERANCE * declared:
+        raise ConfigError(
+            f"data.declared_records={declared}: the training split has {counted}; correct it, "
+            "or set it to null to have a simulation count"
+        )
+    check_delta(config.privacy.delta, max(map(len, sites)), "the largest site")
+    if not len(_public(config, splits)):
+        raise ConfigError(
+            f"evaluation.split={config.evaluation.split.name}: has no records; raise "
+            f"data.{config.evaluation.split.name}_fraction or give data.test_path"
+        )
+    return replace(config, data=replace(config.data, declared_records=declared or counted))
+
+
+def _public(config: Config, splits: Splits) -> Records:
+    return splits.holdout if config.evaluation.split is Split.holdout else splits.validation
+
+
+def _run_dir(config: Config) -> Path:
+    """The folder of this run; a job of a `-m` sweep gets its own. Raises: ConfigError if taken."""
+    index = sweep_index()
+    now = datetime.now().astimezone()
+    path = Path(config.run_dir or f"runs/{now:%Y-%m-%d}/{now:%H-%M-%S}")
+    if index is not None:
+        path = path / f"job-{index}" if config.run_dir else path.with_name(f"{path.name}-{index}")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"run_dir={path}: is not an empty folder; choose another")
+    return path
+
+
+def _server_context(config: Config) -> Context:
+    return Context(
+        run_id=RUN_ID,
+        node_id=COORDINATOR_NODE_ID,
+        node_config={},
+        state=RecordDict(),
+        run_config={CONFIG_KEY: to_canonical(config)},
+    )
+
+
+def _configure_process(config: Config) -> None:
+    """Threads, and quiet libraries: what they report at INFO is in our own table."""
+    torch.set_num_threads(config.engine.threads or len(os.sched_getaffinity(0)))
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+
+
+@contextmanager
+def _progress(config: Config, console: Console) -> Iterator[Watch]:
+    """A live bar on a terminal, a line per round elsewhere."""
+    total = config.federation.rounds * config.federation.sites
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    task = progress.add_task("preparing", total=total)
+    last = {"text": ""}
+
+    def on_reply(number: int, site: str) -> None:
+        text = f"round {number}/{config.federation.rounds} {site}{last['text']}"
+        progress.update(task, advance=1, description=text)
+
+    def on_round(line: RoundLine) -> None:
+        name, value = next(iter(line.metrics.items()))
+        spent = line.epsilon if isinstance(line.epsilon, str) else f"{line.epsilon:.3f}"
+        last["text"] = f"  {name} {value:.4f}  epsilon {spent}"
+        progress.update(task, description=f"round {line.round}/{config.federation.rounds}{last['text']}")
+        if not console.is_terminal:
+            console.print(f"round {line.round}/{config.federation.rounds}{last['text']}", highlight=False)
+
+    with progress:
+        yield Watch(on_reply, on_round)

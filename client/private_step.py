@@ -7,6 +7,7 @@ bound or the divisor is here and comes from one `Mechanism`. What a step compute
 Shapes: B records of a physical batch, P trainable parameters.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -155,7 +156,10 @@ def _private_step(
     for parameter in optimizer.params:
         parameter.summed_grad = torch.zeros_like(parameter)
     for piece in _pieces(sample, physical_batch):
-        loss_of(piece).sum().backward()  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            # Below the lowest trainable layer nothing needs a gradient; Opacus only looks at outputs.
+            warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+            loss_of(piece).sum().backward()  # type: ignore[no-untyped-call]
         _check_every_record(optimizer.params, len(piece))
         optimizer.clip_and_accumulate()
         for parameter in optimizer.params:

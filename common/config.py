@@ -190,7 +190,7 @@ class EngineConfig:
     """`local`: all sites in this process."""
     threads: int = 0
     """Torch threads; 0: as many as the process may use."""
-    physical_batch: int = 64
+    physical_batch: int = 16
     """Records per forward pass; a drawn batch is cut into pieces of this size."""
 
 

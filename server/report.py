@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.cli import Invocation, emit_json, run_typer
-from common.config import NoiseSource, PrivacyMode, config_hash
+from common.config import DataSource, NoiseSource, PrivacyMode, config_hash
 from common.durable import write_atomic
 from common.errors import VerificationError
 from common.privacy.account import epsilon_object, number
@@ -25,10 +25,12 @@ from server.plan import NOT_PRIVATE, RELATION, RunPlan, is_private
 from server.rounds import RoundOutcome
 
 LIBRARIES = ("coterie", "torch", "opacus", "flwr", "transformers", "peft", "dp-accounting")
-SELECTION_REASON = (
-    "the default hyperparameters were chosen by earlier runs on these training records, "
-    "judged on a public validation split; what those runs revealed is not in epsilon"
-)
+SELECTION_REASONS = {
+    DataSource.bbc_news: "the default hyperparameters were chosen by earlier runs on these training "
+    "records, judged on a public validation split; what those runs revealed is not in epsilon",
+    DataSource.csv: "if settings were chosen by looking at earlier runs on these records, what "
+    "those runs revealed is not in epsilon",
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def build_report(run_plan: RunPlan, lines: list[RoundLine], facts: RunFacts) -> 
             "private_reason": _private_reason(run_plan),
             "scope": "this_run",
             "selection_charged": False,
-            "selection_reason": SELECTION_REASON,
+            "selection_reason": SELECTION_REASONS[config.data.source],
             "mechanism": asdict(run_plan.event),
             "clip_norm": config.privacy.clip_norm,
         },

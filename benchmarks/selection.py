@@ -1,0 +1,87 @@
+"""Which hyperparameters: runs of the main job judged on the public validation split.
+
+    python benchmarks/selection.py FOLDER [--threads 2]
+
+Writes one run folder per row and seed (a finished one is not run again) and FOLDER/table.md.
+The hold-out is never looked at here.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+SEEDS = (0, 1)
+ROWS: dict[str, list[str]] = {
+    "LoRA r=8, top block, q=0.25, 10x4 steps, lr 2/0.5, T=128": [],
+    "head": ["tuning=head"],
+    "no privacy, LoRA": ["privacy=none"],
+    "no privacy, head": ["tuning=head", "privacy=none"],
+    "LoRA r=4": ["tuning.rank=4", "tuning.alpha=8"],
+    "LoRA r=16": ["tuning.rank=16", "tuning.alpha=32"],
+    "LoRA, top two blocks": ["tuning.last_layers=2"],
+    "adapter lr 1": ["tuning.adapter_learning_rate=1"],
+    "adapter lr 0.25": ["tuning.adapter_learning_rate=0.25"],
+    "head lr 1": ["tuning.head_learning_rate=1"],
+    "head lr 4": ["tuning.head_learning_rate=4"],
+    "clip 0.5, lr 4/1": [
+        "privacy.clip_norm=0.5", "tuning.head_learning_rate=4", "tuning.adapter_learning_rate=1",
+    ],
+    "q=0.5, 10x2 steps": ["privacy.sample_rate=0.5", "federation.local_steps=2"],
+    "q=0.125, 10x8 steps": ["privacy.sample_rate=0.125", "federation.local_steps=8"],
+    "q=1, 10x1 steps": ["privacy.sample_rate=1", "federation.local_steps=1"],
+    "20x2 steps": ["federation.rounds=20", "federation.local_steps=2"],
+    "5x8 steps": ["federation.rounds=5", "federation.local_steps=8"],
+    "q=0.25, 10x2 steps": ["federation.local_steps=2"],
+    "T=64": ["task.max_tokens=64"],
+    "T=96": ["task.max_tokens=96"],
+    "feature scale 8, lr 0.5/0.5": ["model.feature_scale=8", "tuning.head_learning_rate=0.5"],
+}
+"""Settings that differ from the default, by row."""
+
+
+def main() -> None:
+    """Runs what is missing and writes the table after every run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    options = parser.parse_args()
+    for seed in options.seeds:
+        for number, overrides in enumerate(ROWS.values()):
+            run_dir = options.folder / f"{number:02d}-{seed}"
+            if not (run_dir / "report.json").exists():
+                _run(run_dir, overrides, seed, options.threads)
+            (options.folder / "table.md").write_text(_table(options.folder, options.seeds))
+
+
+def _run(run_dir: Path, overrides: list[str], seed: int, threads: int) -> None:
+    command = [
+        sys.executable, "-c", "import sys; from common.cli import main; sys.exit(main())",
+        "simulate", *overrides, f"seed={seed}", f"run_dir={run_dir}",
+        f"engine.threads={threads}", "evaluation.split=validation",
+    ]
+    subprocess.run(command, check=True)
+
+
+def _table(folder: Path, seeds: list[int]) -> str:
+    lines = ["| what differs | epsilon | validation accuracy, by seed | mean | seconds |", "|---|---|---|---|---|"]
+    for number, name in enumerate(ROWS):
+        paths = [folder / f"{number:02d}-{seed}" / "report.json" for seed in seeds]
+        reports = [json.loads(path.read_text()) for path in paths if path.exists()]
+        if reports:
+            scores = [report["evaluation"]["accuracy"] for report in reports]
+            epsilon = reports[0]["privacy"]["epsilon"]["pld"]
+            shown = epsilon if isinstance(epsilon, str) else f"{epsilon:.2f}"
+            seconds = statistics.median(report["timing"]["total_s"] for report in reports)
+            listed = ", ".join(f"{score:.4f}" for score in scores)
+            lines.append(
+                f"| {name} | {shown} | {listed} | {statistics.mean(scores):.4f} | {seconds:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

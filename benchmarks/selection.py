@@ -27,7 +27,9 @@ ROWS: dict[str, list[str]] = {
     "head lr 1": ["tuning.head_learning_rate=1"],
     "head lr 4": ["tuning.head_learning_rate=4"],
     "clip 0.5, lr 4/1": [
-        "privacy.clip_norm=0.5", "tuning.head_learning_rate=4", "tuning.adapter_learning_rate=1",
+        "privacy.clip_norm=0.5",
+        "tuning.head_learning_rate=4",
+        "tuning.adapter_learning_rate=1",
     ],
     "q=0.5, 10x2 steps": ["privacy.sample_rate=0.5", "federation.local_steps=2"],
     "q=0.125, 10x8 steps": ["privacy.sample_rate=0.125", "federation.local_steps=8"],
@@ -59,15 +61,24 @@ def main() -> None:
 
 def _run(run_dir: Path, overrides: list[str], seed: int, threads: int) -> None:
     command = [
-        sys.executable, "-c", "import sys; from common.cli import main; sys.exit(main())",
-        "simulate", *overrides, f"seed={seed}", f"run_dir={run_dir}",
-        f"engine.threads={threads}", "evaluation.split=validation",
+        sys.executable,
+        "-c",
+        "import sys; from common.cli import main; sys.exit(main())",
+        "simulate",
+        *overrides,
+        f"seed={seed}",
+        f"run_dir={run_dir}",
+        f"engine.threads={threads}",
+        "evaluation.split=validation",
     ]
     subprocess.run(command, check=True)
 
 
 def _table(folder: Path, seeds: list[int]) -> str:
-    lines = ["| what differs | epsilon | validation accuracy, by seed | mean | seconds |", "|---|---|---|---|---|"]
+    lines = [
+        "| what differs | epsilon | validation accuracy, by seed | mean | seconds |",
+        "|---|---|---|---|---|",
+    ]
     for number, name in enumerate(ROWS):
         paths = [folder / f"{number:02d}-{seed}" / "report.json" for seed in seeds]
         reports = [json.loads(path.read_text()) for path in paths if path.exists()]

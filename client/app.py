@@ -45,7 +45,7 @@ def client_app(open_site: OpenSite, *, allow_seeded_noise: bool = False) -> Clie
             trainer = _warm_trainer(trainers, instruction.config)
             update = _answer(site, trainer, instruction, allow_seeded_noise=allow_seeded_noise)
             return Message(messages.pack_update(update), reply_to=message)
-        except Exception as error:  # noqa: BLE001 - the border: nothing else may leave
+        except Exception as error:  # the border: nothing else may leave
             return _refuse(message, error)
 
     return app
@@ -115,5 +115,10 @@ def _refuse(message: Message, error: Exception) -> Message:
         code = messages.INVALID_INSTRUCTION
     else:
         code = messages.LOCAL_FAILURE
-    log.error("not answered (%s): %s", messages.REFUSALS[code], error, exc_info=code == messages.LOCAL_FAILURE)
+    log.error(
+        "not answered (%s): %s",
+        messages.REFUSALS[code],
+        error,
+        exc_info=code == messages.LOCAL_FAILURE,
+    )
     return Message(Error(code, messages.REFUSALS[code]), reply_to=message)

@@ -157,7 +157,7 @@ def _private_step(
         parameter.summed_grad = torch.zeros_like(parameter)
     for piece in _pieces(sample, physical_batch):
         with warnings.catch_warnings():
-            # Below the lowest trainable layer nothing needs a gradient; Opacus only looks at outputs.
+            # Nothing below the lowest trainable layer needs a gradient; Opacus reads outputs only.
             warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
             loss_of(piece).sum().backward()  # type: ignore[no-untyped-call]
         _check_every_record(optimizer.params, len(piece))

@@ -26,7 +26,9 @@ class Trainer:
         self._model = build_classifier(config)
         self.layout = Layout.of(self._model)
         self._groups = [
-            ParameterGroup(tuple(self._model.classifier.parameters()), config.tuning.head_learning_rate)
+            ParameterGroup(
+                tuple(self._model.classifier.parameters()), config.tuning.head_learning_rate
+            )
         ]
         adapters = tuple(p for p in self._model.encoder.parameters() if p.requires_grad)
         if adapters:

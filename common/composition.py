@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.cli import Invocation
 from common.config import Config, field_names, from_composed, register_schemas
-from common.errors import ConfigError
+from common.errors import ConfigError, CoterieError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -32,16 +32,25 @@ def run_job(job: Callable[[Config], None], invocation: Invocation) -> None:
     Raises: ConfigError for an unknown key, a wrong type, a missing value or a broken rule.
     """
     register_schemas()
+    refused: list[CoterieError] = []
 
     def application(composed: DictConfig) -> None:
-        job(from_composed(composed))
+        # Kept from Hydra, which would print a line of its own; the rest of a sweep is not run.
+        if not refused:
+            try:
+                job(from_composed(composed))
+            except CoterieError as error:
+                refused.append(error)
 
     entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name="simulate")
     with _hydra_environment(invocation):
         try:
             entry(application)()
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(explain(str(error))) from error
+            cause = error.__cause__ or error.__context__
+            raise ConfigError(explain(f"{error}\n{cause or ''}")) from error
+    if refused:
+        raise refused[0]
 
 
 def sweep_index() -> int | None:
@@ -52,36 +61,59 @@ def sweep_index() -> int | None:
 
 
 def explain(message: str) -> str:
-    """One line with name, rule and remedy from what Hydra prints in several.
+    r"""One line with name, rule and remedy from what Hydra prints in several.
 
-    >>> explain("Could not override 'privacy.epsilom'.\\nKey 'epsilom' is not in struct")
+    >>> explain("Could not override 'privacy.epsilom'.\nKey 'epsilom' is not in struct")
     'privacy.epsilom: no such setting; did you mean privacy.epsilon?'
     """
-    unknown = re.search(r"Could not override '([^']+)'", message)
-    if unknown and ("not in struct" in message or "Key '" in message):
-        return f"{unknown[1]}: no such setting{_suggestion(unknown[1])}"
-    value = re.search(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", message)
-    choice = re.search(r"Invalid value '(.*?)', expected one of \[(.*?)\]", message)
-    key = re.search(r"full_key: (\S+)", message)
-    if value and key:
-        return f"{key[1]}={value[1]}: must be {_a(value[2])}"
-    if choice and key:
-        return f"{key[1]}={choice[1]}: must be one of {choice[2]}"
-    option = re.search(r"Could not find '([^/']+)/([^']+)'", message)
-    if option:
-        known = sorted(path.stem for path in (CONF / option[1]).glob("*.yaml"))
-        return f"{option[1]}={option[2]}: must be one of {', '.join(known)}"
+    for pattern, phrase in _PHRASES:
+        found = re.search(pattern, message, re.DOTALL)
+        if found:
+            return phrase(found)
     return " ".join(message.split())
 
 
-def _suggestion(name: str) -> str:
-    near = difflib.get_close_matches(name, list(field_names()), n=1)
-    return f"; did you mean {near[0]}?" if near else "; `coterie simulate --cfg job` shows them all"
+def _unknown_setting(found: re.Match[str]) -> str:
+    near = difflib.get_close_matches(found[1], list(field_names()), n=1)
+    remedy = f"did you mean {near[0]}?" if near else "`coterie simulate --cfg job` shows them all"
+    return f"{found[1]}: no such setting; {remedy}"
 
 
-def _a(kind: str) -> str:
+def _wrong_type(found: re.Match[str]) -> str:
     words = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
-    return words.get(kind, kind)
+    return f"{found[3]}={found[1]}: must be {words.get(found[2], found[2])}"
+
+
+def _wrong_choice(found: re.Match[str]) -> str:
+    return f"{found[3]}={found[1]}: must be one of {found[2]}"
+
+
+def _wrong_group(found: re.Match[str]) -> str:
+    known = sorted(path.stem for path in (CONF / found[1]).glob("*.yaml"))
+    return f"{found[1]}={found[2]}: must be one of {', '.join(known)}"
+
+
+def _unreadable(found: re.Match[str]) -> str:
+    reason = " ".join(found[1].split())
+    return f"an argument cannot be read ({reason}): write NAME=VALUE, quoted for your shell"
+
+
+def _wrong_otherwise(found: re.Match[str]) -> str:
+    return f"{found[2]}: {found[1]}"
+
+
+_PHRASES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
+    (r"Could not override '([^']+)'.*(?:not in|append)", _unknown_setting),
+    (
+        r"Value '(.*?)' of type '\w+' could not be converted to (\w+).*full_key: (\S+)",
+        _wrong_type,
+    ),
+    (r"Invalid value '(.*?)', expected one of \[(.*?)\].*full_key: (\S+)", _wrong_choice),
+    (r"Could not find '([^/']+)/([^']+)'", _wrong_group),
+    (r"^(.*?)\nSee .*override_grammar", _unreadable),
+    (r"\n\s*([^\n]*?)\.?\n\s*full_key: (\S+)", _wrong_otherwise),
+)
+"""What Hydra and OmegaConf say, and what it means to a person. First match wins."""
 
 
 @contextmanager

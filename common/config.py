@@ -232,7 +232,7 @@ def register_schemas() -> None:
 
 def _open_schema() -> DictConfig:
     """The schema as a node YAML can be merged into: a frozen dataclass gives a read-only one."""
-    schema = OmegaConf.structured(
+    schema: DictConfig = OmegaConf.structured(
         Config(
             TaskConfig(),
             ModelConfig(),
@@ -261,6 +261,9 @@ def from_composed(composed: DictConfig) -> Config:
 
     Raises: ConfigError naming every missing value or broken rule.
     """
+    unknown = sorted(set(_leaf_names(composed)) - set(field_names()))
+    if unknown:  # Hydra's +NAME=VALUE forces keys in that no schema knows
+        raise ConfigError(f"{', '.join(unknown)}: no such setting")
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"no value for {', '.join(missing)}: give each as NAME=VALUE")
@@ -306,13 +309,25 @@ def field_names(schema: type = Config, prefix: str = "") -> Iterator[str]:
             yield from field_names(field.type, f"{name}.")
 
 
+def _leaf_names(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        name = f"{prefix}{key!s}"
+        child = None if OmegaConf.is_missing(node, key) else node[key]
+        if isinstance(child, DictConfig):
+            yield from _leaf_names(child, f"{name}.")
+        else:
+            yield name
+
+
 def check(config: Config) -> None:
     """Applies every rule a type cannot express, and reports all faults together.
 
     Raises: ConfigError with one clause per fault: name, value, rule.
     """
     faults = [
-        f"{name}={value}: must be {rule}" for name, value, rule, holds in _rules(config) if not holds
+        f"{name}={value}: must be {rule}"
+        for name, value, rule, holds in _rules(config)
+        if not holds
     ]
     if faults:
         raise ConfigError("; ".join(faults))
@@ -343,22 +358,36 @@ def _rules(config: Config) -> Iterator[tuple[str, Any, str, bool]]:
     yield "model.feature_scale", scale, "a finite number above 0", _positive(scale)
     yield "privacy.epsilon", privacy.epsilon, "a finite number above 0", _positive(privacy.epsilon)
     yield "privacy.delta", privacy.delta, "between 0 and 1, both excluded", 0 < privacy.delta < 1
-    yield "privacy.clip_norm", privacy.clip_norm, "a finite number above 0", _positive(
-        privacy.clip_norm
+    yield (
+        "privacy.clip_norm",
+        privacy.clip_norm,
+        "a finite number above 0",
+        _positive(privacy.clip_norm),
     )
-    yield "privacy.sample_rate", privacy.sample_rate, "above 0 and at most 1", (
-        0 < privacy.sample_rate <= 1
+    yield (
+        "privacy.sample_rate",
+        privacy.sample_rate,
+        "above 0 and at most 1",
+        (0 < privacy.sample_rate <= 1),
     )
     sigma = privacy.noise_multiplier
-    yield "privacy.noise_multiplier", sigma, "a finite number above 0, or null to solve it", (
-        sigma is None or _positive(sigma)
+    yield (
+        "privacy.noise_multiplier",
+        sigma,
+        "a finite number above 0, or null to solve it",
+        (sigma is None or _positive(sigma)),
     )
     for name in ("sites", "rounds", "local_steps"):
         value = getattr(federation, name)
         yield f"federation.{name}", value, "at least 1", value >= 1
     alpha = federation.dirichlet_alpha
     yield "federation.dirichlet_alpha", alpha, "a finite number above 0", _positive(alpha)
-    yield "federation.quorum", federation.quorum, "above 0 and at most 1", 0 < federation.quorum <= 1
+    yield (
+        "federation.quorum",
+        federation.quorum,
+        "above 0 and at most 1",
+        0 < federation.quorum <= 1,
+    )
     timeout = federation.round_timeout_s
     yield "federation.round_timeout_s", timeout, "a finite number above 0", _positive(timeout)
     yield "engine.threads", config.engine.threads, "0 or more", config.engine.threads >= 0
@@ -373,8 +402,13 @@ def _rules(config: Config) -> Iterator[tuple[str, Any, str, bool]]:
         yield "tuning.targets", tuning.targets, "a list of module names", bool(tuning.targets)
         rate = tuning.adapter_learning_rate
         yield "tuning.adapter_learning_rate", rate, "a finite number above 0", _positive(rate)
-    yield "data.labels", data.labels, "two or more different class names, in order", (
-        len(data.labels) >= 2 and len(set(data.labels)) == len(data.labels)  # noqa: PLR2004
+    yield (
+        "data.labels",
+        data.labels,
+        "two or more different class names, in order",
+        (
+            len(data.labels) >= 2 and len(set(data.labels)) == len(data.labels)  # noqa: PLR2004
+        ),
     )
     shares = data.holdout_fraction, data.validation_fraction
     for name, share in zip(("holdout_fraction", "validation_fraction"), shares, strict=True):
@@ -382,8 +416,11 @@ def _rules(config: Config) -> Iterator[tuple[str, Any, str, bool]]:
     total = round(sum(shares), 12)
     yield "data.holdout_fraction + data.validation_fraction", total, "below 1", total < 1
     declared = data.declared_records
-    yield "data.declared_records", declared, "at least 1, or null to count", (
-        declared is None or declared >= 1
+    yield (
+        "data.declared_records",
+        declared,
+        "at least 1, or null to count",
+        (declared is None or declared >= 1),
     )
     if data.source is DataSource.csv:
         yield "data.path", data.path or "''", "the path of a CSV file", bool(data.path)

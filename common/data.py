@@ -50,6 +50,7 @@ def load_splits(config: DataConfig) -> Splits:
     `split_seed` only, so adding a record moves no other.
     Raises: ConfigError if the source, a column or a label is not what the config says.
     """
+    check_files(config)
     rows = _read_bbc_news(config) if config.source is DataSource.bbc_news else _read_csv(config)
     records, duplicates = _deduplicate(rows)
     place = _places(records, config.split_seed)
@@ -71,6 +72,13 @@ def load_splits(config: DataConfig) -> Splits:
         holdout=holdout,
         duplicates=duplicates,
     )
+
+
+def check_files(config: DataConfig) -> None:
+    """Refuses a path that leads nowhere, without opening anything. Raises: ConfigError."""
+    for name, path in (("data.path", config.path), ("data.test_path", config.test_path)):
+        if path and not Path(path).expanduser().is_file():
+            raise ConfigError(f"{name}={path}: no such file")
 
 
 def _places(records: Records, seed: int) -> NDArray[np.float64]:
@@ -137,11 +145,8 @@ def _read_table(config: DataConfig, path: str, name: str) -> Records:
 
 
 def _open_csv(path: str, name: str) -> pd.DataFrame:
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"{name}={path}: no such file")
     try:
-        return pd.read_csv(file, dtype=str, keep_default_na=False)
+        return pd.read_csv(Path(path).expanduser(), dtype=str, keep_default_na=False)
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"{name}={path}: not a readable CSV file ({reason})") from error

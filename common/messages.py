@@ -106,7 +106,9 @@ def read_update(message: Message) -> Update:
     facts = _facts(message, names)
     try:
         charge = Event(
-            _number(facts, "noise-multiplier"), _number(facts, "sample-rate"), _whole(facts, "steps")
+            _number(facts, "noise-multiplier"),
+            _number(facts, "sample-rate"),
+            _whole(facts, "steps"),
         )
     except ConfigError as error:
         raise VerificationError(f"update: {error}") from error

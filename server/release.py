@@ -14,7 +14,7 @@ from common.cli import Invocation, emit_json, run_typer
 from common.config import Config, ModelConfig, TaskConfig, TaskName
 from common.durable import folder_atomic
 from common.errors import VerificationError
-from common.model import Classifier, load_encoder, load_tokenizer, merged_encoder
+from common.model import Classifier, load_encoder, load_tokenizer
 from common.parameters import Vector
 from common.tasks import TASKS
 from server.documents import render
@@ -33,7 +33,7 @@ def write_model(
     `AutoModel` and `AutoTokenizer` open the folder without Coterie. `model` is used up.
     """
     parameters.load(model, vector)
-    encoder = merged_encoder(model)
+    encoder = model.merged_encoder()
     encoder.config.id2label = dict(enumerate(config.data.labels))
     encoder.config.label2id = {label: index for index, label in enumerate(config.data.labels)}
     head = {
@@ -51,7 +51,9 @@ def write_model(
         encoder.config.save_pretrained(temporary)
         save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
         load_tokenizer(config.model).save_pretrained(temporary)
-        (temporary / "README.md").write_text(render("model_card.md.jinja", report=report, head=head))
+        (temporary / "README.md").write_text(
+            render("model_card.md.jinja", report=report, head=head)
+        )
 
 
 def load_released(folder: Path) -> tuple[Classifier, TaskConfig]:

@@ -26,8 +26,9 @@ from server.rounds import RoundOutcome
 
 LIBRARIES = ("coterie", "torch", "opacus", "flwr", "transformers", "peft", "dp-accounting")
 SELECTION_REASONS = {
-    DataSource.bbc_news: "the default hyperparameters were chosen by earlier runs on these training "
-    "records, judged on a public validation split; what those runs revealed is not in epsilon",
+    DataSource.bbc_news: "the default hyperparameters were chosen by earlier runs on these "
+    "training records, judged on a public validation split; what those runs revealed is not in "
+    "epsilon",
     DataSource.csv: "if settings were chosen by looking at earlier runs on these records, what "
     "those runs revealed is not in epsilon",
 }
@@ -203,7 +204,9 @@ def show_report(content: dict[str, Any], run_dir: Path, console: Console) -> Non
     if "baseline" in content:
         console.print(f"without privacy: {content['baseline']['evaluation']}", highlight=False)
     console.print(f"{privacy['private_reason']}", highlight=False)
-    console.print(f"{content['timing']['total_s']:.0f} s; everything is in {run_dir}", highlight=False)
+    console.print(
+        f"{content['timing']['total_s']:.0f} s; everything is in {run_dir}", highlight=False
+    )
 
 
 def render_html(content: dict[str, Any], lines: list[RoundLine]) -> str:

@@ -43,8 +43,14 @@ class RoundOutcome:
 
 
 def run_rounds(
-    grid: Grid, run_plan: RunPlan, vector: Vector, *, run_id: str, layout: Layout,
-    checkpoints: Path, on_reply: OnReply,
+    grid: Grid,
+    run_plan: RunPlan,
+    vector: Vector,
+    *,
+    run_id: str,
+    layout: Layout,
+    checkpoints: Path,
+    on_reply: OnReply,
 ) -> Iterator[RoundOutcome]:
     """Runs the planned rounds, from `vector`.
 
@@ -62,9 +68,10 @@ def run_rounds(
         started = perf_counter()
         sent, bytes_down = _send(grid, cohort, instruction, ttl_s=timeout_s)
         # 8. Collect replies until all have come, or the deadline.
-        replies = _collect(
-            grid, sent, timeout_s, lambda node, at=number: on_reply(at, nodes[node])
-        )
+        replies = []
+        for reply in _collect(grid, sent, timeout_s):
+            replies.append(reply)
+            on_reply(number, nodes[sent[reply.metadata.reply_to_message_id]])
         sites_s = perf_counter() - started
         # 9. Validate each reply by itself, then aggregate.
         verdicts = judge(
@@ -93,7 +100,10 @@ def _send(
     content = messages.pack_instruction(instruction)
     outgoing = [
         Message(
-            content, dst_node_id=node, message_type=MessageType.TRAIN, ttl=ttl_s,
+            content,
+            dst_node_id=node,
+            message_type=MessageType.TRAIN,
+            ttl=ttl_s,
             group_id=str(instruction.round),
         )
         for node in cohort
@@ -102,21 +112,17 @@ def _send(
     return dict(zip(ids, cohort, strict=True)), len(cohort) * messages.content_bytes(content)
 
 
-def _collect(
-    grid: Grid, sent: dict[str, int], timeout_s: float, on_reply: Callable[[int], None]
-) -> list[Message]:
-    """Polls until every message has an answer or `timeout_s` seconds have passed."""
-    deadline, waiting, replies = monotonic() + timeout_s, set(sent), []
+def _collect(grid: Grid, sent: dict[str, int], timeout_s: float) -> Iterator[Message]:
+    """Polls until every message has its first answer or `timeout_s` seconds have passed."""
+    deadline, waiting = monotonic() + timeout_s, set(sent)
     while waiting and monotonic() < deadline:
         arrived = list(grid.pull_messages(sorted(waiting)))
         for reply in arrived:
-            replies.append(reply)
             if reply.metadata.reply_to_message_id in waiting:
                 waiting.discard(reply.metadata.reply_to_message_id)
-                on_reply(sent[reply.metadata.reply_to_message_id])
+                yield reply
         if not arrived:
             sleep(POLL_S)
-    return replies
 
 
 def _check_quorum(verdicts: Verdicts, run_plan: RunPlan, number: int) -> None:

@@ -45,7 +45,11 @@ class LocalGrid(Grid):
         raise NotImplementedError("a LocalGrid keeps no Run")
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
         ttl: float | None = None,
     ) -> Message:
         """Deprecated by Flower in favour of `Message(...)`; the same."""
@@ -109,7 +113,8 @@ def _with_id(message: Message, identity: str) -> Message:
         ttl=known.ttl,
         message_type=known.message_type,
     )
-    return Message(content=message.content, metadata=metadata)
+    renamed: Message = Message(content=message.content, metadata=metadata)  # type: ignore[call-overload] # Flower types the public forms only
+    return renamed
 
 
 def _context(partition: int, partitions: int) -> Context:

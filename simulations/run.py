@@ -26,7 +26,7 @@ from client.site import Site
 from common.cli import Invocation, emit_json
 from common.composition import run_job, sweep_index
 from common.config import Config, Split, check_delta, to_canonical
-from common.data import Records, Splits, load_splits
+from common.data import Records, Splits, check_files, load_splits
 from common.errors import ConfigError
 from common.model import build_classifier
 from server.app import CONFIG_KEY, Watch, server_app
@@ -64,6 +64,7 @@ def run_simulation(config: Config, console: Console) -> Path:
     run_dir = _run_dir(config)
     config = replace(config, run_dir=str(run_dir))
     # The plan comes before the first record is read; what needs the records is checked after.
+    check_files(config.data)
     run_plan = make_plan(config)
     model = build_classifier(config)
     show_plan(run_plan, size_of(model), estimate_seconds(config, model), console)
@@ -166,9 +167,13 @@ def _progress(config: Config, console: Console) -> Iterator[Watch]:
         name, value = next(iter(line.metrics.items()))
         spent = line.epsilon if isinstance(line.epsilon, str) else f"{line.epsilon:.3f}"
         last["text"] = f"  {name} {value:.4f}  epsilon {spent}"
-        progress.update(task, description=f"round {line.round}/{config.federation.rounds}{last['text']}")
+        progress.update(
+            task, description=f"round {line.round}/{config.federation.rounds}{last['text']}"
+        )
         if not console.is_terminal:
-            console.print(f"round {line.round}/{config.federation.rounds}{last['text']}", highlight=False)
+            console.print(
+                f"round {line.round}/{config.federation.rounds}{last['text']}", highlight=False
+            )
 
     with progress:
         yield Watch(on_reply, on_round)

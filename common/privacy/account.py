@@ -20,7 +20,8 @@ def account(invocation: Invocation) -> None:
 
     def command(
         file: Annotated[
-            str, typer.Argument(help="JSON list of {noise_multiplier, sample_rate, steps}; - is stdin")
+            str,
+            typer.Argument(help="JSON list of {noise_multiplier, sample_rate, steps}; - is stdin"),
         ],
         delta: Annotated[float, typer.Option(help="The delta of (epsilon, delta).")],
     ) -> None:
@@ -66,7 +67,9 @@ def number(value: float) -> float | str:
 
 def _read_event(position: int, entry: Any) -> Event:
     if not isinstance(entry, dict) or set(entry) != KEYS:
-        raise ConfigError(f"events[{position}]: must have exactly the keys {', '.join(sorted(KEYS))}")
+        raise ConfigError(
+            f"events[{position}]: must have exactly the keys {', '.join(sorted(KEYS))}"
+        )
     for key, value in entry.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"events[{position}].{key}={value!r}: must be a number")

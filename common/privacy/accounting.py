@@ -26,7 +26,7 @@ REPORT_INTERVAL = 1e-4
 """PLD discretisation of reported numbers."""
 SIGMA_DIGITS = 4
 """Decimals of a solved noise multiplier, rounded up."""
-MAX_SIGMA = 1e6
+MIN_SIGMA, MAX_SIGMA = 1e-3, 1e6
 
 # dp-accounting warns of fractional RDP orders it drops; fewer orders only loosen the bound.
 absl_logging.set_verbosity(absl_logging.ERROR)
@@ -76,9 +76,7 @@ Event(noise_multiplier=2.0, sample_rate=0.1, steps=1))
     return tuple(Event(sigma, q, count) for (sigma, q), count in sorted(steps.items()))
 
 
-def epsilon_pld(
-    events: Iterable[Event], delta: float, interval: float = REPORT_INTERVAL
-) -> float:
+def epsilon_pld(events: Iterable[Event], delta: float, interval: float = REPORT_INTERVAL) -> float:
     """Upper bound of epsilon from privacy loss distributions; inf where nothing is private.
 
     >>> rounds = [Event(1.0, 0.02, 20)] * 5
@@ -179,9 +177,7 @@ def epsilon_by_round(event: Event, rounds: int, delta: float) -> tuple[float, ..
 
 
 @functools.lru_cache(maxsize=64)
-def solve_noise_multiplier(
-    epsilon: float, delta: float, sample_rate: float, steps: int
-) -> float:
+def solve_noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     """The smallest sigma, rounded up, at which `steps` steps cost at most `epsilon`.
 
     Guarantee: epsilon_pld at LIVE or REPORT precision is <= `epsilon`, and within 1 % of it
@@ -202,7 +198,7 @@ def solve_noise_multiplier(
         if high > MAX_SIGMA:
             raise ConfigError(f"privacy.epsilon={epsilon:g}: no noise reaches it in {steps} steps")
     low = high / 2
-    while low > 1e-3 and price(low, LIVE_INTERVAL) <= epsilon:
+    while low > MIN_SIGMA and price(low, LIVE_INTERVAL) <= epsilon:
         low, high = low / 2, low
     sigma = _bisect(lambda s: price(s, LIVE_INTERVAL) <= epsilon, low, high)
     if price(sigma, REPORT_INTERVAL) < 0.99 * epsilon:  # the coarse grid gave too much away
@@ -217,7 +213,8 @@ def _bisect(
     while high - low > relative * high:
         middle = (low + high) / 2
         low, high = (low, middle) if enough(middle) else (middle, high)
-    return math.ceil(high * 10**SIGMA_DIGITS) / 10**SIGMA_DIGITS
+    scale = 10.0**SIGMA_DIGITS
+    return math.ceil(high * scale) / scale
 
 
 def _compose(
@@ -227,7 +224,8 @@ def _compose(
         noise = dp_event.GaussianDpEvent(event.noise_multiplier)
         step = noise if event.sample_rate == 1 else _sampled(event.sample_rate, noise)
         accountant.compose(step, event.steps)
-    return float(accountant.get_epsilon(delta))
+    epsilon: float = accountant.get_epsilon(delta)
+    return float(epsilon)
 
 
 def _sampled(q: float, noise: dp_event.DpEvent) -> dp_event.DpEvent:

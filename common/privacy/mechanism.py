@@ -45,7 +45,9 @@ def mechanism_of(config: Config) -> Mechanism:
     Raises: ConfigError if sigma or the declared number of records is not yet resolved.
     """
     if config.data.declared_records is None:
-        raise ConfigError("data.declared_records: not known yet; give it, or let a simulation count")
+        raise ConfigError(
+            "data.declared_records: not known yet; give it, or let a simulation count"
+        )
     return Mechanism(
         noise_multiplier=_sigma(config),
         clip_norm=config.privacy.clip_norm,

@@ -6,9 +6,7 @@ from numpy.typing import NDArray
 from common.privacy.noise import Randomness
 
 
-def poisson_sample(
-    records: int, *, sample_rate: float, coins: Randomness
-) -> NDArray[np.int64]:
+def poisson_sample(records: int, *, sample_rate: float, coins: Randomness) -> NDArray[np.int64]:
     """Indices of the records that one step looks at.
 
     Guarantee: each of `records` is in, independently, with probability `sample_rate` (to

@@ -1,6 +1,5 @@
 """Text classification: one label per text."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
@@ -25,6 +24,7 @@ def loss_vector(logits: Tensor, labels: Tensor) -> Tensor:
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy and macro-F1, both in [0, 1].
 
+    >>> import torch
     >>> metrics(torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0]]), torch.tensor([0, 1, 1]))
     {'accuracy': 0.6667, 'macro_f1': 0.6667}
     """

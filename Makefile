@@ -1,0 +1,37 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: simulate baseline test test-all check format clean
+
+simulate: $(INSTALLED)  ## the main job; ARGS="privacy.epsilon=1" changes it
+	$(BIN)/coterie simulate $(ARGS)
+
+baseline: $(INSTALLED)  ## the same run without privacy
+	$(BIN)/coterie simulate privacy=none $(ARGS)
+
+test: check  ## lint, types, arrows, and the quick suite
+	$(BIN)/python -m pytest -q
+
+test-all: test  ## and the slow tests
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not network"
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

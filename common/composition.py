@@ -120,7 +120,9 @@ _PHRASES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
 def _hydra_environment(invocation: Invocation) -> Iterator[None]:
     """Gives Hydra its own argv, and makes it raise instead of printing and exiting."""
     saved_argv, saved_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [f"coterie {invocation.command}", *invocation.arguments]
+    # Hydra's parser takes flags before overrides, or after, but not between.
+    arguments = sorted(invocation.arguments, key=lambda word: word not in ("-m", "--multirun"))
+    sys.argv = [f"coterie {invocation.command}", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield

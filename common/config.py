@@ -281,6 +281,11 @@ def to_canonical(config: Config) -> str:
     return canonical_json(_plain(asdict(config)))
 
 
+def to_yaml(config: Config) -> str:
+    """The config as people read it: what a run folder keeps as `config.yaml`."""
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config))))
+
+
 def from_canonical(text: str) -> Config:
     """Parses a config that came over the network.
 

@@ -11,7 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common import parameters
-from common.config import Config, from_canonical, to_canonical
+from common.config import Config, from_canonical, to_yaml
 from common.data import Records
 from common.durable import write_atomic
 from common.errors import VerificationError
@@ -53,7 +53,7 @@ def server_app(public: Callable[[Config], Records], watch: Watch) -> ServerApp:
 def _run(grid: Grid, run_plan: RunPlan, public: Records, watch: Watch) -> None:
     config, started = run_plan.config, time.perf_counter()
     run_dir = Path(config.run_dir)
-    write_atomic(run_dir / "config.json", to_canonical(config) + "\n")
+    write_atomic(run_dir / "config.yaml", to_yaml(config))
     model = build_classifier(config)
     evaluator = Evaluator(config, model, public)
     run_id = os.urandom(16).hex()

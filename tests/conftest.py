@@ -1,0 +1,153 @@
+"""What every test shares: a quiet offline environment, a tiny real model, tiny real data."""
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    FLWR_TELEMETRY_ENABLED="0",
+    FLWR_DISABLE_UPDATE_CHECK="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import csv
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from common import cli
+from common.composition import CONF
+from common.config import Config, from_composed, register_schemas
+
+WORDS = {
+    "sport": ["goal", "match", "team", "coach", "cup", "score"],
+    "money": ["bank", "shares", "market", "profit", "loan", "trade"],
+}
+FILLER = ["the", "a", "of", "in", "was", "on", "today", "said"]
+RECORDS = 120
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-block BERT with random weights and a whole-word tokenizer, as a local folder."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *FILLER,
+        *WORDS["sport"],
+        *WORDS["money"],
+    ]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = BertModel(
+            BertConfig(
+                vocab_size=len(words),
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=64,
+                max_position_embeddings=32,
+                initializer_range=0.3,  # distinct words get distinct features
+            )
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 different one-line texts of two classes that can be told apart."""
+    path = tmp_path_factory.mktemp("tiny-data") / "records.csv"
+    draw = random.Random(0)
+    rows: dict[str, str] = {}
+    while len(rows) < RECORDS:
+        label = draw.choice(list(WORDS))
+        text = " ".join([*draw.sample(FILLER, 4), *draw.sample(WORDS[label], 3)])
+        rows[text] = label
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows(rows.items())
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(tiny_model: Path, tiny_csv: Path) -> list[str]:
+    """Overrides that make any job run on the tiny model and data, in about a second."""
+    return [
+        "data=csv",
+        f"data.path={tiny_csv}",
+        "data.labels=[sport,money]",
+        f"model.name={tiny_model}",
+        "task.max_tokens=12",
+        "privacy.delta=1e-3",
+        "privacy.epsilon=8",
+        "federation.sites=2",
+        "federation.rounds=2",
+        "federation.local_steps=2",
+        "engine.threads=1",
+    ]
+
+
+@pytest.fixture(scope="session")
+def compose_config() -> Callable[..., Config]:
+    """Composes `conf/simulate.yaml` with overrides, as the command line would."""
+
+    def composed(*overrides: str) -> Config:
+        register_schemas()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return from_composed(compose("simulate", list(overrides)))
+
+    return composed
+
+
+@pytest.fixture(scope="session")
+def tiny_config(compose_config: Callable[..., Config], tiny_overrides: list[str]) -> Config:
+    """The resolved config of a tiny private run: sigma and number of records are filled in."""
+    return compose_config(*tiny_overrides, "privacy.noise_multiplier=2", "data.declared_records=84")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one call of the command line left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one JSON object on stdout."""
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def coterie(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Calls `coterie` in this process."""
+
+    def call(*arguments: object) -> Answer:
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Answer(code, captured.out, captured.err)
+
+    return call

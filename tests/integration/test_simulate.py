@@ -1,0 +1,169 @@
+"""The whole path, over real apps, a real (tiny) Transformer and real files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_overrides):
+    """One private run, shared by the tests that only read it."""
+    from common import cli
+
+    run_dir = tmp_path_factory.mktemp("run") / "private"
+    assert cli.main(["simulate", *tiny_overrides, f"run_dir={run_dir}", "--json"]) == 0
+    return run_dir
+
+
+def final_vector(run_dir: Path) -> np.ndarray:
+    return load_file(sorted((run_dir / "checkpoints").iterdir())[-1])["vector"]
+
+
+def test_a_run_leaves_everything_the_contract_names(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "config.yaml",
+        "report.json",
+        "report.html",
+        "metrics.jsonl",
+        "checkpoints",
+        "model",
+    }
+    assert len(list((finished / "checkpoints").iterdir())) == 2
+    assert not [path for path in finished.rglob("*") if path.name.startswith(".")]
+
+
+def test_report_has_every_field_of_the_contract(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert {
+        "task",
+        "model",
+        "tuning",
+        "rounds",
+        "engine",
+        "privacy",
+        "sites",
+        "evaluation",
+        "timing",
+        "communication",
+        "versions",
+        "config_hash",
+        "seed",
+    } <= set(report)
+    privacy = report["privacy"]
+    assert privacy["mode"] == "record"
+    assert privacy["unit"] == "record"
+    assert privacy["private"] is True
+    assert "No ledger" in privacy["private_reason"]
+    assert privacy["scope"] == "this_run"
+    assert privacy["selection_charged"] is False
+    assert {"pld", "rdp", "prv"} == set(privacy["epsilon"])
+    assert 0.98 * 8 <= privacy["epsilon"]["pld"] <= 8
+    assert {"total_s", "train_s", "overhead_s"} == set(report["timing"])
+    assert {"bytes_up", "bytes_down"} == set(report["communication"])
+    for site in report["sites"]:
+        assert {"name", "epsilon", "cap", "rounds", "steps", "ledger_head"} == set(site)
+        assert site["cap"] is None
+        assert site["ledger_head"] is None
+        assert site["steps"] == 4
+        assert site["epsilon"] <= 8
+    assert all(isinstance(value, float) for value in report["evaluation"].values())
+
+
+def test_report_page_is_self_contained(finished):
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 2
+    assert "<script" not in page
+    assert "http" not in page
+
+
+def test_bytes_are_those_of_the_vectors(finished):
+    report = json.loads((finished / "report.json").read_text())
+    expected = (4 * final_vector(finished).size + 128) * 2 * 2
+    assert report["communication"] == {"bytes_up": expected, "bytes_down": expected}
+
+
+def run(coterie, tiny_overrides, run_dir, *overrides) -> np.ndarray:
+    answer = coterie("simulate", *tiny_overrides, *overrides, f"run_dir={run_dir}", "--json")
+    assert answer.code == 0, answer.err
+    return final_vector(run_dir)
+
+
+def test_seeded_runs_are_bit_identical_and_stamped(coterie, tiny_overrides, tmp_path):
+    first = run(coterie, tiny_overrides, tmp_path / "a", "privacy.noise=seeded")
+    second = run(coterie, tiny_overrides, tmp_path / "b", "privacy.noise=seeded")
+    other = run(coterie, tiny_overrides, tmp_path / "c", "privacy.noise=seeded", "seed=1")
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, other)
+    weights = [
+        (tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("a", "b")
+    ]
+    assert weights[0] == weights[1]
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["privacy"]["private"] is False
+    for name in ("report.html", "model/README.md", "report.json"):
+        assert "NOT PRIVATE" in (tmp_path / "a" / name).read_text()
+
+
+def test_private_runs_of_one_seed_differ(coterie, tiny_overrides, tmp_path):
+    """Noise and coins come from the operating system; a seed must not reach them."""
+    first = run(coterie, tiny_overrides, tmp_path / "a")
+    second = run(coterie, tiny_overrides, tmp_path / "b")
+    cosine = first @ second / (np.linalg.norm(first) * np.linalg.norm(second))
+    assert not np.array_equal(first, second)
+    assert cosine < 0.9999
+
+
+def test_without_privacy_the_report_says_so(coterie, tiny_overrides, tmp_path):
+    run(coterie, tiny_overrides, tmp_path / "a", "privacy=none")
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["privacy"]["epsilon"] == {"pld": "inf", "rdp": "inf", "prv": "inf"}
+    assert report["privacy"]["private"] is False
+    assert report["sites"][0]["epsilon"] == "inf"
+
+
+def test_training_learns(coterie, tiny_overrides, tmp_path):
+    longer = ["federation.rounds=10", "federation.local_steps=10", "tuning.head_learning_rate=1"]
+    run(coterie, tiny_overrides, tmp_path / "a", "privacy=none", *longer)
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["evaluation"]["accuracy"] > 0.8
+
+
+def test_head_tuning_and_dirichlet_run_too(coterie, tiny_overrides, tmp_path):
+    vector = run(
+        coterie, tiny_overrides, tmp_path / "a", "tuning=head", "federation.partition=dirichlet"
+    )
+    assert vector.size == 2 * 32 + 2
+
+
+def test_quorum_and_epsilon_count_every_round_asked(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2]
+    assert lines[0]["epsilon"] < lines[1]["epsilon"] <= 8
+    assert lines[0]["asked"] == ["site-1", "site-2"]
+
+
+def test_report_shows_the_baseline_beside(coterie, tiny_overrides, tmp_path, finished):
+    run(coterie, tiny_overrides, tmp_path / "none", "privacy=none")
+    answer = coterie("report", finished, "--baseline", tmp_path / "none", "--json")
+    assert answer.code == 0
+    assert "accuracy" in answer.json["baseline"]["evaluation"]
+    assert "without privacy" in (finished / "report.html").read_text()
+
+
+def test_predict_answers_with_the_released_model(coterie, finished):
+    answer = coterie("predict", finished, "goal match team", "bank shares", "--json")
+    assert answer.code == 0
+    labels = [prediction["label"] for prediction in answer.json["predictions"]]
+    assert set(labels) <= {"sport", "money"}
+    assert len(labels) == 2
+
+
+def test_sweep_gives_each_job_its_own_folder(coterie, tiny_overrides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answer = coterie("simulate", *tiny_overrides, "-m", "seed=0,1", "run_dir=sweep")
+    assert answer.code == 0, answer.err
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["job-0", "job-1"]

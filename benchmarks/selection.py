@@ -8,38 +8,42 @@ The hold-out is never looked at here.
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 ROWS: dict[str, list[str]] = {
-    "LoRA r=8, top block, q=0.25, 10x4 steps, lr 2/0.5, T=128": [],
-    "head": ["tuning=head"],
+    "LoRA r=8 on the top block, q=0.25, 10x4 steps, lr 2/0.5, T=128": [],
+    "head alone": ["tuning=head"],
     "no privacy, LoRA": ["privacy=none"],
     "no privacy, head": ["tuning=head", "privacy=none"],
-    "LoRA r=4": ["tuning.rank=4", "tuning.alpha=8"],
-    "LoRA r=16": ["tuning.rank=16", "tuning.alpha=32"],
-    "LoRA, top two blocks": ["tuning.last_layers=2"],
-    "adapter lr 1": ["tuning.adapter_learning_rate=1"],
+    "adapter lr 0.1": ["tuning.adapter_learning_rate=0.1"],
     "adapter lr 0.25": ["tuning.adapter_learning_rate=0.25"],
+    "adapter lr 1": ["tuning.adapter_learning_rate=1"],
     "head lr 1": ["tuning.head_learning_rate=1"],
     "head lr 4": ["tuning.head_learning_rate=4"],
-    "clip 0.5, lr 4/1": [
-        "privacy.clip_norm=0.5",
-        "tuning.head_learning_rate=4",
-        "tuning.adapter_learning_rate=1",
+    "rank 4": ["tuning.rank=4", "tuning.alpha=8"],
+    "rank 16": ["tuning.rank=16", "tuning.alpha=32"],
+    "q=0.25, 10x2 steps": ["federation.local_steps=2"],
+    "q=0.125, 10x8 steps, lr 1/0.25": [
+        "privacy.sample_rate=0.125",
+        "federation.local_steps=8",
+        "tuning.head_learning_rate=1",
+        "tuning.adapter_learning_rate=0.25",
     ],
-    "q=0.5, 10x2 steps": ["privacy.sample_rate=0.5", "federation.local_steps=2"],
-    "q=0.125, 10x8 steps": ["privacy.sample_rate=0.125", "federation.local_steps=8"],
-    "q=1, 10x1 steps": ["privacy.sample_rate=1", "federation.local_steps=1"],
+    "q=0.5, 10x4 steps": ["privacy.sample_rate=0.5"],
+    "q=1, 15x1 steps": [
+        "privacy.sample_rate=1",
+        "federation.rounds=15",
+        "federation.local_steps=1",
+    ],
     "20x2 steps": ["federation.rounds=20", "federation.local_steps=2"],
     "5x8 steps": ["federation.rounds=5", "federation.local_steps=8"],
-    "q=0.25, 10x2 steps": ["federation.local_steps=2"],
     "T=64": ["task.max_tokens=64"],
-    "T=96": ["task.max_tokens=96"],
-    "feature scale 8, lr 0.5/0.5": ["model.feature_scale=8", "tuning.head_learning_rate=0.5"],
+    "top two blocks": ["tuning.last_layers=2"],
 }
 """Settings that differ from the default, by row."""
 
@@ -52,8 +56,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     options = parser.parse_args()
     for seed in options.seeds:
-        for number, overrides in enumerate(ROWS.values()):
-            run_dir = options.folder / f"{number:02d}-{seed}"
+        for name, overrides in ROWS.items():
+            run_dir = _run_dir(options.folder, name, seed)
             if not (run_dir / "report.json").exists():
                 _run(run_dir, overrides, seed, options.threads)
             (options.folder / "table.md").write_text(_table(options.folder, options.seeds))
@@ -74,13 +78,17 @@ def _run(run_dir: Path, overrides: list[str], seed: int, threads: int) -> None:
     subprocess.run(command, check=True)
 
 
+def _run_dir(folder: Path, name: str, seed: int) -> Path:
+    return folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}"
+
+
 def _table(folder: Path, seeds: list[int]) -> str:
     lines = [
         "| what differs | epsilon | validation accuracy, by seed | mean | seconds |",
         "|---|---|---|---|---|",
     ]
-    for number, name in enumerate(ROWS):
-        paths = [folder / f"{number:02d}-{seed}" / "report.json" for seed in seeds]
+    for name in ROWS:
+        paths = [_run_dir(folder, name, seed) / "report.json" for seed in seeds]
         reports = [json.loads(path.read_text()) for path in paths if path.exists()]
         if reports:
             scores = [report["evaluation"]["accuracy"] for report in reports]

@@ -16,23 +16,32 @@ from pathlib import Path
 
 SEEDS = (0, 1, 2)
 ROWS: dict[str, list[str]] = {
-    "LoRA r=8 on the top block, q=0.25, 10x4 steps, lr 2/0.5, T=128": [],
+    "LoRA r=8 on the top block, q=0.25, 10x4 steps, lr 2/0.1, T=128": [],
     "head alone": ["tuning=head"],
     "no privacy, LoRA": ["privacy=none"],
     "no privacy, head": ["tuning=head", "privacy=none"],
-    "adapter lr 0.1": ["tuning.adapter_learning_rate=0.1"],
+    "adapter lr 0.03": ["tuning.adapter_learning_rate=0.03"],
     "adapter lr 0.25": ["tuning.adapter_learning_rate=0.25"],
-    "adapter lr 1": ["tuning.adapter_learning_rate=1"],
+    "adapter lr 0.5": ["tuning.adapter_learning_rate=0.5"],
+    "adapter lr 0.5, no privacy": ["tuning.adapter_learning_rate=0.5", "privacy=none"],
+    "adapter lr 0.5, rank 4": [
+        "tuning.adapter_learning_rate=0.5",
+        "tuning.rank=4",
+        "tuning.alpha=8",
+    ],
+    "adapter lr 0.5, rank 16": [
+        "tuning.adapter_learning_rate=0.5",
+        "tuning.rank=16",
+        "tuning.alpha=32",
+    ],
     "head lr 1": ["tuning.head_learning_rate=1"],
     "head lr 4": ["tuning.head_learning_rate=4"],
-    "rank 4": ["tuning.rank=4", "tuning.alpha=8"],
-    "rank 16": ["tuning.rank=16", "tuning.alpha=32"],
     "q=0.25, 10x2 steps": ["federation.local_steps=2"],
-    "q=0.125, 10x8 steps, lr 1/0.25": [
+    "q=0.125, 10x8 steps, lr 1/0.05": [
         "privacy.sample_rate=0.125",
         "federation.local_steps=8",
         "tuning.head_learning_rate=1",
-        "tuning.adapter_learning_rate=0.25",
+        "tuning.adapter_learning_rate=0.05",
     ],
     "q=0.5, 10x4 steps": ["privacy.sample_rate=0.5"],
     "q=1, 15x1 steps": [
@@ -54,9 +63,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--only", default="", help="regular expression: rows to run")
     options = parser.parse_args()
     for seed in options.seeds:
         for name, overrides in ROWS.items():
+            if not re.search(options.only, name):
+                continue
             run_dir = _run_dir(options.folder, name, seed)
             if not (run_dir / "report.json").exists():
                 _run(run_dir, overrides, seed, options.threads)

@@ -126,8 +126,15 @@ def test_without_privacy_the_report_says_so(coterie, tiny_overrides, tmp_path):
 
 
 def test_training_learns(coterie, tiny_overrides, tmp_path):
-    longer = ["federation.rounds=10", "federation.local_steps=10", "tuning.head_learning_rate=1"]
-    run(coterie, tiny_overrides, tmp_path / "a", "privacy=none", *longer)
+    longer = [
+        "privacy=none",
+        "privacy.sample_rate=0.5",
+        "federation.rounds=10",
+        "federation.local_steps=30",
+        "tuning.head_learning_rate=1",
+        "tuning.adapter_learning_rate=0.05",
+    ]
+    run(coterie, tiny_overrides, tmp_path / "a", *longer)
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["evaluation"]["accuracy"] > 0.8
 

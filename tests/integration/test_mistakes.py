@@ -1,0 +1,65 @@
+"""A user's mistake: exit code 2, one line with the name in it, and nothing written."""
+
+import pytest
+
+MISTAKES = {
+    "unknown key": (["privacy.epsilom=1"], "privacy.epsilom: no such setting; did you mean"),
+    "forced unknown key": (["+privacy.extra=1"], "privacy.extra: no such setting"),
+    "wrong type": (["privacy.epsilon=lots"], "privacy.epsilon=lots: must be a number"),
+    "fraction of a site": (
+        ["federation.sites=1.5"],
+        "federation.sites=1.5: must be a whole number",
+    ),
+    "wrong choice": (["privacy.noise=loud"], "privacy.noise=loud: must be one of entropy, seeded"),
+    "wrong group": (["privacy=all"], "privacy=all: must be one of none, record"),
+    "epsilon zero": (["privacy.epsilon=0"], "privacy.epsilon=0.0: must be a finite number above 0"),
+    "epsilon negative": (["privacy.epsilon=-1"], "privacy.epsilon=-1.0: must be"),
+    "epsilon infinite": (["privacy.epsilon=inf"], "privacy.epsilon=inf: must be"),
+    "delta too large": (["privacy.delta=0.1"], "privacy.delta=0.1: must be below 1/N"),
+    "more sites than records": (
+        ["federation.sites=5000"],
+        "federation.sites=5000: must be at most",
+    ),
+    "no such file": (["data.path=nowhere.csv"], "data.path=nowhere.csv: no such file"),
+    "no such column": (["data.text_column=body"], "data.text_column=body: no such column"),
+    "no such label column": (["data.label_column=y"], "data.label_column=y: no such column"),
+    "model folder without weights": (["model.name=./empty"], "model.name=./empty: no weights"),
+    "no such model folder": (["model.name=./absent"], "model.name=./absent: no folder"),
+    "no such model": (["model.name=absent"], "model.name=absent: cannot be loaded"),
+    "two at once": (["privacy.epsilon=0", "privacy.sample_rate=2"], "; privacy.sample_rate=2.0:"),
+    "sigma too small": (["privacy.noise_multiplier=0.1"], "privacy.noise_multiplier=0.1: spends"),
+    "missing labels": (["data.labels=???"], "no value for data.labels"),
+    "no hold-out": (["data.holdout_fraction=0"], "evaluation.split=holdout: has no records"),
+    "wrong declaration": (["data.declared_records=500"], "data.declared_records=500: the training"),
+    "not a word": (["privacy.epsilon=[1"], "an argument cannot be read"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_one_clear_line_and_nothing_written(
+    mistake, coterie, tiny_overrides, tmp_path, monkeypatch
+):
+    overrides, message = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    answer = coterie("simulate", *tiny_overrides, *overrides)
+    assert answer.code == 2
+    assert message in answer.err
+    assert answer.err.count("\n") == 1
+    assert "Traceback" not in answer.err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_used_run_folder_is_refused(coterie, tiny_overrides, tmp_path):
+    (tmp_path / "precious").write_text("")
+    answer = coterie("simulate", *tiny_overrides, f"run_dir={tmp_path}")
+    assert answer.code == 2
+    assert "is not an empty folder" in answer.err
+
+
+def test_json_refusals_are_one_object(coterie, tiny_overrides):
+    answer = coterie("simulate", *tiny_overrides, "privacy.epsilon=0", "--json")
+    assert answer.code == 2
+    assert answer.json["error"]["code"] == 2
+    assert "privacy.epsilon" in answer.json["error"]["message"]

@@ -1,0 +1,62 @@
+"""Every command in README and docs runs as it stands there."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def commands(page):
+    text = page.read_text()
+    return [line for block in FENCE.findall(text) for line in block.splitlines() if line.strip()]
+
+
+def test_the_pages_hold_commands():
+    assert len(commands(ROOT / "README.md")) >= 8
+
+
+@pytest.mark.slow  # a process per command
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_the_page_runs(page, tmp_path, tiny_overrides, tiny_csv):
+    """In the page's order, in one folder; jobs get the tiny model and data, appended, so that
+    what is tried is the command and not the hour it would take. `make` targets are looked up.
+    """
+    (tmp_path / "records.csv").write_text(tiny_csv.read_text().replace("text,label", "body,topic"))
+    for command in commands(page):
+        result = run(command, tmp_path, tiny_overrides)
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+
+
+def run(command, folder, tiny_overrides):
+    if command.startswith("make "):
+        target = shlex.split(command)[1]
+        return subprocess.run(
+            ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    if command.startswith("python "):
+        script = shlex.split(command)[1]
+        arguments = [sys.executable, str(ROOT / script), "--help"]
+        return subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert "coterie " in command, f"not a command this test knows: {command}"
+    if re.search(r"coterie (simulate|plan)\b", command):
+        own = ["data=csv", *(o for o in tiny_overrides if not o.startswith(("data", "task")))]
+        chosen = own[1:] if "data.path=" in command else tiny_overrides
+        command = f"{command} {shlex.join([*chosen, 'task.max_tokens=12', 'privacy.epsilon=8'])}"
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )

@@ -19,7 +19,7 @@ from common.config import DataSource, NoiseSource, PrivacyMode, config_hash
 from common.durable import write_atomic
 from common.errors import VerificationError
 from common.privacy.account import epsilon_object, number
-from common.privacy.accounting import Epsilons, check_agreement, epsilons
+from common.privacy.accounting import Epsilons, check_agreement, epsilons, shown
 from server.documents import render
 from server.plan import NOT_PRIVATE, RELATION, RunPlan, is_private
 from server.rounds import RoundOutcome
@@ -195,9 +195,8 @@ def show_report(content: dict[str, Any], run_dir: Path, console: Console) -> Non
     for column in ("site", "rounds", "steps", "epsilon"):
         table.add_column(column, justify="left" if column == "site" else "right")
     for site in content["sites"]:
-        epsilon = site["epsilon"]
-        shown = epsilon if isinstance(epsilon, str) else f"{epsilon:.3f}"
-        table.add_row(site["name"], str(site["rounds"]), str(site["steps"]), shown)
+        price = shown(site["epsilon"])
+        table.add_row(site["name"], str(site["rounds"]), str(site["steps"]), price)
     console.print(table)
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in content["evaluation"].items())
     console.print(f"{metrics} on {content['evaluation_records']} public records", highlight=False)

@@ -29,6 +29,7 @@ from common.config import Config, Split, check_delta, to_canonical
 from common.data import Records, Splits, check_files, load_splits
 from common.errors import ConfigError
 from common.model import build_classifier
+from common.privacy.accounting import shown
 from server.app import CONFIG_KEY, Watch, server_app
 from server.plan import estimate_seconds, make_plan, show_plan, size_of
 from server.report import RoundLine, read_report, show_report
@@ -165,8 +166,7 @@ def _progress(config: Config, console: Console) -> Iterator[Watch]:
 
     def on_round(line: RoundLine) -> None:
         name, value = next(iter(line.metrics.items()))
-        spent = line.epsilon if isinstance(line.epsilon, str) else f"{line.epsilon:.3f}"
-        last["text"] = f"  {name} {value:.4f}  epsilon {spent}"
+        last["text"] = f"  {name} {value:.4f}  epsilon {shown(line.epsilon)}"
         progress.update(
             task, description=f"round {line.round}/{config.federation.rounds}{last['text']}"
         )

@@ -10,7 +10,7 @@ import typer
 
 from common.cli import Invocation, emit_json, run_typer
 from common.errors import ConfigError
-from common.privacy.accounting import Epsilons, Event, check_agreement, epsilons
+from common.privacy.accounting import Epsilons, Event, check_agreement, epsilons, shown
 
 KEYS = {"noise_multiplier", "sample_rate", "steps"}
 
@@ -92,8 +92,8 @@ def _read(file: str) -> str:
 
 
 def _sentence(priced: Epsilons, delta: float) -> str:
-    prv = "unavailable" if priced.prv is None else f"{priced.prv:.4f}"
+    prv = "unavailable" if priced.prv is None else shown(priced.prv)
     return (
-        f"epsilon {priced.pld:.4f} at delta {delta:g} "
-        f"(PLD, the headline; RDP {priced.rdp:.4f}, PRV {prv}; add or remove one record)"
+        f"epsilon {shown(priced.pld)} at delta {delta:g} "
+        f"(PLD, the headline; RDP {shown(priced.rdp)}, PRV {prv}; add or remove one record)"
     )

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Decimal
 
 from absl import logging as absl_logging
 from dp_accounting import NeighboringRelation, dp_event
@@ -152,6 +153,17 @@ def check_agreement(priced: Epsilons) -> None:
             agree = agree and pld <= prv + 1e-3 and prv - pld <= 0.02 + 1e-3 * pld
     if not agree:
         raise VerificationError(f"the accountants disagree: {priced}; no number can be trusted")
+
+
+def shown(epsilon: float | str) -> str:
+    """An epsilon as people read it: rounded up, so that it is never too small.
+
+    >>> shown(2.99911), shown(0.5), shown(math.inf), shown("unavailable")
+    ('3.000', '0.500', 'inf', 'unavailable')
+    """
+    if isinstance(epsilon, str) or math.isinf(epsilon):
+        return str(epsilon)
+    return str(Decimal(epsilon).quantize(Decimal("0.001"), rounding=ROUND_CEILING))
 
 
 def within(events: Sequence[Event], *, epsilon: float, delta: float) -> bool:

@@ -31,6 +31,7 @@ def run_job(job: Callable[[Config], None], invocation: Invocation) -> None:
 
     Raises: ConfigError for an unknown key, a wrong type, a missing value or a broken rule.
     """
+    _check_groups(invocation)
     register_schemas()
     refused: list[CoterieError] = []
 
@@ -73,6 +74,14 @@ def explain(message: str) -> str:
     return " ".join(message.split())
 
 
+def _check_groups(invocation: Invocation) -> None:
+    """Refuses a group set to nothing, of which Hydra complains without naming it."""
+    for argument in invocation.arguments:
+        group, _, option = argument.partition("=")
+        if option in ("", "null") and group and (CONF / group).is_dir():
+            raise ConfigError(_group_fault(group, option))
+
+
 def _unknown_setting(found: re.Match[str]) -> str:
     near = difflib.get_close_matches(found[1], list(field_names()), n=1)
     remedy = f"did you mean {near[0]}?" if near else "`coterie simulate --cfg job` shows them all"
@@ -89,8 +98,12 @@ def _wrong_choice(found: re.Match[str]) -> str:
 
 
 def _wrong_group(found: re.Match[str]) -> str:
-    known = sorted(path.stem for path in (CONF / found[1]).glob("*.yaml"))
-    return f"{found[1]}={found[2]}: must be one of {', '.join(known)}"
+    return _group_fault(found[1], found[2])
+
+
+def _group_fault(group: str, option: str) -> str:
+    known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return f"{group}={option}: must be one of {', '.join(known)}"
 
 
 def _unreadable(found: re.Match[str]) -> str:

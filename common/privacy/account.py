@@ -13,6 +13,8 @@ from common.errors import ConfigError
 from common.privacy.accounting import Epsilons, Event, check_agreement, epsilons, shown
 
 KEYS = {"noise_multiplier", "sample_rate", "steps"}
+MAX_WHOLE = 2**53
+"""Above it a whole number has no exact float."""
 
 
 def account(invocation: Invocation) -> None:
@@ -73,6 +75,8 @@ def _read_event(position: int, entry: Any) -> Event:
     for key, value in entry.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"events[{position}].{key}={value!r}: must be a number")
+        if isinstance(value, int) and abs(value) > MAX_WHOLE:
+            raise ConfigError(f"events[{position}].{key}=...: must be at most {MAX_WHOLE}")
     if not isinstance(entry["steps"], int):
         raise ConfigError(f"events[{position}].steps={entry['steps']}: must be a whole number")
     try:

@@ -146,7 +146,7 @@ def check_agreement(priced: Epsilons) -> None:
     """
     pld, rdp, prv = priced.pld, priced.rdp, priced.prv
     if math.isinf(pld):
-        agree = math.isinf(rdp)
+        agree = math.isinf(rdp) and (prv is None or math.isinf(prv))
     else:
         agree = rdp >= pld - 1e-6
         if prv is not None:

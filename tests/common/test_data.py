@@ -1,0 +1,215 @@
+import csv
+import dataclasses
+import gzip
+
+import numpy as np
+import pytest
+
+from common.config import DataConfig, DataSource
+from common.data import check_files, load_splits
+from common.errors import ConfigError
+
+SECRET = "swordfish"  # stands in private texts; must stand in no message
+
+
+@pytest.fixture(scope="module")
+def bbc(compose_config):
+    return load_splits(compose_config().data)
+
+
+def config_of(path, **changes):
+    values = {"source": DataSource.csv, "path": str(path), "labels": ["no", "yes"]}
+    return DataConfig(**{**values, **changes})
+
+
+def write(path, rows, header=("text", "label")):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def records(count, start=0):
+    return [(f"text number {i}", "yes" if i % 2 else "no") for i in range(start, start + count)]
+
+
+def place_of(splits):
+    return {
+        text: name
+        for name in ("train", "validation", "holdout")
+        for text in getattr(splits, name).texts
+    }
+
+
+def label_of(splits):
+    return {
+        text: int(label)
+        for part in (splits.train, splits.validation, splits.holdout)
+        for text, label in zip(part.texts, part.labels, strict=True)
+    }
+
+
+def test_bbc_news_has_the_declared_numbers(bbc, compose_config):
+    assert (len(bbc.train), len(bbc.validation), len(bbc.holdout)) == (1474, 217, 434)
+    assert bbc.duplicates == 100
+    assert compose_config().data.declared_records == len(bbc.train)
+
+
+def test_bbc_news_splits_share_no_text_and_lose_none(bbc):
+    parts = [set(part.texts) for part in (bbc.train, bbc.validation, bbc.holdout)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 2225 - 100
+    assert set(bbc.train.labels.tolist()) == set(range(5))
+
+
+def test_an_unknown_topic_is_refused(compose_config):
+    data = dataclasses.replace(compose_config().data, labels=["sports", "cooking"])
+    with pytest.raises(ConfigError, match=r"data\.labels.*'cooking'"):
+        load_splits(data)
+
+
+def test_adding_a_record_moves_no_other(tmp_path):
+    """Otherwise one person's record would decide which others are trained on."""
+    before = load_splits(config_of(write(tmp_path / "a.csv", records(200))))
+    rows = [("one more", "no"), *records(200)]
+    after = load_splits(config_of(write(tmp_path / "b.csv", rows)))
+    moved = place_of(after)
+    assert moved.pop("one more") in ("train", "validation", "holdout")
+    assert moved == place_of(before)
+
+
+def test_order_of_the_file_moves_nobody(tmp_path):
+    forward = load_splits(config_of(write(tmp_path / "a.csv", records(50))))
+    backward = load_splits(config_of(write(tmp_path / "b.csv", records(50)[::-1])))
+    assert place_of(forward) == place_of(backward)
+    assert label_of(forward) == label_of(backward) == {t: int(y == "yes") for t, y in records(50)}
+
+
+def test_shares_are_about_what_was_asked_and_follow_the_split_seed(tmp_path):
+    path = write(tmp_path / "a.csv", records(2000))
+    splits = load_splits(config_of(path, holdout_fraction=0.3, validation_fraction=0.2))
+    assert len(splits.holdout) == pytest.approx(600, abs=100)
+    assert len(splits.validation) == pytest.approx(400, abs=100)
+    again = load_splits(
+        config_of(path, holdout_fraction=0.3, validation_fraction=0.2, split_seed=1)
+    )
+    assert place_of(again) != place_of(splits)
+
+
+def test_a_repeated_text_is_kept_once_with_its_first_label(tmp_path):
+    rows = [("same  text", "yes"), ("other", "no"), (" same text ", "no")]
+    splits = load_splits(config_of(write(tmp_path / "a.csv", rows)))
+    assert splits.duplicates == 1
+    assert label_of(splits) == {"same text": 1, "other": 0}
+
+
+def test_subset_keeps_the_order_asked(tmp_path):
+    splits = load_splits(
+        config_of(
+            write(tmp_path / "a.csv", records(6)), holdout_fraction=0.0, validation_fraction=0.0
+        )
+    )
+    subset = splits.train.subset([4, 1])
+    assert subset.texts == ("text number 4", "text number 1")
+    assert subset.labels.tolist() == [0, 1]
+    assert len(splits.train.subset(np.array([], dtype=np.int64))) == 0
+
+
+def test_a_test_file_is_the_whole_hold_out_and_is_never_trained_on(tmp_path):
+    private = write(tmp_path / "private.csv", records(100))
+    public = write(tmp_path / "public.csv", [*records(20, start=90), ("text number 95", "no")])
+    splits = load_splits(config_of(private, test_path=str(public)))
+    assert set(splits.holdout.texts) == {text for text, _ in records(20, start=90)}
+    assert not set(splits.holdout.texts) & {*splits.train.texts, *splits.validation.texts}
+    assert len(splits.train) + len(splits.validation) == 90
+    assert 0 < len(splits.validation) < 30
+    assert splits.duplicates == 10 + 1
+
+
+def test_a_gzipped_file_reads_as_the_plain_one(tmp_path):
+    plain = write(tmp_path / "a.csv", records(30))
+    packed = tmp_path / "a.csv.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert label_of(load_splits(config_of(packed))) == label_of(load_splits(config_of(plain)))
+
+
+def test_quotes_commas_line_breaks_and_words_that_look_missing_survive(tmp_path):
+    rows = [('a "quoted", b', "no"), ("two\nlines", "yes"), ("NA", "no"), ("null", "yes")]
+    splits = load_splits(config_of(write(tmp_path / "a.csv", rows)))
+    assert label_of(splits) == {'a "quoted", b': 0, "two lines": 1, "NA": 0, "null": 1}
+
+
+def test_other_columns_are_ignored_and_columns_have_the_names_given(tmp_path):
+    path = write(tmp_path / "a.csv", [("1", "yes", "hello")], header=("id", "y", "words"))
+    splits = load_splits(config_of(path, text_column="words", label_column="y"))
+    assert label_of(splits) == {"hello": 1}
+
+
+FAULTS = {
+    "missing text column": (f"words,label\n{SECRET},yes\n", r"data\.text_column=text: no such"),
+    "missing label column": (f"text,class\n{SECRET},yes\n", r"data\.label_column=label: no such"),
+    "empty text": (f"text,label\n{SECRET},yes\n ,no\n", r"row 2 has an empty text"),
+    "unknown label": (f"text,label\n{SECRET},yes\nb,no\n{SECRET},maybe\n", r"row 3 has a label"),
+    "label in the wrong case": (f"text,label\n{SECRET},Yes\n", r"row 1 has a label"),
+    "label missing": (f"text,label\n{SECRET} a,yes\n{SECRET}\n", r"row 2 has a label"),
+    "text missing": (f"label,text\nyes,{SECRET}\nno\n", r"row 2 has an empty text"),
+    "not UTF-8": (f"text,label\n{SECRET} \xff,yes\n".encode("latin-1"), r"not a readable CSV"),
+    "empty file": ("", r"not a readable CSV"),
+    "too many fields": (f"text,label\n{SECRET},no\na,{SECRET},c,yes\n", r"not a readable CSV"),
+    "broken quotes": (f'text,label\n"{SECRET},no\n', r"not a readable CSV"),
+    "unquoted comma in every row": (
+        f"text,label\nwell, {SECRET},yes\nso, {SECRET},no\n",
+        r"^data\.path=",
+    ),
+    "no header": (f"{SECRET},yes\nb,no\n", r"data\.text_column=text: no such column"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_broken_file_is_refused_without_showing_its_text(tmp_path, content, message):
+    path = tmp_path / "a.csv"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ConfigError, match=message) as refused:
+        load_splits(config_of(path))
+    assert SECRET not in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.95])
+def test_a_broken_gzip_is_refused(tmp_path, keep):
+    content = gzip.compress(write(tmp_path / "a.csv", records(500)).read_bytes())
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(ConfigError, match="not a readable CSV"):
+        load_splits(config_of(path))
+
+
+def test_a_plain_file_named_gz_is_refused(tmp_path):
+    path = write(tmp_path / "a.csv.gz", records(5))
+    with pytest.raises(ConfigError, match="not a readable CSV"):
+        load_splits(config_of(path))
+
+
+@pytest.mark.parametrize("setting", ["path", "test_path"])
+def test_a_missing_file_is_refused_by_the_setting_that_names_it(tmp_path, setting):
+    there = write(tmp_path / "a.csv", records(5))
+    config = dataclasses.replace(config_of(there), **{setting: str(tmp_path / "none.csv")})
+    for refusing in (check_files, load_splits):
+        with pytest.raises(ConfigError, match=rf"^data\.{setting}=.*none\.csv: no such file"):
+            refusing(config)
+
+
+def test_a_folder_is_not_a_file(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_splits(config_of(tmp_path))
+
+
+def test_a_fault_in_the_test_file_names_that_setting(tmp_path):
+    there = write(tmp_path / "a.csv", records(5))
+    public = write(tmp_path / "b.csv", [("a", "maybe")])
+    with pytest.raises(ConfigError, match=r"^data\.test_path=.*row 1"):
+        load_splits(config_of(there, test_path=str(public)))
+
+
+def test_no_rows_is_no_records(tmp_path):
+    splits = load_splits(config_of(write(tmp_path / "a.csv", [])))
+    assert (len(splits.train), len(splits.validation), len(splits.holdout)) == (0, 0, 0)

@@ -15,6 +15,7 @@ from common import messages
 from common.config import Config, NoiseSource, PrivacyMode, check_delta, config_hash
 from common.errors import CoterieError, PrivacyRefusedError, VerificationError
 from common.messages import Instruction, Update
+from common.parameters import check_vector
 from common.privacy.accounting import Event, within
 from common.privacy.mechanism import mechanism_of, round_event
 
@@ -27,12 +28,12 @@ class _BudgetExhaustedError(PrivacyRefusedError):
     """The instruction would exceed the epsilon the run was planned with."""
 
 
-def client_app(open_site: OpenSite, *, allow_seeded_noise: bool = False) -> ClientApp:
+def client_app(open_site: OpenSite, *, allow_unprotected: bool = False) -> ClientApp:
     """The ClientApp that answers training instructions for the sites `open_site` knows.
 
     Guarantee: whatever arrives, the reply is an `Update` or one of the fixed refusals of
     `common.messages`; the text of an exception stays in the local log.
-    Args: allow_seeded_noise: True in simulations only; seeded noise protects nothing.
+    Args: allow_unprotected: True in simulations only, for seeded noise and for none at all.
     """
     app = ClientApp()
     trainers: dict[str, Trainer] = {}
@@ -43,7 +44,7 @@ def client_app(open_site: OpenSite, *, allow_seeded_noise: bool = False) -> Clie
             instruction = messages.read_instruction(message)
             site = open_site(context)
             trainer = _warm_trainer(trainers, instruction.config)
-            update = _answer(site, trainer, instruction, allow_seeded_noise=allow_seeded_noise)
+            update = _answer(site, trainer, instruction, allow_unprotected=allow_unprotected)
             return Message(messages.pack_update(update), reply_to=message)
         except Exception as error:  # the border: nothing else may leave
             return _refuse(message, error)
@@ -52,10 +53,10 @@ def client_app(open_site: OpenSite, *, allow_seeded_noise: bool = False) -> Clie
 
 
 def _answer(
-    site: Site, trainer: Trainer, instruction: Instruction, *, allow_seeded_noise: bool
+    site: Site, trainer: Trainer, instruction: Instruction, *, allow_unprotected: bool
 ) -> Update:
     # 3. Check the instruction against what this site accepts, before anything is charged.
-    _check(site, trainer, instruction, allow_seeded_noise=allow_seeded_noise)
+    _check(site, trainer, instruction, allow_unprotected=allow_unprotected)
     # 4. Charge, before data are touched; a failure further down does not give it back.
     charge = _charge(site, instruction)
     # 5. The private steps. (6, prepare in the ledger, comes with the issue "privacy books".)
@@ -71,22 +72,24 @@ def _answer(
 
 
 def _check(
-    site: Site, trainer: Trainer, instruction: Instruction, *, allow_seeded_noise: bool
+    site: Site, trainer: Trainer, instruction: Instruction, *, allow_unprotected: bool
 ) -> None:
     config = instruction.config
     if instruction.layout_digest != trainer.layout.digest:
         raise VerificationError("instruction: its layout is not that of the model named in it")
     if not 1 <= instruction.round <= config.federation.rounds:
         raise VerificationError(f"instruction: round {instruction.round} is not in the plan")
-    if any(round_number == instruction.round for round_number, _ in site.charges):
+    check_vector(instruction.vector, trainer.layout)
+    if (instruction.run_id, instruction.round) in site.charges:
         raise VerificationError(f"instruction: round {instruction.round} was already answered")
-    if config.privacy.mode is PrivacyMode.none:
+    none = config.privacy.mode is PrivacyMode.none
+    if (none or config.privacy.noise is NoiseSource.seeded) and not allow_unprotected:
+        raise VerificationError("instruction: it would protect nothing, and is refused here")
+    if none:
         return
-    if config.privacy.noise is NoiseSource.seeded and not allow_seeded_noise:
-        raise VerificationError("instruction: seeded noise protects nothing and is refused here")
     # By the declared number of records: a refusal must not depend on the true one.
     check_delta(config.privacy.delta, int(mechanism_of(config).declared_records), site.name)
-    events = [event for _, event in site.charges] + [round_event(config)]
+    events = [*site.charges.values(), round_event(config)]
     if not within(events, epsilon=config.privacy.epsilon, delta=config.privacy.delta):
         raise _BudgetExhaustedError(
             f"round {instruction.round} would exceed epsilon {config.privacy.epsilon:g}"
@@ -95,7 +98,7 @@ def _check(
 
 def _charge(site: Site, instruction: Instruction) -> Event:
     event = round_event(instruction.config)
-    site.charges.append((instruction.round, event))
+    site.charges[instruction.run_id, instruction.round] = event
     return event
 
 

@@ -20,8 +20,8 @@ class Site:
 
     name: str
     records: Records = field(repr=False)
-    charges: list[tuple[int, Event]] = field(default_factory=list)
-    """(round, event) of every round ever started here."""
+    charges: dict[tuple[str, int], Event] = field(default_factory=dict)
+    """What each (run id, round) ever started here cost."""
     inputs: Inputs = field(default_factory=dict, repr=False)
     """Prepared model inputs of the records, computed once; never leaves."""
 

@@ -157,14 +157,26 @@ def load_encoder(config: ModelConfig) -> PreTrainedModel:
     """
     source = _locate(config.name)
     try:
-        encoder: PreTrainedModel = AutoModel.from_pretrained(
-            source, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        encoder: PreTrainedModel
+        encoder, loading = AutoModel.from_pretrained(
+            source,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"model.name={config.name}: cannot be loaded ({_first_line(error)}); "
             "give a folder with config.json and *.safetensors"
         ) from error
+    # transformers would fill a gap with random numbers; a pooler is not used here.
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ConfigError(
+            f"model.name={config.name}: {len(missing)} weights are not in its files, "
+            f"among them {missing[0]}"
+        )
     return encoder
 
 

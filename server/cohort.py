@@ -1,5 +1,6 @@
 """The cohort: which sites a round asks."""
 
+from collections import Counter
 from collections.abc import Mapping
 from time import monotonic, sleep
 
@@ -36,4 +37,10 @@ def sample_cohort(nodes: Mapping[int, str]) -> tuple[int, ...]:
 
 
 def _nodes(grid: Grid) -> dict[int, str]:
-    return {node.node_id: node.name or f"node-{node.node_id}" for node in grid.get_nodes()}
+    """Names are the nodes' own claims; where two claim the same, both get their id as well."""
+    named = {node.node_id: node.name or "node" for node in grid.get_nodes()}
+    claims = Counter(named.values())
+    return {
+        node: f"{name}-{node}" if claims[name] > 1 or name == "node" else name
+        for node, name in named.items()
+    }

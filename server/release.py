@@ -6,14 +6,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import parameters
 from common.cli import Invocation, emit_json, run_typer
 from common.config import Config, ModelConfig, TaskConfig, TaskName
 from common.durable import folder_atomic
-from common.errors import VerificationError
+from common.errors import ConfigError, VerificationError
 from common.model import Classifier, load_encoder, load_tokenizer
 from common.parameters import Vector
 from common.tasks import TASKS
@@ -66,9 +66,12 @@ def load_released(folder: Path) -> tuple[Classifier, TaskConfig]:
         scale = float(head["feature_scale"])
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             weight, bias = file.get_tensor(HEAD_WEIGHT), file.get_tensor(HEAD_BIAS)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise VerificationError(f"{folder}: not a model released by coterie") from error
-    encoder = load_encoder(ModelConfig(str(folder.resolve()), scale))
+    try:
+        encoder = load_encoder(ModelConfig(str(folder.resolve()), scale))
+    except ConfigError as error:
+        raise VerificationError(str(error)) from error
     model = Classifier(encoder, labels=labels, feature_scale=scale)
     if weight.shape != model.classifier.weight.shape or bias.shape != model.classifier.bias.shape:
         raise VerificationError(f"{folder}: its head does not fit its encoder")

@@ -25,6 +25,12 @@ from server.plan import NOT_PRIVATE, RELATION, RunPlan, is_private
 from server.rounds import RoundOutcome
 
 LIBRARIES = ("coterie", "torch", "opacus", "flwr", "transformers", "peft", "dp-accounting")
+REPORT_FIELDS = {
+    *("task", "model", "tuning", "rounds", "engine", "privacy", "sites", "evaluation"),
+    *("timing", "communication", "versions", "config_hash", "seed"),
+}
+"""What every report.json holds."""
+NO_RUN = "holds no finished run (report.json and metrics.jsonl)"
 SELECTION_REASONS = {
     DataSource.bbc_news: "the default hyperparameters were chosen by earlier runs on these "
     "training records, judged on a public validation split; what those runs revealed is not in "
@@ -154,9 +160,9 @@ def read_report(run_dir: Path) -> tuple[dict[str, Any], list[RoundLine]]:
         text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
         lines = [RoundLine(**json.loads(line)) for line in text.splitlines()]
     except (OSError, ValueError, TypeError) as error:
-        raise VerificationError(
-            f"{run_dir}: holds no finished run (report.json and metrics.jsonl)"
-        ) from error
+        raise VerificationError(f"{run_dir}: {NO_RUN}") from error
+    if not isinstance(report, dict) or REPORT_FIELDS - set(report) or not lines:
+        raise VerificationError(f"{run_dir}: {NO_RUN}")
     return report, lines
 
 

@@ -4,6 +4,7 @@ Steps 3 to 7 happen at each site, beside the data; see `client/app.py`. Step 12,
 follows the last round; see `server/report.py`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from server.aggregate import Verdicts, average, fedavg, judge
 from server.checkpoint import write_checkpoint
 from server.cohort import POLL_S, sample_cohort, wait_for_sites
 from server.plan import RunPlan
+
+ROUNDING = 1e-9
+"""So that 0.28 of 25 sites is 7, and not a little more."""
 
 OnReply = Callable[[int, str], None]
 """Called with (round, site) when a reply arrives."""
@@ -116,18 +120,18 @@ def _collect(grid: Grid, sent: dict[str, int], timeout_s: float) -> Iterator[Mes
     """Polls until every message has its first answer or `timeout_s` seconds have passed."""
     deadline, waiting = monotonic() + timeout_s, set(sent)
     while waiting and monotonic() < deadline:
-        arrived = list(grid.pull_messages(sorted(waiting)))
-        for reply in arrived:
+        before = len(waiting)
+        for reply in grid.pull_messages(sorted(waiting)):
             if reply.metadata.reply_to_message_id in waiting:
                 waiting.discard(reply.metadata.reply_to_message_id)
                 yield reply
-        if not arrived:
+        if len(waiting) == before:
             sleep(POLL_S)
 
 
 def _check_quorum(verdicts: Verdicts, run_plan: RunPlan, number: int) -> None:
     sites, quorum = run_plan.config.federation.sites, run_plan.config.federation.quorum
-    if len(verdicts.accepted) < quorum * sites:
+    if len(verdicts.accepted) < math.ceil(quorum * sites - ROUNDING):
         reasons = sorted(set(verdicts.refused.values()))
         raise FederationError(
             f"round {number}: {len(verdicts.accepted)} of {sites} sites answered, "

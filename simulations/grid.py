@@ -1,15 +1,19 @@
 """LocalGrid: Flower's Grid over ClientApps in this process; nothing is serialised or polled."""
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable
 from time import monotonic
 
-from flwr.app import Context, Message, Metadata, RecordDict
+from flwr.app import Context, Error, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+log = logging.getLogger(__name__)
 
 COORDINATOR_NODE_ID = 1
 """Flower's own id of the SuperLink; sites count from 2."""
@@ -96,7 +100,13 @@ class LocalGrid(Grid):
         return replies
 
     def _handle(self, message: Message) -> Message:
-        return self._client_app(message, self._contexts[message.metadata.dst_node_id])
+        """What a SuperNode does: an app that raises is answered for, without its text."""
+        try:
+            return self._client_app(message, self._contexts[message.metadata.dst_node_id])
+        except Exception:
+            log.exception("the ClientApp raised")
+            error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the ClientApp raised")
+            return Message(error, reply_to=message)
 
 
 def _with_id(message: Message, identity: str) -> Message:

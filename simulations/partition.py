@@ -1,5 +1,7 @@
 """Partition: how a simulation deals one dataset to many sites."""
 
+import warnings
+
 import numpy as np
 from datasets import Dataset
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
@@ -24,15 +26,20 @@ def deal(records: Records, config: FederationConfig, *, seed: int) -> list[Recor
     partitioner = _partitioner(config, seed)
     partitioner.dataset = rows
     try:
-        return [
-            records.subset(np.array(partitioner.load_partition(site)["row"], dtype=np.int64))
-            for site in range(config.sites)
-        ]
+        with warnings.catch_warnings():
+            # Each failed Dirichlet attempt warns; what matters is whether one succeeds.
+            warnings.simplefilter("ignore", UserWarning)
+            return _load(partitioner, records, config.sites)
     except ValueError as error:
         raise ConfigError(
             f"federation.dirichlet_alpha={config.dirichlet_alpha:g}: no deal gives every one of "
             f"{config.sites} sites a record; raise it, or lower federation.sites"
         ) from error
+
+
+def _load(partitioner: Partitioner, records: Records, sites: int) -> list[Records]:
+    rows = [partitioner.load_partition(site)["row"] for site in range(sites)]
+    return [records.subset(np.array(indices, dtype=np.int64)) for indices in rows]
 
 
 def _partitioner(config: FederationConfig, seed: int) -> Partitioner:

@@ -80,7 +80,7 @@ def run_simulation(config: Config, console: Console) -> Path:
     grid = LocalGrid(
         client_app(
             lambda context: opened[int(context.node_config["partition-id"])],
-            allow_seeded_noise=True,
+            allow_unprotected=True,
         ),
         names,
     )

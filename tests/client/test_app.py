@@ -1,0 +1,440 @@
+"""The border of a site: what is answered, what is refused, what is charged, and what leaves."""
+
+import json
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Metadata, RecordDict
+from flwr.common.serde import message_to_proto
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.app import client_app
+from client.site import Site
+from common import messages, parameters
+from common.canonical import canonical_json, digest
+from common.config import NoiseSource, PrivacyMode, config_hash, to_canonical
+from common.data import Records
+from common.errors import ConfigError, FederationError, PrivacyRefusedError
+from common.messages import Instruction
+from common.model import build_classifier
+from common.parameters import Layout
+from common.privacy.accounting import epsilon_pld
+from common.privacy.mechanism import round_event
+
+RECORD = "patient 4711 scored a goal"
+"""A private text that must never leave."""
+COORDINATOR, SITE = 1, 2
+INVALID = (messages.INVALID_INSTRUCTION, "invalid instruction")
+EXHAUSTED = (messages.BUDGET_EXHAUSTED, "budget exhausted")
+FAILED = (messages.LOCAL_FAILURE, "local failure")
+
+
+@pytest.fixture(autouse=True)
+def _identity():
+    """As `simulations/grid.py` does: Flower's Message reads its sender from here."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SITE, 1
+
+
+@pytest.fixture(scope="module")
+def start(tiny_config):
+    """The layout and the initial parameters that both sides share."""
+    model = build_classifier(tiny_config)
+    return Layout.of(model), parameters.flatten(model)
+
+
+@pytest.fixture
+def instruction(tiny_config, start):
+    layout, vector = start
+    return Instruction("run", 1, tiny_config, layout.digest, vector)
+
+
+def some_records(count=12):
+    texts = [f"the goal match number {index}" for index in range(count)]
+    return Records(tuple(texts), np.arange(count, dtype=np.int64) % 2)
+
+
+def site_of(records=None):
+    return Site("site-1", some_records() if records is None else records)
+
+
+def app_of(site, **options):
+    return client_app(lambda _: site, **options)
+
+
+def send(app, content, *, ttl=3600.0, created_at=None):
+    """One train message over the real ClientApp; returns the reply."""
+    TaskIdentity.node_id = COORDINATOR
+    outgoing = Message(content, SITE, "train", ttl=ttl).metadata
+    metadata = Metadata(
+        run_id=1,
+        message_id="m-1",
+        src_node_id=COORDINATOR,
+        dst_node_id=SITE,
+        reply_to_message_id="",
+        group_id="1",
+        created_at=outgoing.created_at if created_at is None else created_at,
+        ttl=ttl,
+        message_type="train",
+    )
+    TaskIdentity.node_id = SITE
+    context = Context(1, SITE, {"partition-id": 0}, RecordDict(), {})
+    return app(Message(content=content, metadata=metadata), context)
+
+
+def ask(app, instruction):
+    return send(app, messages.pack_instruction(instruction))
+
+
+def refusal(reply):
+    assert reply.has_error()
+    assert not reply.has_content()
+    return reply.error.code, reply.error.reason
+
+
+def wire(reply):
+    return message_to_proto(reply).SerializeToString()
+
+
+def with_facts(instruction, **changes):
+    """The content of an instruction with some facts replaced; None takes one away."""
+    content = messages.pack_instruction(instruction)
+    facts = dict(content.config_records["facts"])
+    for name, value in changes.items():
+        facts[name.replace("_", "-")] = value
+    kept = {name: value for name, value in facts.items() if value is not None}
+    return RecordDict({"vector": content["vector"], "facts": ConfigRecord(kept)})
+
+
+def with_arrays(instruction, arrays):
+    content = messages.pack_instruction(instruction)
+    return RecordDict({"vector": arrays, "facts": content["facts"]})
+
+
+def with_config_values(instruction, **changes):
+    """A config no honest coordinator can compose, with a hash that matches it."""
+    values = {**plain_values(instruction.config), **changes}
+    return with_facts(instruction, config=canonical_json(values), config_hash=hash_of(values))
+
+
+def plain_values(config):
+    return json.loads(to_canonical(config))
+
+
+def hash_of(values):
+    return digest({name: value for name, value in values.items() if name != "run_dir"})
+
+
+def changed(instruction, section, **changes):
+    config = instruction.config
+    return replace(
+        instruction,
+        config=replace(config, **{section: replace(getattr(config, section), **changes)}),
+    )
+
+
+def test_valid_instruction_is_answered_with_an_update(instruction, start):
+    layout, vector = start
+    site = site_of()
+    update = messages.read_update(ask(app_of(site), instruction))
+    assert (update.run_id, update.round) == ("run", 1)
+    assert update.layout_digest == layout.digest
+    assert update.charge == round_event(instruction.config)
+    assert update.vector.shape == (layout.size,)
+    assert update.vector.dtype == np.float32
+    assert np.isfinite(update.vector).all()
+    assert not np.array_equal(update.vector, vector)
+
+
+def test_answered_round_is_charged_once(instruction):
+    site = site_of()
+    assert ask(app_of(site), instruction).has_content()
+    assert site.charges == {(instruction.run_id, 1): round_event(instruction.config)}
+
+
+def test_update_holds_nothing_but_the_allow_list(instruction, start):
+    """Spelled out here on purpose: whoever adds a fact to the egress must come by this test."""
+    layout, _ = start
+    content = ask(app_of(site_of()), instruction).content
+    assert set(content) == {"vector", "facts"}
+    assert set(content.array_records) == {"vector"}
+    assert set(content.config_records) == {"facts"}
+    assert not content.metric_records
+    assert set(content["vector"]) == {"vector"}
+    assert dict(content["facts"]) == {
+        "run-id": "run",
+        "round": 1,
+        "layout-digest": layout.digest,
+        "noise-multiplier": 2.0,
+        "sample-rate": 0.25,
+        "steps": 2,
+    }
+
+
+def test_update_without_its_vector_does_not_depend_on_the_number_of_records(instruction):
+    """N is private; a site without any record must look like all others."""
+    replies = [ask(app_of(site_of(some_records(n))), instruction) for n in (0, 1, 40)]
+    facts = [dict(reply.content["facts"]) for reply in replies]
+    assert facts[0] == facts[1] == facts[2]
+    assert len({len(wire(reply)) for reply in replies}) == 1
+
+
+def test_update_holds_no_text_of_a_record(instruction):
+    records = Records((RECORD, "bank shares"), np.array([0, 1], dtype=np.int64))
+    assert b"4711" not in wire(ask(app_of(site_of(records)), instruction))
+
+
+GARBAGE = {
+    "empty content": lambda i: RecordDict(),
+    "facts only": lambda i: RecordDict({"facts": messages.pack_instruction(i)["facts"]}),
+    "one record more": lambda i: RecordDict(
+        {**messages.pack_instruction(i), "more": ConfigRecord({"a": 1})}
+    ),
+    "one fact more": lambda i: with_facts(i, more="x"),
+    "one fact less": lambda i: with_facts(i, run_id=None),
+    "round is text": lambda i: with_facts(i, round="1"),
+    "round is negative": lambda i: with_facts(i, round=-1),
+    "round is a bool": lambda i: with_facts(i, round=True),
+    "config is bytes": lambda i: with_facts(i, config=b"{}"),
+    "config is not JSON": lambda i: with_facts(i, config="{"),
+    "config is a JSON list": lambda i: with_facts(i, config="[1]"),
+    "config is a JSON number": lambda i: with_facts(i, config="5"),
+    "config is null": lambda i: with_facts(i, config="null"),
+    "config is empty": lambda i: with_facts(i, config="{}"),
+    "config is nested deeply": lambda i: with_facts(i, config="[" * 100_000),
+    "config has an unknown key": lambda i: with_config_values(i, more=1),
+    "config section is a number": lambda i: with_config_values(i, privacy=1),
+    "config section is null": lambda i: with_config_values(i, privacy=None),
+    "config hash of another": lambda i: with_facts(i, config_hash="0" * 64),
+    "layout of another model": lambda i: with_facts(i, layout_digest="0" * 64),
+    "vector of float64": lambda i: with_arrays(
+        i, ArrayRecord({"vector": Array(i.vector.astype(np.float64))})
+    ),
+    "two vectors": lambda i: with_arrays(
+        i, ArrayRecord({"vector": Array(i.vector), "more": Array(i.vector)})
+    ),
+    "vector bytes cut": lambda i: with_arrays(i, arrays_of(i, Array(i.vector).data[:-4])),
+    "vector bytes are noise": lambda i: with_arrays(i, arrays_of(i, b"\x00\xff" * 50)),
+    "vector bytes are a pickle": lambda i: with_arrays(
+        i, arrays_of(i, b"\x80\x04\x95\x0b\x00\x00\x00")
+    ),
+    "no vector bytes": lambda i: with_arrays(i, arrays_of(i, b"")),
+}
+
+
+def arrays_of(instruction, data):
+    array = Array(dtype="float32", shape=instruction.vector.shape, stype="numpy.ndarray", data=data)
+    return ArrayRecord({"vector": array})
+
+
+@pytest.mark.parametrize("fault", GARBAGE)
+def test_garbage_is_an_invalid_instruction_and_charges_nothing(fault, instruction):
+    site = site_of()
+    reply = send(app_of(site), GARBAGE[fault](instruction))
+    assert refusal(reply) == INVALID
+    assert site.charges == {}
+
+
+WRONG = {
+    "round 0": lambda i: replace(i, round=0),
+    "round beyond the plan": lambda i: replace(i, round=3),
+    "layout of another model": lambda i: replace(i, layout_digest="0" * 64),
+    "seeded noise": lambda i: changed(i, "privacy", noise=NoiseSource.seeded),
+    "unsolved noise": lambda i: changed(i, "privacy", noise_multiplier=None),
+    "undeclared records": lambda i: changed(i, "data", declared_records=None),
+    "delta above 1/N": lambda i: changed(i, "privacy", delta=0.03, epsilon=100.0),
+    "negative epsilon": lambda i: changed(i, "privacy", epsilon=-1.0),
+    "a model that is not here": lambda i: changed(i, "model", name="./nowhere"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_well_formed_but_wrong_instruction_is_refused_and_charges_nothing(fault, instruction):
+    site = site_of()
+    assert refusal(ask(app_of(site), WRONG[fault](instruction))) == INVALID
+    assert site.charges == {}
+
+
+VECTORS = {
+    "nan": lambda v: np.concatenate([v[:-1], np.float32([np.nan])]),
+    "infinite": lambda v: np.concatenate([np.float32([-np.inf]), v[1:]]),
+    "short": lambda v: v[:-1],
+    "empty": lambda v: v[:0],
+}
+
+
+@pytest.mark.parametrize("fault", VECTORS)
+def test_unusable_vector_is_refused(fault, instruction):
+    wrong = replace(instruction, vector=VECTORS[fault](instruction.vector))
+    assert refusal(ask(app_of(site_of()), wrong)) == INVALID
+
+
+@pytest.mark.parametrize("fault", VECTORS)
+def test_unusable_vector_charges_nothing(fault, instruction):
+    """A fault that can be seen without data must not cost the site its budget."""
+    site = site_of()
+    ask(app_of(site), replace(instruction, vector=VECTORS[fault](instruction.vector)))
+    assert site.charges == {}
+
+
+def test_instruction_without_privacy_is_refused_where_seeded_noise_is(instruction):
+    """No noise protects even less than noise with a known seed."""
+    site = site_of()
+    wrong = changed(instruction, "privacy", mode=PrivacyMode.none, noise=NoiseSource.seeded)
+    assert refusal(ask(app_of(site), wrong)) == INVALID
+    assert site.charges == {}
+
+
+def test_config_cannot_read_the_environment_of_a_site(instruction, monkeypatch):
+    """An answer or a refusal would tell the coordinator whether it guessed the value."""
+    monkeypatch.setenv("COTERIE_TEST_SECRET", "text")
+    values = plain_values(instruction.config)
+    guessed = hash_of(values)
+    values["data"]["text_column"] = "${oc.env:COTERIE_TEST_SECRET}"
+    site = site_of()
+    content = with_facts(instruction, config=canonical_json(values), config_hash=guessed)
+    assert refusal(send(app_of(site), content)) == INVALID
+    assert site.charges == {}
+
+
+def test_same_round_twice_is_refused_and_charged_once(instruction):
+    site = site_of()
+    app = app_of(site)
+    assert ask(app, instruction).has_content()
+    assert refusal(ask(app, instruction)) == INVALID
+    assert len(site.charges) == 1
+
+
+def test_rounds_of_a_plan_are_all_answered(instruction):
+    site = site_of()
+    app = app_of(site)
+    replies = [ask(app, replace(instruction, round=number)) for number in (1, 2)]
+    assert all(reply.has_content() for reply in replies)
+    assert [number for _, number in site.charges] == [1, 2]
+
+
+def test_round_beyond_epsilon_is_refused_as_exhausted(instruction):
+    config = instruction.config
+    once = epsilon_pld([round_event(config)], config.privacy.delta, 1e-3)
+    tight = changed(instruction, "privacy", epsilon=1.01 * once)
+    site = site_of()
+    app = app_of(site)
+    assert ask(app, tight).has_content()
+    assert refusal(ask(app, replace(tight, round=2))) == EXHAUSTED
+    assert [number for _, number in site.charges] == [1]
+
+
+class Unreadable(tuple):
+    """Texts that fail on the first touch, and note what was charged by then."""
+
+    def bind(self, site):
+        self.site, self.charged_when_touched = site, None
+        return self
+
+    def fail(self, *_):
+        self.charged_when_touched = dict(self.site.charges)
+        raise OSError(f"cannot read {RECORD}")
+
+    __len__ = __iter__ = __getitem__ = fail
+
+
+def unreadable_site():
+    texts = Unreadable()
+    site = Site("site-1", Records(texts, np.zeros(3, dtype=np.int64)))
+    texts.bind(site)
+    return site
+
+
+def test_charge_is_there_before_data_are_touched(instruction):
+    site = unreadable_site()
+    assert refusal(ask(app_of(site), instruction)) == FAILED
+    assert site.records.texts.charged_when_touched == {
+        (instruction.run_id, 1): round_event(instruction.config)
+    }
+
+
+def test_failure_on_the_data_gives_no_charge_back(instruction):
+    site = unreadable_site()
+    app = app_of(site)
+    assert refusal(ask(app, instruction)) == FAILED
+    assert refusal(ask(app, instruction)) == INVALID
+    assert site.charges == {(instruction.run_id, 1): round_event(instruction.config)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (RuntimeError, FAILED),
+        (MemoryError, FAILED),
+        (ConfigError, INVALID),
+        (PrivacyRefusedError, INVALID),
+        (FederationError, INVALID),
+    ],
+)
+def test_text_of_an_exception_stays_in_the_local_log(kind, expected, instruction, caplog):
+    def open_site(_):
+        raise kind(f"row 3: {RECORD}")
+
+    with caplog.at_level(logging.ERROR):
+        reply = ask(client_app(open_site), instruction)
+    assert refusal(reply) == expected
+    assert RECORD.encode() not in wire(reply)
+    assert kind.__name__.encode() not in wire(reply)
+    assert RECORD in caplog.text
+
+
+def test_text_of_a_failure_on_the_data_stays_in_the_local_log(instruction, caplog):
+    with caplog.at_level(logging.ERROR):
+        reply = ask(app_of(unreadable_site()), instruction)
+    assert RECORD.encode() not in wire(reply)
+    assert RECORD in caplog.text
+
+
+def test_refusals_are_fixed_and_tell_the_codes_of_flower_apart():
+    """Flower's own error codes are below 600; a refusal must not look like one of them."""
+    assert messages.REFUSALS == {
+        601: "invalid instruction",
+        602: "budget exhausted",
+        603: "local failure",
+    }
+
+
+def test_reply_goes_to_the_message_it_answers(instruction):
+    site = site_of()
+    for reply in (ask(app_of(site), instruction), ask(app_of(site), replace(instruction, round=0))):
+        assert reply.metadata.reply_to_message_id == "m-1"
+        assert reply.metadata.dst_node_id == COORDINATOR
+        assert reply.metadata.src_node_id == SITE
+
+
+def test_instruction_past_its_deadline_still_gets_one_reply(instruction):
+    """A slow site must not bring down the process that carries its messages."""
+    reply = send(
+        app_of(site_of()), messages.pack_instruction(instruction), ttl=1.0, created_at=1.7e9
+    )
+    assert reply.metadata.reply_to_message_id == "m-1"
+
+
+def test_seeded_noise_repeats_where_it_is_allowed(instruction):
+    seeded = changed(instruction, "privacy", noise=NoiseSource.seeded)
+    vectors = [
+        messages.read_update(ask(app_of(site_of(), allow_unprotected=True), seeded)).vector
+        for _ in range(2)
+    ]
+    assert np.array_equal(*vectors)
+
+
+def test_private_answers_to_one_instruction_differ(instruction):
+    """Noise comes from the operating system, for each answer anew."""
+    vectors = [messages.read_update(ask(app_of(site_of()), instruction)).vector for _ in range(2)]
+    assert not np.array_equal(*vectors)
+
+
+def test_config_of_another_round_of_the_same_run_is_read_anew(instruction):
+    """The warm model belongs to one config; another config must not train with it."""
+    app = app_of(site_of())
+    more = changed(instruction, "federation", local_steps=1)
+    assert config_hash(more.config) != config_hash(instruction.config)
+    assert messages.read_update(ask(app, instruction)).charge.steps == 2
+    assert messages.read_update(ask(app, replace(more, round=2))).charge.steps == 1

@@ -1,0 +1,346 @@
+"""The loop of rounds over a fake Grid: deadlines, quorum, and what a finished round leaves."""
+
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+from safetensors import safe_open
+
+from common import messages
+from common.errors import FederationError
+from common.messages import Update
+from common.parameters import Layout
+from common.privacy.accounting import Event
+from server.plan import make_plan
+from server.rounds import run_rounds
+
+LAYOUT = Layout(("weight",), ((4,),))
+START = np.zeros(4, dtype=np.float32)
+
+
+class FakeGrid(Grid):
+    """Answers each message by `answer(node, message)`; None is silence."""
+
+    def __init__(self, names, answer):
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+        self.names, self.answer = names, answer
+        self.pushed, self.handled = {}, set()
+        self.unsolicited = []
+
+    def set_run(self, run):
+        raise NotImplementedError
+
+    @property
+    def run(self):
+        raise NotImplementedError
+
+    def create_message(self, content, message_type, dst_node_id, group_id, ttl=None):
+        raise NotImplementedError
+
+    def get_node_ids(self):
+        return list(self.names)
+
+    def get_nodes(self):
+        return [NodeInfo(node_id=node, name=name) for node, name in self.names.items()]
+
+    def push_messages(self, messages):
+        ids = []
+        for message in messages:
+            known = message.metadata
+            identity = f"m-{len(self.pushed) + 1}"
+            metadata = Metadata(
+                known.run_id,
+                identity,
+                known.src_node_id,
+                known.dst_node_id,
+                "",
+                known.group_id,
+                known.created_at,
+                known.ttl,
+                known.message_type,
+            )
+            self.pushed[identity] = Message(content=message.content, metadata=metadata)
+            ids.append(identity)
+        return ids
+
+    def pull_messages(self, message_ids):
+        replies = list(self.unsolicited)
+        for identity in message_ids:
+            if identity not in self.handled:
+                self.handled.add(identity)
+                message = self.pushed[identity]
+                replies.append(self.answer(message.metadata.dst_node_id, message))
+        return [reply for reply in replies if reply is not None]
+
+    def send_and_receive(self, messages, *, timeout=None):
+        raise NotImplementedError
+
+
+def update(node, message):
+    """A valid update: the parameters sent, plus the node id."""
+    instruction = messages.read_instruction(message)
+    config = instruction.config
+    charge = Event(
+        config.privacy.noise_multiplier, config.privacy.sample_rate, config.federation.local_steps
+    )
+    released = Update(
+        instruction.run_id,
+        instruction.round,
+        instruction.layout_digest,
+        charge,
+        instruction.vector + np.float32(node),
+    )
+    return Message(messages.pack_update(released), reply_to=message)
+
+
+def refuse(_, message):
+    return Message(Error(602, "free text"), reply_to=message)
+
+
+def silent(_node, _message):
+    return None
+
+
+def nodes_that(**answers):
+    """An answer per node id, given as `n3=silent`; the others send an update."""
+
+    def answer(node, message):
+        return answers.get(f"n{node}", update)(node, message)
+
+    return answer
+
+
+def named(count):
+    return {node: f"site-{node}" for node in range(1, count + 1)}
+
+
+@pytest.fixture(scope="module")
+def planned(tiny_config):
+    """The plan of a tiny run with some federation settings changed."""
+    base = make_plan(tiny_config)
+
+    def changed(**settings):
+        config = base.config
+        settings = {"sites": 3, "round_timeout_s": 5.0, **settings}
+        return replace(
+            base, config=replace(config, federation=replace(config.federation, **settings))
+        )
+
+    return changed
+
+
+@pytest.fixture
+def go(tmp_path):
+    """Starts the rounds; what they saw of replies is in `go.seen`."""
+
+    def started(grid, plan):
+        return run_rounds(
+            grid,
+            plan,
+            START,
+            run_id="run",
+            layout=LAYOUT,
+            checkpoints=tmp_path / "checkpoints",
+            on_reply=lambda number, site: started.seen.append((number, site)),
+        )
+
+    started.seen, started.checkpoints = [], tmp_path / "checkpoints"
+    return started
+
+
+def test_all_sites_answer_every_round(go, planned):
+    outcomes = list(go(FakeGrid(named(3), update), planned()))
+    assert [outcome.round for outcome in outcomes] == [1, 2]
+    for outcome in outcomes:
+        assert outcome.asked == ("site-1", "site-2", "site-3")
+        assert outcome.refused == {}
+        assert outcome.bytes_up == outcome.bytes_down == 3 * (16 + 128)
+    assert outcomes[0].vector == pytest.approx(np.full(4, 2))
+    assert outcomes[1].vector == pytest.approx(np.full(4, 4))
+    assert sorted(go.seen) == [(r, f"site-{s}") for r in (1, 2) for s in (1, 2, 3)]
+
+
+def test_each_round_sends_the_parameters_of_the_round_before(go, planned):
+    grid = FakeGrid(named(3), update)
+    outcomes = list(go(grid, planned()))
+    sent = [messages.read_instruction(message) for message in grid.pushed.values()]
+    assert [instruction.round for instruction in sent] == [1, 1, 1, 2, 2, 2]
+    assert np.array_equal(sent[0].vector, START)
+    assert np.array_equal(sent[3].vector, outcomes[0].vector)
+    assert {message.metadata.group_id for message in grid.pushed.values()} == {"1", "2"}
+
+
+def test_messages_expire_with_the_round(go, planned):
+    grid = FakeGrid(named(3), update)
+    list(go(grid, planned(round_timeout_s=7.0)))
+    assert {message.metadata.ttl for message in grid.pushed.values()} == {7.0}
+
+
+def test_missed_quorum_names_the_numbers_and_the_reasons(go, planned):
+    grid = FakeGrid(named(3), nodes_that(n2=refuse))
+    with pytest.raises(FederationError, match=r"round 1: 2 of 3 sites .*quorum=1.*budget") as error:
+        list(go(grid, planned()))
+    assert "free text" not in str(error.value)
+    assert not go.checkpoints.exists()
+
+
+def test_refusal_within_quorum_is_listed_and_the_round_counts(go, planned):
+    grid = FakeGrid(named(3), nodes_that(n2=refuse))
+    first = next(go(grid, planned(quorum=0.6)))
+    assert first.refused == {"site-2": "budget exhausted"}
+    assert first.asked == ("site-1", "site-2", "site-3")
+    assert first.vector == pytest.approx(np.full(4, 2))
+    assert first.bytes_up == 2 * (16 + 128)
+
+
+@pytest.mark.parametrize(("quorum", "sites", "answering"), [(0.5, 4, 2), (0.28, 25, 7)])
+def test_quorum_that_is_met_exactly_is_met(quorum, sites, answering, go, planned):
+    """In floating point 0.28 * 25 is a little above 7."""
+    refusing = {f"n{node}": refuse for node in range(answering + 1, sites + 1)}
+    grid = FakeGrid(named(sites), nodes_that(**refusing))
+    first = next(go(grid, planned(sites=sites, quorum=quorum)))
+    assert len(first.refused) == sites - answering
+
+
+def test_one_answer_less_than_the_quorum_is_not_enough(go, planned):
+    grid = FakeGrid(named(4), nodes_that(n1=refuse, n2=refuse, n3=refuse))
+    with pytest.raises(FederationError, match="1 of 4"):
+        next(go(grid, planned(sites=4, quorum=0.5)))
+
+
+def test_silent_site_is_left_behind_at_the_deadline(go, planned):
+    grid = FakeGrid(named(3), nodes_that(n3=silent))
+    started = time.monotonic()
+    first = next(go(grid, planned(quorum=0.6, round_timeout_s=0.5)))
+    assert 0.5 <= time.monotonic() - started < 3
+    assert first.refused == {"site-3": "no reply before the deadline"}
+    assert first.asked == ("site-1", "site-2", "site-3")
+    assert first.vector == pytest.approx(np.full(4, 1.5))
+
+
+def test_silence_below_the_quorum_ends_the_run(go, planned):
+    grid = FakeGrid(named(3), nodes_that(n3=silent))
+    with pytest.raises(FederationError, match=r"2 of 3 .*no reply before the deadline"):
+        next(go(grid, planned(round_timeout_s=0.3)))
+
+
+def test_site_silent_in_one_round_is_asked_again_in_the_next(go, planned):
+    """It may have trained and paid all the same, so each asking is on record."""
+    grid = FakeGrid(named(3), nodes_that(n3=silent))
+    outcomes = list(go(grid, planned(quorum=0.6, round_timeout_s=0.3)))
+    assert [outcome.asked for outcome in outcomes] == [("site-1", "site-2", "site-3")] * 2
+
+
+def test_too_few_sites_end_the_wait_with_both_numbers(go, planned):
+    started = time.monotonic()
+    with pytest.raises(FederationError, match=r"2 of 3 sites came within 0\.3 s"):
+        next(go(FakeGrid(named(2), update), planned(round_timeout_s=0.3)))
+    assert time.monotonic() - started < 3
+
+
+def test_site_that_comes_late_to_the_start_is_waited_for(go, planned):
+    grid = FakeGrid(named(2), update)
+    asked = []
+
+    def nodes():
+        asked.append(None)
+        known = named(2) if len(asked) == 1 else named(3)
+        return [NodeInfo(node_id=node, name=name) for node, name in known.items()]
+
+    grid.get_nodes = nodes
+    assert next(go(grid, planned())).asked == ("site-1", "site-2", "site-3")
+
+
+def test_late_reply_of_an_earlier_round_is_ignored(go, planned):
+    """It would be a valid update of round 1 counted into round 2."""
+    late = []
+
+    def answer_late(node, message):
+        if messages.read_instruction(message).round == 1:
+            late.append(update(node, message))
+
+    grid = FakeGrid(named(3), nodes_that(n3=answer_late))
+    rounds = go(grid, planned(quorum=0.6, round_timeout_s=0.4))
+    first = next(rounds)
+    grid.unsolicited = late
+    second = next(rounds)
+    assert len(late) == 1
+    assert first.refused == second.refused == {"site-3": "no reply before the deadline"}
+    assert second.vector == pytest.approx(np.full(4, 3))
+    assert go.seen.count((2, "site-3")) == 0
+
+
+def test_unsolicited_and_repeated_replies_are_ignored(go, planned):
+    grid = FakeGrid(named(3), update)
+    twice = []
+
+    def answer(node, message):
+        reply = update(node, message)
+        twice.append(Message(reply.content, reply_to=message))
+        grid.unsolicited = list(twice)
+        return reply
+
+    grid.answer = answer
+    outcomes = list(go(grid, planned()))
+    assert outcomes[0].vector == pytest.approx(np.full(4, 2))
+    assert outcomes[1].vector == pytest.approx(np.full(4, 4))
+    assert len(go.seen) == 6
+
+
+def test_flood_of_unsolicited_replies_does_not_keep_the_processor_busy(go, planned):
+    """A wait polls at intervals, whatever strangers send."""
+    grid = FakeGrid(named(3), nodes_that(n3=silent))
+    stranger = Message(
+        content=RecordDict(),
+        metadata=Metadata(1, "", 9, 1, "m-999", "1", 1.8e9, 60.0, "train"),
+    )
+    grid.unsolicited = [stranger]
+    polls = []
+    pull = grid.pull_messages
+    grid.pull_messages = lambda ids: polls.append(None) or pull(ids)
+    next(go(grid, planned(quorum=0.6, round_timeout_s=0.5)))
+    assert len(polls) < 20
+
+
+def test_checkpoint_of_a_round_is_there_when_its_outcome_is(go, planned):
+    for outcome in go(FakeGrid(named(3), update), planned()):
+        path = go.checkpoints / f"round-{outcome.round:04d}.safetensors"
+        with safe_open(path, framework="np") as file:
+            assert file.keys() == ["vector"]
+            assert np.array_equal(file.get_tensor("vector"), outcome.vector)
+            assert json.loads(file.metadata()["run"]) == {"run_id": "run", "round": outcome.round}
+    assert len(list(go.checkpoints.iterdir())) == 2
+
+
+def test_round_that_failed_leaves_the_checkpoints_before_it(go, planned):
+    def once(node, message):
+        number = messages.read_instruction(message).round
+        return update(node, message) if number == 1 else refuse(node, message)
+
+    with pytest.raises(FederationError, match="round 2: 0 of 3"):
+        list(go(FakeGrid(named(3), once), planned()))
+    assert [path.name for path in go.checkpoints.iterdir()] == ["round-0001.safetensors"]
+
+
+def test_order_of_arrival_changes_nothing(go, planned):
+    forwards = list(go(FakeGrid(named(3), update), planned()))
+    backwards = list(go(FakeGrid(dict(reversed(named(3).items())), update), planned()))
+    assert backwards[-1].asked == forwards[-1].asked
+    assert np.array_equal(backwards[-1].vector, forwards[-1].vector)
+
+
+def test_nodes_without_a_name_are_told_apart(go, planned):
+    first = next(go(FakeGrid({1: "", 2: "", 3: ""}, update), planned()))
+    assert first.asked == ("node-1", "node-2", "node-3")
+
+
+def test_nodes_of_one_name_are_told_apart(go, planned):
+    """Names come from peers: two of a kind would be charged as one and hide each other's fault."""
+    first = next(go(FakeGrid({1: "hospital", 2: "hospital", 3: "clinic"}, update), planned()))
+    assert len(set(first.asked)) == 3

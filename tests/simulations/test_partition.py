@@ -1,0 +1,112 @@
+"""A deal gives every record to one site, and the same ones for the same seed."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from common.config import Partition
+from common.data import Records
+from common.errors import ConfigError
+from simulations.partition import deal
+
+
+@pytest.fixture
+def federation(tiny_config):
+    def changed(**settings):
+        return replace(tiny_config.federation, **settings)
+
+    return changed
+
+
+def records_of(count, classes=4):
+    texts = tuple(f"text {index}" for index in range(count))
+    return Records(texts, np.arange(count, dtype=np.int64) % classes)
+
+
+RECORDS = records_of(203)
+SETTINGS = [
+    {"partition": Partition.iid, "sites": 5},
+    {"partition": Partition.iid, "sites": 1},
+    {"partition": Partition.dirichlet, "sites": 5, "dirichlet_alpha": 1.0},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["iid", "iid of one", "dirichlet"])
+def test_every_record_is_dealt_once_with_its_label(settings, federation):
+    sites = deal(RECORDS, federation(**settings), seed=0)
+    assert len(sites) == settings["sites"]
+    dealt = [pair for site in sites for pair in zip(site.texts, site.labels.tolist(), strict=True)]
+    assert Counter(dealt) == Counter(zip(RECORDS.texts, RECORDS.labels.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["iid", "iid of one", "dirichlet"])
+def test_same_seed_deals_the_same_and_another_seed_deals_otherwise(settings, federation):
+    first, again, other = (
+        [site.texts for site in deal(RECORDS, federation(**settings), seed=seed)]
+        for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_another_seed_gives_a_site_other_records_and_not_only_another_order(federation):
+    first, other = (deal(RECORDS, federation(sites=5), seed=seed)[0].texts for seed in (0, 1))
+    assert set(first) != set(other)
+
+
+@pytest.mark.parametrize("sites", [1, 2, 5, 7, 203])
+def test_sizes_of_an_iid_deal_differ_by_at_most_one(sites, federation):
+    sizes = [len(site) for site in deal(RECORDS, federation(sites=sites), seed=3)]
+    assert max(sizes) - min(sizes) <= 1
+    assert sum(sizes) == 203
+
+
+def skew(alpha, federation):
+    """Mean total variation between a site's labels and everybody's, over a few seeds."""
+    overall = np.bincount(RECORDS.labels, minlength=4) / len(RECORDS)
+    settings = federation(partition=Partition.dirichlet, sites=4, dirichlet_alpha=alpha)
+    distances = [
+        np.abs(np.bincount(site.labels, minlength=4) / len(site) - overall).sum() / 2
+        for seed in range(5)
+        for site in deal(RECORDS, settings, seed=seed)
+    ]
+    return np.mean(distances)
+
+
+@pytest.mark.filterwarnings("ignore:The specified min_partition_size")
+def test_small_alpha_skews_labels_and_large_alpha_does_not(federation):
+    small, large = skew(0.1, federation), skew(100.0, federation)
+    assert small > 0.4
+    assert large < 0.15
+
+
+@pytest.mark.parametrize("partition", list(Partition))
+def test_more_sites_than_records_are_refused(partition, federation):
+    settings = federation(partition=partition, sites=5)
+    with pytest.raises(ConfigError, match=r"federation\.sites=5: must be at most 4"):
+        deal(records_of(4), settings, seed=0)
+
+
+def impossible(federation):
+    """Ten sites, two classes, nearly everything to one site of each."""
+    return federation(partition=Partition.dirichlet, sites=10, dirichlet_alpha=0.001)
+
+
+@pytest.mark.filterwarnings("ignore:The specified min_partition_size")
+def test_impossible_dirichlet_deal_is_refused(federation):
+    with pytest.raises(ConfigError, match=r"federation\.dirichlet_alpha=0\.001: no deal gives"):
+        deal(records_of(40, classes=2), impossible(federation), seed=0)
+
+
+def test_refusal_is_the_only_thing_said(federation):
+    """The partitioner's own warnings, one per attempt, would bury the one line of ours."""
+    with pytest.raises(ConfigError):
+        deal(records_of(40, classes=2), impossible(federation), seed=0)
+
+
+@pytest.mark.filterwarnings("ignore:The specified min_partition_size")
+def test_no_site_of_a_skewed_deal_is_empty(federation):
+    settings = federation(partition=Partition.dirichlet, sites=4, dirichlet_alpha=0.2)
+    assert all(len(site) for site in deal(RECORDS, settings, seed=0))

@@ -77,7 +77,7 @@ def run_typer(function: Callable[..., None], invocation: Invocation) -> None:
     import click  # noqa: PLC0415 - only commands that parse pay for the import
     import typer  # noqa: PLC0415
 
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     app.command()(function)
     try:
         typer.main.get_command(app).main(

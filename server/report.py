@@ -177,6 +177,8 @@ def report(invocation: Invocation) -> None:
     ) -> None:
         """Prints the closing table of a run and writes its report.html anew.
 
+        RUN is the folder of a finished run.
+
         Example: coterie report runs/demo --baseline runs/baseline
         """
         content, lines = read_report(run)

@@ -29,6 +29,8 @@ def account(invocation: Invocation) -> None:
     ) -> None:
         """Prices a history of private steps.
 
+        FILE is a JSON list of objects with noise_multiplier, sample_rate and steps; - is stdin.
+
         Example: echo '[{"noise_multiplier":1,"sample_rate":0.02,"steps":100}]' |
         coterie account - --delta 1e-5
         """

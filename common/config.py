@@ -7,9 +7,10 @@ fields that change only speed stand in `EngineConfig`.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
+from functools import reduce
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -347,11 +348,7 @@ def check(config: Config) -> None:
 
     Raises: ConfigError with one clause per fault: name, value, rule.
     """
-    faults = [
-        f"{name}={value}: must be {rule}"
-        for name, value, rule, holds in _rules(config)
-        if not holds
-    ]
+    faults = list(_broken(config))
     if faults:
         raise ConfigError("; ".join(faults))
 
@@ -369,78 +366,20 @@ def check_delta(delta: float, records: int, owner: str) -> None:
         )
 
 
-def _rules(config: Config) -> Iterator[tuple[str, Any, str, bool]]:
-    privacy, federation, tuning, data = (
-        config.privacy,
-        config.federation,
-        config.tuning,
-        config.data,
-    )
-    yield "task.max_tokens", config.task.max_tokens, "at least 1", config.task.max_tokens >= 1
-    scale = config.model.feature_scale
-    yield "model.feature_scale", scale, "a finite number above 0", _positive(scale)
-    yield "privacy.epsilon", privacy.epsilon, "a finite number above 0", _positive(privacy.epsilon)
-    yield "privacy.delta", privacy.delta, "between 0 and 1, both excluded", 0 < privacy.delta < 1
-    yield (
-        "privacy.clip_norm",
-        privacy.clip_norm,
-        "a finite number above 0",
-        _positive(privacy.clip_norm),
-    )
-    yield (
-        "privacy.sample_rate",
-        privacy.sample_rate,
-        "above 0 and at most 1",
-        (0 < privacy.sample_rate <= 1),
-    )
-    sigma = privacy.noise_multiplier
-    yield (
-        "privacy.noise_multiplier",
-        sigma,
-        "a finite number above 0, or null to solve it",
-        (sigma is None or _positive(sigma)),
-    )
-    for name in ("sites", "rounds", "local_steps"):
-        value = getattr(federation, name)
-        yield f"federation.{name}", value, "at least 1", value >= 1
-    alpha = federation.dirichlet_alpha
-    yield "federation.dirichlet_alpha", alpha, "a finite number above 0", _positive(alpha)
-    yield (
-        "federation.quorum",
-        federation.quorum,
-        "above 0 and at most 1",
-        0 < federation.quorum <= 1,
-    )
-    timeout = federation.round_timeout_s
-    yield "federation.round_timeout_s", timeout, "a finite number above 0", _positive(timeout)
-    yield "engine.threads", config.engine.threads, "0 or more", config.engine.threads >= 0
-    batch = config.engine.physical_batch
-    yield "engine.physical_batch", batch, "at least 1", batch >= 1
-    rate = tuning.head_learning_rate
-    yield "tuning.head_learning_rate", rate, "a finite number above 0", _positive(rate)
-    if tuning.method is TuningMethod.lora:
-        yield "tuning.rank", tuning.rank, "at least 1", tuning.rank >= 1
-        yield "tuning.alpha", tuning.alpha, "at least 1", tuning.alpha >= 1
-        yield "tuning.last_layers", tuning.last_layers, "at least 1", tuning.last_layers >= 1
-        yield "tuning.targets", tuning.targets, "a list of module names", bool(tuning.targets)
-        rate = tuning.adapter_learning_rate
-        yield "tuning.adapter_learning_rate", rate, "a finite number above 0", _positive(rate)
-    rule = "two or more different class names, in order"
-    yield "data.labels", data.labels, rule, _distinct_names(data.labels)
-    shares = data.holdout_fraction, data.validation_fraction
-    for name, share in zip(("holdout_fraction", "validation_fraction"), shares, strict=True):
-        yield f"data.{name}", share, "at least 0 and below 1", 0 <= share < 1
-    total = round(sum(shares), 12)
-    yield "data.holdout_fraction + data.validation_fraction", total, "below 1", total < 1
-    declared = data.declared_records
-    yield (
-        "data.declared_records",
-        declared,
-        "at least 1, or null to count",
-        (declared is None or declared >= 1),
-    )
-    if data.source is DataSource.csv:
-        yield "data.path", data.path or "''", "the path of a CSV file", bool(data.path)
+def _broken(config: Config) -> Iterator[str]:
+    """One clause per broken rule."""
+    rules = dict(_RULES)
+    if config.tuning.method is TuningMethod.lora:
+        rules |= _LORA_RULES
+    if config.data.source is DataSource.csv:
+        rules["data.path"] = ("the path of a CSV file", bool)
+    for name, (rule, holds) in rules.items():
+        value: Any = reduce(getattr, name.split("."), config)
+        if not holds(value):
+            yield f"{name}={value if value != '' else repr(value)}: must be {rule}"
+    public = round(config.data.holdout_fraction + config.data.validation_fraction, 12)
+    if public >= 1:
+        yield f"data.holdout_fraction + data.validation_fraction={public}: must be below 1"
 
 
 def _distinct_names(labels: list[str]) -> bool:
@@ -450,6 +389,51 @@ def _distinct_names(labels: list[str]) -> bool:
 
 def _positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
+
+
+_Rule = tuple[str, Callable[[Any], bool]]
+"""What a value must be, in words and as a test."""
+
+_POSITIVE: _Rule = ("a finite number above 0", _positive)
+_COUNT: _Rule = ("at least 1", lambda value: bool(value >= 1))
+_OPEN_SHARE: _Rule = ("above 0 and at most 1", lambda value: bool(0 < value <= 1))
+_PUBLIC_SHARE: _Rule = ("at least 0 and below 1", lambda value: bool(0 <= value < 1))
+
+_RULES: dict[str, _Rule] = {
+    "task.max_tokens": _COUNT,
+    "model.feature_scale": _POSITIVE,
+    "privacy.epsilon": _POSITIVE,
+    "privacy.delta": ("between 0 and 1, both excluded", lambda value: bool(0 < value < 1)),
+    "privacy.clip_norm": _POSITIVE,
+    "privacy.sample_rate": _OPEN_SHARE,
+    "privacy.noise_multiplier": (
+        "a finite number above 0, or null to solve it",
+        lambda value: value is None or _positive(value),
+    ),
+    "federation.sites": _COUNT,
+    "federation.rounds": _COUNT,
+    "federation.local_steps": _COUNT,
+    "federation.dirichlet_alpha": _POSITIVE,
+    "federation.quorum": _OPEN_SHARE,
+    "federation.round_timeout_s": _POSITIVE,
+    "engine.threads": ("0 or more", lambda value: bool(value >= 0)),
+    "engine.physical_batch": _COUNT,
+    "tuning.head_learning_rate": _POSITIVE,
+    "data.labels": ("two or more different class names, in order", _distinct_names),
+    "data.holdout_fraction": _PUBLIC_SHARE,
+    "data.validation_fraction": _PUBLIC_SHARE,
+    "data.declared_records": (
+        "at least 1, or null to count",
+        lambda value: value is None or value >= 1,
+    ),
+}
+_LORA_RULES: dict[str, _Rule] = {
+    "tuning.rank": _COUNT,
+    "tuning.alpha": _COUNT,
+    "tuning.last_layers": _COUNT,
+    "tuning.targets": ("a list of module names", bool),
+    "tuning.adapter_learning_rate": _POSITIVE,
+}
 
 
 def _plain(value: Any) -> Any:

@@ -91,7 +91,6 @@ def build_report(run_plan: RunPlan, lines: list[RoundLine], facts: RunFacts) -> 
     config = run_plan.config
     charged = _rounds_charged([line.asked for line in lines])
     prices = {rounds: _price(run_plan, rounds) for rounds in set(charged.values())}
-    worst = prices[max(charged.values())]
     train_s = sum(line.sites_s for line in lines)
     return {
         "run_id": facts.run_id,
@@ -100,29 +99,9 @@ def build_report(run_plan: RunPlan, lines: list[RoundLine], facts: RunFacts) -> 
         "tuning": config.tuning.method.name,
         "rounds": len(lines),
         "engine": config.engine.name.name,
-        "privacy": {
-            "mode": config.privacy.mode.name,
-            "unit": "record",
-            "relation": RELATION,
-            "delta": config.privacy.delta,
-            "epsilon": epsilon_object(worst),
-            "private": is_private(config),
-            "private_reason": _private_reason(run_plan),
-            "scope": "this_run",
-            "selection_charged": False,
-            "selection_reason": SELECTION_REASONS[config.data.source],
-            "mechanism": asdict(run_plan.event),
-            "clip_norm": config.privacy.clip_norm,
-        },
+        "privacy": _privacy_section(run_plan, prices[max(prices)]),
         "sites": [
-            {
-                "name": name,
-                "epsilon": number(prices[rounds].pld),
-                "cap": None,
-                "rounds": rounds,
-                "steps": rounds * run_plan.event.steps,
-                "ledger_head": None,
-            }
+            _site_section(name, rounds, prices[rounds], run_plan)
             for name, rounds in sorted(charged.items(), key=lambda item: _natural(item[0]))
         ],
         "evaluation": dict(lines[-1].metrics),
@@ -143,6 +122,36 @@ def build_report(run_plan: RunPlan, lines: list[RoundLine], facts: RunFacts) -> 
         },
         "config_hash": config_hash(config),
         "seed": config.seed,
+    }
+
+
+def _privacy_section(run_plan: RunPlan, worst: Epsilons) -> dict[str, Any]:
+    config = run_plan.config
+    return {
+        "mode": config.privacy.mode.name,
+        "unit": "record",
+        "relation": RELATION,
+        "delta": config.privacy.delta,
+        "epsilon": epsilon_object(worst),
+        "private": is_private(config),
+        "private_reason": _private_reason(run_plan),
+        "scope": "this_run",
+        "selection_charged": False,
+        "selection_reason": SELECTION_REASONS[config.data.source],
+        "mechanism": asdict(run_plan.event),
+        "clip_norm": config.privacy.clip_norm,
+    }
+
+
+def _site_section(name: str, rounds: int, price: Epsilons, run_plan: RunPlan) -> dict[str, Any]:
+    """Cap and ledger head are null until a ledger enforces them (issue "privacy books")."""
+    return {
+        "name": name,
+        "epsilon": number(price.pld),
+        "cap": None,
+        "rounds": rounds,
+        "steps": rounds * run_plan.event.steps,
+        "ledger_head": None,
     }
 
 

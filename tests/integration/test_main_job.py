@@ -40,3 +40,22 @@ def test_the_default_run_meets_its_promise(tmp_path):
         check=True,
     )
     assert json.loads(answer.stdout)["predictions"][0]["label"] == "sports"
+
+
+@pytest.mark.slow
+def test_seeded_runs_of_the_real_model_are_bit_identical(tmp_path):
+    """Noise, coins, partition, initialisation, training and aggregation, in two processes."""
+    short = [
+        "privacy.noise=seeded",
+        "privacy.sample_rate=0.05",
+        "federation.rounds=2",
+        "federation.local_steps=1",
+        "engine.threads=1",
+        "task.max_tokens=32",
+    ]
+    for name in ("a", "b"):
+        subprocess.run([*RUN, "simulate", *short, f"run_dir={tmp_path / name}"], check=True)
+    weights = [
+        (tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("a", "b")
+    ]
+    assert weights[0] == weights[1]

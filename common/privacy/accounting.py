@@ -180,7 +180,7 @@ def epsilon_by_round(event: Event, rounds: int, delta: float) -> tuple[float, ..
     """Epsilon spent after each of `rounds` rounds that cost `event` each, on the coarse grid.
 
     >>> [round(e, 3) for e in epsilon_by_round(Event(1.0, 0.02, 20), 5, 1e-5)]
-    [0.897, 1.066, 1.202, 1.321, 1.428]
+    [0.897, 1.074, 1.209, 1.324, 1.427]
     """
     return tuple(
         epsilon_pld([replace(event, steps=event.steps * done)], delta, LIVE_INTERVAL)

@@ -4,6 +4,7 @@ Steps 1, 2 and 8 to 12 are the coordinator's; see `server/rounds.py`.
 """
 
 import logging
+import math
 from collections.abc import Callable
 
 from flwr.app import Context, Error, Message
@@ -43,8 +44,9 @@ def client_app(open_site: OpenSite, *, allow_unprotected: bool = False) -> Clien
         try:
             instruction = messages.read_instruction(message)
             site = open_site(context)
+            _check_terms(site, instruction, allow_unprotected=allow_unprotected)
             trainer = _warm_trainer(trainers, instruction.config)
-            update = _answer(site, trainer, instruction, allow_unprotected=allow_unprotected)
+            update = _answer(site, trainer, instruction)
             return Message(messages.pack_update(update), reply_to=message)
         except Exception as error:  # the border: nothing else may leave
             return _refuse(message, error)
@@ -52,11 +54,9 @@ def client_app(open_site: OpenSite, *, allow_unprotected: bool = False) -> Clien
     return app
 
 
-def _answer(
-    site: Site, trainer: Trainer, instruction: Instruction, *, allow_unprotected: bool
-) -> Update:
-    # 3. Check the instruction against what this site accepts, before anything is charged.
-    _check(site, trainer, instruction, allow_unprotected=allow_unprotected)
+def _answer(site: Site, trainer: Trainer, instruction: Instruction) -> Update:
+    # 3. The terms are checked and the model is rehearsed; the rest must fit that model.
+    _check_fit(trainer, instruction)
     # 4. Charge, before data are touched; a failure further down does not give it back.
     charge = _charge(site, instruction)
     # 5. The private steps. (6, prepare in the ledger, comes with the issue "privacy books".)
@@ -71,29 +71,39 @@ def _answer(
     )
 
 
-def _check(
-    site: Site, trainer: Trainer, instruction: Instruction, *, allow_unprotected: bool
-) -> None:
+def _check_terms(site: Site, instruction: Instruction, *, allow_unprotected: bool) -> None:
+    """What can be refused without loading a model. It depends on the instruction, on declared
+    constants and on past charges, never on records.
+    """
     config = instruction.config
-    if instruction.layout_digest != trainer.layout.digest:
-        raise VerificationError("instruction: its layout is not that of the model named in it")
     if not 1 <= instruction.round <= config.federation.rounds:
         raise VerificationError(f"instruction: round {instruction.round} is not in the plan")
-    check_vector(instruction.vector, trainer.layout)
     if (instruction.run_id, instruction.round) in site.charges:
         raise VerificationError(f"instruction: round {instruction.round} was already answered")
+    if tuple(config.data.labels) != site.classes:
+        raise VerificationError("instruction: its classes are not those of this site")
     none = config.privacy.mode is PrivacyMode.none
     if (none or config.privacy.noise is NoiseSource.seeded) and not allow_unprotected:
         raise VerificationError("instruction: it would protect nothing, and is refused here")
-    if none:
-        return
-    # By the declared number of records: a refusal must not depend on the true one.
-    check_delta(config.privacy.delta, int(mechanism_of(config).declared_records), site.name)
+    if not none:
+        _check_price(site, instruction)
+
+
+def _check_price(site: Site, instruction: Instruction) -> None:
+    config, mechanism = instruction.config, mechanism_of(instruction.config)
+    records = math.ceil(mechanism.divisor / mechanism.sample_rate)
+    check_delta(config.privacy.delta, records, site.name)
     events = [*site.charges.values(), round_event(config)]
     if not within(events, epsilon=config.privacy.epsilon, delta=config.privacy.delta):
         raise _BudgetExhaustedError(
             f"round {instruction.round} would exceed epsilon {config.privacy.epsilon:g}"
         )
+
+
+def _check_fit(trainer: Trainer, instruction: Instruction) -> None:
+    if instruction.layout_digest != trainer.layout.digest:
+        raise VerificationError("instruction: its layout is not that of the model named in it")
+    check_vector(instruction.vector, trainer.layout)
 
 
 def _charge(site: Site, instruction: Instruction) -> Event:
@@ -106,8 +116,10 @@ def _warm_trainer(trainers: dict[str, Trainer], config: Config) -> Trainer:
     """One trainer per configuration and process: the model is loaded once."""
     key = config_hash(config)
     if key not in trainers:
+        trainer = Trainer(config)
+        trainer.rehearse()
         trainers.clear()
-        trainers[key] = Trainer(config)
+        trainers[key] = trainer
     return trainers[key]
 
 

@@ -46,11 +46,8 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
     def __init__(
         self, groups: list[ParameterGroup], mechanism: Mechanism, randomness: Randomness
     ) -> None:
-        sgd = torch.optim.SGD(
-            [{"params": list(g.parameters), "lr": g.learning_rate} for g in groups], lr=0.0
-        )
         super().__init__(
-            sgd,
+            _sgd(groups),
             noise_multiplier=mechanism.noise_multiplier,
             max_grad_norm=mechanism.clip_norm,
             expected_batch_size=None,
@@ -111,7 +108,7 @@ def private_steps(
     optimizer = PrivateOptimizer(groups, mechanism, randomness)
     _check_all_optimised(model, optimizer)
     hooks = _attach(model)
-    model.train()  # Opacus's hooks record in training mode only; dropout is off
+    _train_what_is_trained(model)
     try:
         for _ in range(steps):
             sample = poisson_sample(records, sample_rate=mechanism.sample_rate, coins=randomness)
@@ -134,15 +131,19 @@ def plain_steps(
 ) -> None:
     """The same steps without clipping and noise: the baseline, with no guarantee at all."""
     model.eval()
-    sgd = torch.optim.SGD(
-        [{"params": list(g.parameters), "lr": g.learning_rate} for g in groups], lr=0.0
-    )
+    sgd = _sgd(groups)
     for _ in range(steps):
         sample = poisson_sample(records, sample_rate=mechanism.sample_rate, coins=randomness)
         for piece in _pieces(sample, physical_batch):
             (loss_of(piece).sum() / mechanism.divisor).backward()  # type: ignore[no-untyped-call]
         sgd.step()
         sgd.zero_grad(set_to_none=True)
+
+
+def _sgd(groups: list[ParameterGroup]) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        [{"params": list(g.parameters), "lr": g.learning_rate} for g in groups], lr=0.0
+    )
 
 
 def _private_step(
@@ -172,6 +173,18 @@ def _private_step(
 def _pieces(sample: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
     for start in range(0, len(sample), size):
         yield sample[start : start + size]
+
+
+def _train_what_is_trained(model: nn.Module) -> None:
+    """Training mode for the modules that own a trainable parameter, and for no other.
+
+    Opacus's hooks record in training mode only. A frozen BatchNorm in training mode would
+    normalise by the batch, and so mix records.
+    """
+    model.eval()
+    for module in model.modules():
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            module.training = True
 
 
 def _attach(model: nn.Module) -> GradSampleHooks:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from common.data import Records
-from common.prefix import Inputs
 from common.privacy.accounting import Event
 
 
@@ -20,10 +19,10 @@ class Site:
 
     name: str
     records: Records = field(repr=False)
+    classes: tuple[str, ...]
+    """The class names its labels index, in order: the site's own, whatever an instruction says."""
     charges: dict[tuple[str, int], Event] = field(default_factory=dict)
     """What each (run id, round) ever started here cost."""
-    inputs: Inputs = field(default_factory=dict, repr=False)
-    """Prepared model inputs of the records, computed once; never leaves."""
 
     @property
     def labels(self) -> Tensor:

@@ -1,19 +1,25 @@
 """Local training: the warm model of one process, on which sites take turns."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.private_step import ParameterGroup, plain_steps, private_steps
+from client.private_step import LossOf, ParameterGroup, plain_steps, private_steps
 from client.site import Site
 from common import parameters
 from common.config import Config, NoiseSource, PrivacyMode
 from common.model import build_classifier, load_tokenizer
 from common.parameters import Layout, Vector
-from common.privacy.mechanism import mechanism_of
+from common.prefix import Inputs
+from common.privacy.mechanism import Mechanism, mechanism_of
 from common.privacy.noise import Randomness
 from common.tasks import TASKS
+
+PLACEHOLDER, REHEARSED = "a made record", 2
+"""Text and number of the records a rehearsal is made of."""
 
 
 class Trainer:
@@ -30,6 +36,8 @@ class Trainer:
                 tuple(self._model.classifier.parameters()), config.tuning.head_learning_rate
             )
         ]
+        self._inputs: dict[str, Inputs] = {}
+        """Prepared inputs by site: a trainer is one per config, as what is prepared must be."""
         adapters = tuple(p for p in self._model.encoder.parameters() if p.requires_grad)
         if adapters:
             self._groups.append(ParameterGroup(adapters, config.tuning.adapter_learning_rate))
@@ -42,13 +50,7 @@ class Trainer:
         Raises: VerificationError if `vector` does not fit; PrivacyRefusedError.
         """
         parameters.load(self._model, vector)
-        self._prepare(site)
-        labels = site.labels
-
-        def loss_of(indices: NDArray[np.int64]) -> Tensor:
-            inputs = {name: tensor[indices] for name, tensor in site.inputs.items()}
-            return self._task.loss_vector(self._model(**inputs), labels[indices])
-
+        loss_of = self._loss_of(self._prepared(site), site.labels)
         config = self._config
         private = config.privacy.mode is PrivacyMode.record
         steps = private_steps if private else plain_steps
@@ -64,15 +66,44 @@ class Trainer:
         )
         return parameters.flatten(self._model)
 
-    @torch.no_grad()
-    def _prepare(self, site: Site) -> None:
-        """Tokenises and runs the frozen prefix, the first time a site trains."""
-        if site.inputs or not len(site.records):
-            return
-        encoded = self._task.encode(
-            self._tokenizer, list(site.records.texts), max_tokens=self._config.task.max_tokens
+    def rehearse(self) -> None:
+        """Takes one step of size zero on two made records.
+
+        Guarantee: what this model cannot do fails here, before anything is charged, the same at
+        every site, and so tells nothing about records.
+        Raises: ConfigError if the model cannot read its input; PrivacyRefusedError if it cannot
+        be trained privately.
+        """
+        inputs = self._prepare([PLACEHOLDER] * REHEARSED)
+        loss_of = self._loss_of(inputs, torch.zeros(REHEARSED, dtype=torch.long))
+        private_steps(
+            self._model,
+            [replace(group, learning_rate=0.0) for group in self._groups],
+            loss_of,
+            mechanism=Mechanism(1.0, self._config.privacy.clip_norm, 1.0, REHEARSED),
+            randomness=Randomness.from_entropy(),
+            records=REHEARSED,
+            steps=1,
+            physical_batch=REHEARSED,
         )
-        site.inputs = self._model.prepare(encoded, batch=self._config.engine.physical_batch)
+
+    def _loss_of(self, prepared: Inputs, labels: Tensor) -> LossOf:
+        def loss_of(indices: NDArray[np.int64]) -> Tensor:
+            inputs = {name: tensor[indices] for name, tensor in prepared.items()}
+            return self._task.loss_vector(self._model(**inputs), labels[indices])
+
+        return loss_of
+
+    def _prepared(self, site: Site) -> Inputs:
+        """Tokenises and runs the frozen prefix, the first time a site trains."""
+        if site.name not in self._inputs and len(site.records):
+            self._inputs[site.name] = self._prepare(list(site.records.texts))
+        return self._inputs.get(site.name, {})
+
+    @torch.no_grad()
+    def _prepare(self, texts: list[str]) -> Inputs:
+        encoded = self._task.encode(self._tokenizer, texts, max_tokens=self._config.task.max_tokens)
+        return self._model.prepare(encoded, batch=self._config.engine.physical_batch)
 
 
 def _randomness(config: Config, site: str, round_number: int) -> Randomness:

@@ -50,13 +50,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"coterie {metadata.version('coterie')}")
         return 0
     name, rest = arguments[0], arguments[1:]
-    invocation = _invocation(name, rest)
+    return _dispatch(_invocation(name, rest), commands)
+
+
+def _dispatch(invocation: Invocation, commands: dict[str, metadata.EntryPoint]) -> int:
+    """Runs the command; an error of ours, or the file system's, becomes one line and a code."""
     try:
-        if name not in commands:
+        if invocation.command not in commands:
             known = ", ".join(sorted(commands))
-            raise ConfigError(f"{name}: no such command; the commands are {known}")
+            raise ConfigError(f"no such command; the commands are {known}")
         os.environ.update({**OFFLINE_DEFAULTS, **os.environ})
-        commands[name].load()(invocation)
+        commands[invocation.command].load()(invocation)
     except CoterieError as error:
         return _complain(invocation, error.exit_code, type(error).__name__, str(error))
     except KeyboardInterrupt:
@@ -64,6 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `coterie ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        reason = f"{error.filename or 'a file'}: {error.strerror or error}"
+        return _complain(invocation, ConfigError.exit_code, "OSError", reason)
     return 0
 
 
@@ -80,11 +87,13 @@ def run_typer(function: Callable[..., None], invocation: Invocation) -> None:
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     app.command()(function)
     try:
-        typer.main.get_command(app).main(
+        code = typer.main.get_command(app).main(
             args=list(invocation.arguments),
             prog_name=f"coterie {invocation.command}",
             standalone_mode=False,
         )
+        if code == INTERRUPTED:  # typer returns it instead of raising
+            raise KeyboardInterrupt
     except click.ClickException as error:
         raise ConfigError(
             f"{error.format_message()} See: coterie {invocation.command} --help"

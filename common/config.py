@@ -121,6 +121,8 @@ class DataConfig:
     """Which split; fixed apart from `seed`, so that no run trains on another run's hold-out."""
     declared_records: int | None = None
     """Training records of all sites together, public by declaration. None: a simulation counts."""
+    records_counted: bool = False
+    """Set by a simulation that counted: then the number is not one by declaration."""
 
 
 @dataclass(frozen=True)
@@ -380,6 +382,9 @@ def _broken(config: Config) -> Iterator[str]:
     public = round(config.data.holdout_fraction + config.data.validation_fraction, 12)
     if public >= 1:
         yield f"data.holdout_fraction + data.validation_fraction={public}: must be below 1"
+    sites, declared = config.federation.sites, config.data.declared_records
+    if declared is not None and 1 <= declared < sites:
+        yield f"federation.sites={sites}: must be at most {declared}, the training records"
 
 
 def _distinct_names(labels: list[str]) -> bool:
@@ -400,6 +405,7 @@ _OPEN_SHARE: _Rule = ("above 0 and at most 1", lambda value: bool(0 < value <= 1
 _PUBLIC_SHARE: _Rule = ("at least 0 and below 1", lambda value: bool(0 <= value < 1))
 
 _RULES: dict[str, _Rule] = {
+    "seed": ("at least 0 and below 2**32", lambda value: bool(0 <= value < 2**32)),
     "task.max_tokens": _COUNT,
     "model.feature_scale": _POSITIVE,
     "privacy.epsilon": _POSITIVE,

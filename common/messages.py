@@ -132,7 +132,7 @@ def unpack_arrays(arrays: ArrayRecord) -> Vector:
         raise VerificationError("message: must hold one vector")
     array = arrays[VECTOR]
     if array.dtype != "float32" or len(array.data) > MAX_VECTOR_BYTES:
-        raise VerificationError(f"message: a vector of {array.dtype}, {len(array.data)} bytes")
+        raise VerificationError("message: not one flat float32 vector")  # a peer's words stay out
     # The header is compared with the only one we write, and never parsed: numpy's parser
     # evaluates a literal, and a small message could declare a large array.
     count = (len(array.data) - len(_npy_header(0))) // FLOAT_BYTES

@@ -147,7 +147,22 @@ def build_classifier(config: Config) -> Classifier:
         adapters=_add_adapters(encoder, config.tuning, config.seed) if lora else None,
     )
     model.cut_frozen_prefix()
+    _check_reads(model, config)
     return model
+
+
+@torch.no_grad()
+def _check_reads(model: Classifier, config: Config) -> None:
+    """Shows the model two made inputs of full length. Raises: ConfigError if it cannot."""
+    ones = torch.ones((2, config.task.max_tokens), dtype=torch.long)
+    try:
+        logits = model(input_ids=ones, attention_mask=ones)
+    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ConfigError(
+            f"model.name={config.model.name}: cannot read {config.task.max_tokens} tokens "
+            f"(task.max_tokens) as a text encoder ({_first_line(error)})"
+        ) from error
+    assert logits.shape == (2, len(model.labels))
 
 
 def load_encoder(config: ModelConfig) -> PreTrainedModel:
@@ -198,6 +213,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise ConfigError(
             f"model.name={config.name}: has no tokenizer ({_first_line(error)})"
         ) from error
+    if tokenizer.pad_token is None:
+        raise ConfigError(
+            f"model.name={config.name}: its tokenizer has no padding token; set one and save it"
+        )
     return tokenizer
 
 

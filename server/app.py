@@ -18,7 +18,7 @@ from common.errors import VerificationError
 from common.model import build_classifier
 from common.parameters import Layout
 from server.evaluate import Evaluator
-from server.plan import RunPlan, make_plan
+from server.plan import RunPlan, is_private, make_plan, not_private_reason
 from server.release import write_model
 from server.report import RoundLine, RunFacts, build_report, round_line, write_report
 from server.rounds import OnReply, run_rounds
@@ -53,7 +53,8 @@ def server_app(public: Callable[[Config], Records], watch: Watch) -> ServerApp:
 def _run(grid: Grid, run_plan: RunPlan, public: Records, watch: Watch) -> None:
     config, started = run_plan.config, time.perf_counter()
     run_dir = Path(config.run_dir)
-    write_atomic(run_dir / "config.yaml", to_yaml(config))
+    stamp = "" if is_private(config) else f"# {not_private_reason(config)}\n"
+    write_atomic(run_dir / "config.yaml", stamp + to_yaml(config))
     model = build_classifier(config)
     evaluator = Evaluator(config, model, public)
     run_id = os.urandom(16).hex()

@@ -10,9 +10,11 @@ from common.durable import write_atomic
 from common.parameters import Vector
 
 
-def write_checkpoint(folder: Path, *, run_id: str, round_number: int, vector: Vector) -> Path:
-    """Writes `round-NNNN.safetensors`: the global vector, with run and round in its header."""
+def write_checkpoint(
+    folder: Path, *, run_id: str, round_number: int, private: bool, vector: Vector
+) -> Path:
+    """Writes `round-NNNN.safetensors`: the global vector, and whose it is in the header."""
     path = folder / f"round-{round_number:04d}.safetensors"
-    header = {"run": json.dumps({"run_id": run_id, "round": round_number})}
+    header = {"run": json.dumps({"run_id": run_id, "round": round_number, "private": private})}
     write_atomic(path, save({"vector": np.asarray(vector)}, metadata=header))
     return path

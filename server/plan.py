@@ -16,10 +16,12 @@ from common.config import Config, NoiseSource, PrivacyMode, check_delta, config_
 from common.errors import ConfigError
 from common.model import Classifier, build_classifier
 from common.parameters import Layout
-from common.privacy.account import number
 from common.privacy.accounting import (
     Event,
+    check_agreement,
     epsilon_by_round,
+    epsilons,
+    number,
     shown,
     solve_noise_multiplier,
     within,
@@ -89,12 +91,10 @@ def make_plan(config: Config) -> RunPlan:
     """
     privacy, rounds = config.privacy, config.federation.rounds
     declared, sites = config.data.declared_records, config.federation.sites
-    if declared is not None and sites > declared:
-        raise ConfigError(f"federation.sites={sites}: must be at most {declared}, the records")
     if privacy.mode is PrivacyMode.none:
         return RunPlan(config, (math.inf,) * rounds)
     if declared is not None:
-        check_delta(privacy.delta, declared // sites, "a site")
+        check_delta(privacy.delta, math.ceil(declared / sites), "a site")
     resolved = _with_sigma(config)
     spent = epsilon_by_round(round_event(resolved), rounds, privacy.delta)
     whole = [replace(round_event(resolved), steps=config.total_steps)]
@@ -104,6 +104,9 @@ def make_plan(config: Config) -> RunPlan:
             f"{spent[-1]:.4g} in {config.total_steps} steps, above privacy.epsilon="
             f"{privacy.epsilon:g}; raise either, or leave it null to have it solved"
         )
+    check_agreement(epsilons(whole, privacy.delta))
+    if not is_private(config):  # whoever knows the seed can subtract the noise
+        return RunPlan(resolved, (math.inf,) * rounds)
     return RunPlan(resolved, tuple(min(epsilon, privacy.epsilon) for epsilon in spent))
 
 
@@ -178,6 +181,18 @@ def is_private(config: Config) -> bool:
     return config.privacy.mode is PrivacyMode.record and config.privacy.noise is NoiseSource.entropy
 
 
+def not_private_reason(config: Config) -> str:
+    """Why a run protects nothing, with the stamp."""
+    if config.privacy.mode is PrivacyMode.none:
+        return f"{NOT_PRIVATE}: privacy.mode=none, no clipping and no noise."
+    whole = replace(round_event(config), steps=config.total_steps)
+    nominal = shown(epsilons([whole], config.privacy.delta).pld)
+    return (
+        f"{NOT_PRIVATE}: privacy.noise=seeded, whoever knows the seed can subtract the noise. "
+        f"With noise from entropy the whole run would cost a site epsilon {nominal}."
+    )
+
+
 def show_plan(run_plan: RunPlan, size: ModelSize, seconds: float | None, console: Console) -> None:
     """Prints the plan as a table for a person."""
     config, event = run_plan.config, run_plan.event
@@ -203,8 +218,8 @@ def show_plan(run_plan: RunPlan, size: ModelSize, seconds: float | None, console
 
 def _price(run_plan: RunPlan) -> str:
     privacy = run_plan.config.privacy
-    if privacy.mode is PrivacyMode.none:
-        return "everything: privacy.mode=none guarantees nothing"
+    if not is_private(run_plan.config):
+        return not_private_reason(run_plan.config)
     spent = run_plan.epsilon_by_round
     rounds = len(spent)
     picked = sorted({1, (rounds + 1) // 2, rounds})

@@ -18,6 +18,7 @@ from common.model import Classifier, load_encoder, load_tokenizer
 from common.parameters import Vector
 from common.tasks import TASKS
 from server.documents import render
+from server.plan import is_private
 
 HEAD_WEIGHT, HEAD_BIAS = "classifier.weight", "classifier.bias"
 WEIGHTS = "model.safetensors"
@@ -41,6 +42,7 @@ def write_model(
         "feature_scale": config.model.feature_scale,
         "max_tokens": config.task.max_tokens,
         "task": config.task.name.name,
+        "private": is_private(config),
     }
     setattr(encoder.config, COTERIE_KEY, head)
     prefix = encoder.base_model_prefix

@@ -11,17 +11,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from jinja2 import UndefinedError
 from rich.console import Console
 from rich.table import Table
 
 from common.cli import Invocation, emit_json, run_typer
-from common.config import DataSource, NoiseSource, PrivacyMode, config_hash
+from common.config import DataSource, PrivacyMode, config_hash
 from common.durable import write_atomic
-from common.errors import VerificationError
-from common.privacy.account import epsilon_object, number
-from common.privacy.accounting import Epsilons, check_agreement, epsilons, shown
+from common.errors import ConfigError, VerificationError
+from common.privacy.accounting import (
+    Epsilons,
+    check_agreement,
+    epsilon_object,
+    epsilons,
+    number,
+    shown,
+)
 from server.documents import render
-from server.plan import NOT_PRIVATE, RELATION, RunPlan, is_private
+from server.plan import NOT_PRIVATE, RELATION, RunPlan, is_private, not_private_reason
 from server.rounds import RoundOutcome
 
 LIBRARIES = ("coterie", "torch", "opacus", "flwr", "transformers", "peft", "dp-accounting")
@@ -45,6 +52,7 @@ class RoundLine:
     """One line of `metrics.jsonl`."""
 
     round: int
+    private: bool
     metrics: dict[str, float]
     epsilon: float | str
     """Of the site that was charged most, or "inf"."""
@@ -72,6 +80,7 @@ def round_line(
     most = max(_rounds_charged(asked).values())
     return RoundLine(
         round=outcome.round,
+        private=is_private(run_plan.config),
         metrics=metrics,
         epsilon=number(run_plan.epsilon_by_round[most - 1]),
         asked=outcome.asked,
@@ -140,6 +149,7 @@ def _privacy_section(run_plan: RunPlan, worst: Epsilons) -> dict[str, Any]:
         "selection_reason": SELECTION_REASONS[config.data.source],
         "mechanism": asdict(run_plan.event),
         "clip_norm": config.privacy.clip_norm,
+        "records": "counted" if config.data.records_counted else "declared",
     }
 
 
@@ -192,14 +202,15 @@ def report(invocation: Invocation) -> None:
         """
         content, lines = read_report(run)
         if baseline is not None:
-            content["baseline"] = _baseline(baseline)
+            content["baseline"] = _baseline(baseline, content)
+        try:
             write_report(run, content, lines)
-        else:
-            write_atomic(run / "report.html", render_html(content, lines))
+            if not invocation.json:
+                show_report(content, run, Console())
+        except (KeyError, TypeError, ValueError, UndefinedError) as error:
+            raise VerificationError(f"{run}: its report.json is not one of ours") from error
         if invocation.json:
             emit_json(content)
-        else:
-            show_report(content, run, Console())
 
     run_typer(command, invocation)
 
@@ -240,6 +251,8 @@ def _rounds_charged(asked: list[tuple[str, ...]]) -> dict[str, int]:
 
 
 def _price(run_plan: RunPlan, rounds: int) -> Epsilons:
+    if not is_private(run_plan.config):
+        return Epsilons(math.inf, math.inf, math.inf)
     event = replace(run_plan.event, steps=run_plan.event.steps * rounds)
     priced = epsilons([event], run_plan.config.privacy.delta)
     check_agreement(priced)
@@ -247,19 +260,28 @@ def _price(run_plan: RunPlan, rounds: int) -> Epsilons:
 
 
 def _private_reason(run_plan: RunPlan) -> str:
-    privacy = run_plan.config.privacy
-    if privacy.mode is PrivacyMode.none:
-        return "NOT PRIVATE: privacy.mode=none, no clipping and no noise."
-    if privacy.noise is NoiseSource.seeded:
-        return "NOT PRIVATE: privacy.noise=seeded, whoever knows the seed can subtract the noise."
+    config = run_plan.config
+    if not is_private(config):
+        return not_private_reason(config)
+    counted = (
+        " The number of records was counted and sets the divisor: it is released, outside epsilon."
+    )
     return (
         "Record-level DP-SGD inside each site, noise and sampling from OS entropy, composed over "
         "all rounds. No ledger enforced it yet: each site's count lived in this process only."
+        f"{counted if config.data.records_counted else ''}"
     )
 
 
-def _baseline(folder: Path) -> dict[str, Any]:
+def _baseline(folder: Path, beside: dict[str, Any]) -> dict[str, Any]:
+    """What a report shows of the same run without privacy. Raises: ConfigError if it is not."""
     content, _ = read_report(folder)
+    same = ("task", "model", "tuning", "evaluation_split", "evaluation_records")
+    differs = [name for name in same if content.get(name) != beside.get(name)]
+    if content["privacy"].get("mode") != PrivacyMode.none.name:
+        differs.append("privacy.mode, which must be none")
+    if differs:
+        raise ConfigError(f"--baseline={folder}: is not that run without privacy: {differs[0]}")
     return {
         "evaluation": content["evaluation"],
         "privacy_mode": content["privacy"]["mode"],

@@ -20,7 +20,7 @@ from common.parameters import Layout, Vector
 from server.aggregate import Verdicts, average, fedavg, judge
 from server.checkpoint import write_checkpoint
 from server.cohort import POLL_S, sample_cohort, wait_for_sites
-from server.plan import RunPlan
+from server.plan import RunPlan, is_private
 
 ROUNDING = 1e-9
 """So that 0.28 of 25 sites is 7, and not a little more."""
@@ -84,7 +84,13 @@ def run_rounds(
         _check_quorum(verdicts, run_plan, number)
         vector = average(verdicts, round_number=number, strategy=strategy)
         # 10. Checkpoint, atomically.
-        write_checkpoint(checkpoints, run_id=run_id, round_number=number, vector=vector)
+        write_checkpoint(
+            checkpoints,
+            run_id=run_id,
+            round_number=number,
+            private=is_private(config),
+            vector=vector,
+        )
         # 11. Record.
         yield RoundOutcome(
             round=number,
@@ -131,7 +137,7 @@ def _collect(grid: Grid, sent: dict[str, int], timeout_s: float) -> Iterator[Mes
 
 def _check_quorum(verdicts: Verdicts, run_plan: RunPlan, number: int) -> None:
     sites, quorum = run_plan.config.federation.sites, run_plan.config.federation.quorum
-    if len(verdicts.accepted) < math.ceil(quorum * sites - ROUNDING):
+    if len(verdicts.accepted) < max(1, math.ceil(quorum * sites - ROUNDING)):
         reasons = sorted(set(verdicts.refused.values()))
         raise FederationError(
             f"round {number}: {len(verdicts.accepted)} of {sites} sites answered, "

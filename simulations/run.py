@@ -70,11 +70,16 @@ def run_simulation(config: Config, console: Console) -> Path:
     model = build_classifier(config)
     show_plan(run_plan, size_of(model), estimate_seconds(config, model), console)
     splits = load_splits(config.data)
+    console.print(
+        f"{len(splits.train)} private training records; public: {len(splits.validation)} "
+        f"validation, {len(splits.holdout)} hold-out; {splits.duplicates} repeated texts dropped",
+        highlight=False,
+    )
     sites = deal(splits.train, config.federation, seed=config.seed)
     config = _resolve(run_plan.config, splits, sites)
     names = [f"site-{number}" for number in range(1, len(sites) + 1)]
     opened = {
-        index: Site(name, records)
+        index: Site(name, records, tuple(config.data.labels))
         for index, (name, records) in enumerate(zip(names, sites, strict=True))
     }
     grid = LocalGrid(
@@ -108,7 +113,10 @@ def _resolve(config: Config, splits: Splits, sites: list[Records]) -> Config:
             f"evaluation.split={config.evaluation.split.name}: has no records; raise "
             f"data.{config.evaluation.split.name}_fraction or give data.test_path"
         )
-    return replace(config, data=replace(config.data, declared_records=declared or counted))
+    known = replace(
+        config.data, declared_records=declared or counted, records_counted=declared is None
+    )
+    return replace(config, data=known)
 
 
 def _public(config: Config, splits: Splits) -> Records:
@@ -119,7 +127,7 @@ def _run_dir(config: Config) -> Path:
     """The folder of this run; a job of a `-m` sweep gets its own. Raises: ConfigError if taken."""
     index = sweep_index()
     now = datetime.now().astimezone()
-    path = Path(config.run_dir or f"runs/{now:%Y-%m-%d}/{now:%H-%M-%S}")
+    path = Path(config.run_dir or f"runs/{now:%Y-%m-%d}/{now:%H-%M-%S}").expanduser()
     if index is not None:
         path = path / f"job-{index}" if config.run_dir else path.with_name(f"{path.name}-{index}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

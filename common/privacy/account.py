@@ -1,7 +1,6 @@
 """`coterie account`: what a list of events costs."""
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,14 @@ import typer
 
 from common.cli import Invocation, emit_json, run_typer
 from common.errors import ConfigError
-from common.privacy.accounting import Epsilons, Event, check_agreement, epsilons, shown
+from common.privacy.accounting import (
+    Epsilons,
+    Event,
+    check_agreement,
+    epsilon_object,
+    epsilons,
+    shown,
+)
 
 KEYS = {"noise_multiplier", "sample_rate", "steps"}
 MAX_WHOLE = 2**53
@@ -48,25 +54,11 @@ def read_events(text: str) -> list[Event]:
     """Parses the JSON of `coterie account`. Raises: ConfigError naming the entry at fault."""
     try:
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"events: not JSON ({error})") from error
     if not isinstance(entries, list):
         raise ConfigError("events: must be a JSON list of objects")
     return [_read_event(number, entry) for number, entry in enumerate(entries)]
-
-
-def epsilon_object(priced: Epsilons) -> dict[str, float | str]:
-    """JSON form of a price: infinity is "inf", a failed cross-check is "unavailable"."""
-    return {
-        "pld": number(priced.pld),
-        "rdp": number(priced.rdp),
-        "prv": "unavailable" if priced.prv is None else number(priced.prv),
-    }
-
-
-def number(value: float) -> float | str:
-    """A JSON number, or "inf"."""
-    return "inf" if math.isinf(value) else value
 
 
 def _read_event(position: int, entry: Any) -> Event:

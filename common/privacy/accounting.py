@@ -25,9 +25,14 @@ LIVE_INTERVAL = 1e-3
 """PLD discretisation while a run is planned; coarser is larger, never smaller."""
 REPORT_INTERVAL = 1e-4
 """PLD discretisation of reported numbers."""
+FINE_INTERVAL = 1e-5
+"""PLD discretisation for very long histories, where even the report's grid drifts upwards."""
 SIGMA_DIGITS = 4
 """Decimals of a solved noise multiplier, rounded up."""
 MIN_SIGMA, MAX_SIGMA = 1e-3, 1e6
+"""Below the one an epsilon is called infinite, above the other noise is priced as if it were it:
+both on the safe side, and within what the libraries can compute.
+"""
 
 # dp-accounting warns of fractional RDP orders it drops; fewer orders only loosen the bound.
 absl_logging.set_verbosity(absl_logging.ERROR)
@@ -131,11 +136,17 @@ def epsilon_prv(events: Iterable[Event], delta: float) -> float | None:
     return epsilon if math.isfinite(epsilon) else None
 
 
-def epsilons(events: Sequence[Event], delta: float) -> Epsilons:
+def epsilons(events: Iterable[Event], delta: float) -> Epsilons:
     """Prices a history with all three accountants, at report precision."""
-    return Epsilons(
-        epsilon_pld(events, delta), epsilon_rdp(events, delta), epsilon_prv(events, delta)
-    )
+    return _epsilons(coalesce(events), delta)
+
+
+@functools.lru_cache(maxsize=64)
+def _epsilons(history: tuple[Event, ...], delta: float) -> Epsilons:
+    pld, prv = epsilon_pld(history, delta), epsilon_prv(history, delta)
+    if prv is not None and pld > prv:  # many steps: the grid's rounding up has added up
+        pld = min(pld, epsilon_pld(history, delta, FINE_INTERVAL))
+    return Epsilons(pld, epsilon_rdp(history, delta), prv)
 
 
 def check_agreement(priced: Epsilons) -> None:
@@ -153,6 +164,20 @@ def check_agreement(priced: Epsilons) -> None:
             agree = agree and pld <= prv + 1e-3 and prv - pld <= 0.02 + 1e-3 * pld
     if not agree:
         raise VerificationError(f"the accountants disagree: {priced}; no number can be trusted")
+
+
+def epsilon_object(priced: Epsilons) -> dict[str, float | str]:
+    """JSON form of a price: infinity is "inf", a failed cross-check is "unavailable"."""
+    return {
+        "pld": number(priced.pld),
+        "rdp": number(priced.rdp),
+        "prv": "unavailable" if priced.prv is None else number(priced.prv),
+    }
+
+
+def number(value: float) -> float | str:
+    """A JSON number, or "inf"."""
+    return "inf" if math.isinf(value) else value
 
 
 def shown(epsilon: float | str) -> str:
@@ -233,7 +258,7 @@ def _compose(
     accountant: PLDAccountant | RdpAccountant, history: tuple[Event, ...], delta: float
 ) -> float:
     for event in history:
-        noise = dp_event.GaussianDpEvent(event.noise_multiplier)
+        noise = dp_event.GaussianDpEvent(min(event.noise_multiplier, MAX_SIGMA))
         step = noise if event.sample_rate == 1 else _sampled(event.sample_rate, noise)
         accountant.compose(step, event.steps)
     epsilon: float = accountant.get_epsilon(delta)
@@ -245,7 +270,7 @@ def _sampled(q: float, noise: dp_event.DpEvent) -> dp_event.DpEvent:
 
 
 def _unprotected(history: tuple[Event, ...]) -> bool:
-    return any(event.noise_multiplier == 0 for event in history)
+    return any(event.noise_multiplier < MIN_SIGMA for event in history)
 
 
 def _check_delta(delta: float) -> None:

@@ -21,8 +21,10 @@ class Mechanism:
     noise_multiplier: float
     clip_norm: float
     sample_rate: float
-    declared_records: float
-    """Public constant: records per site, by declaration. Not the site's true number."""
+    declared_records: float | None
+    """Public constant: records per site, by declaration. Not the site's true number. None while
+    a plan is priced before it is known; such a mechanism cannot take a step.
+    """
 
     @property
     def noise_std(self) -> float:
@@ -31,7 +33,14 @@ class Mechanism:
 
     @property
     def divisor(self) -> float:
-        """Expected batch size q * N_declared; never the realised one, which is private."""
+        """Expected batch size q * N_declared; never the realised one, which is private.
+
+        Raises: ConfigError if N is not declared.
+        """
+        if self.declared_records is None:
+            raise ConfigError(
+                "data.declared_records: not known; give it, or let a simulation count"
+            )
         return self.sample_rate * self.declared_records
 
     def event(self, steps: int) -> Event:
@@ -40,25 +49,22 @@ class Mechanism:
 
 
 def mechanism_of(config: Config) -> Mechanism:
-    """The mechanism a resolved config asks for; without privacy, one that adds no noise.
+    """The mechanism a config asks for; without privacy, one that adds no noise.
 
-    Raises: ConfigError if sigma or the declared number of records is not yet resolved.
+    Raises: ConfigError if sigma is not resolved.
     """
-    if config.data.declared_records is None:
-        raise ConfigError(
-            "data.declared_records: not known yet; give it, or let a simulation count"
-        )
+    records = config.data.declared_records
     return Mechanism(
         noise_multiplier=_sigma(config),
         clip_norm=config.privacy.clip_norm,
         sample_rate=config.privacy.sample_rate,
-        declared_records=config.data.declared_records / config.federation.sites,
+        declared_records=None if records is None else records / config.federation.sites,
     )
 
 
 def round_event(config: Config) -> Event:
-    """What one round costs a site. Raises: ConfigError if sigma is not yet resolved."""
-    return Event(_sigma(config), config.privacy.sample_rate, config.federation.local_steps)
+    """What one round costs a site. Raises: ConfigError if sigma is not resolved."""
+    return mechanism_of(config).event(config.federation.local_steps)
 
 
 def _sigma(config: Config) -> float:

@@ -52,7 +52,6 @@ class RoundLine:
     """One line of `metrics.jsonl`."""
 
     round: int
-    private: bool
     metrics: dict[str, float]
     epsilon: float | str
     """Of the site that was charged most, or "inf"."""
@@ -61,6 +60,7 @@ class RoundLine:
     bytes_down: int
     bytes_up: int
     sites_s: float
+    private: bool
 
 
 @dataclass(frozen=True)

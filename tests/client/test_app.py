@@ -25,6 +25,7 @@ from common.privacy.mechanism import round_event
 
 RECORD = "patient 4711 scored a goal"
 """A private text that must never leave."""
+CLASSES = ("sport", "money")
 COORDINATOR, SITE = 1, 2
 INVALID = (messages.INVALID_INSTRUCTION, "invalid instruction")
 EXHAUSTED = (messages.BUDGET_EXHAUSTED, "budget exhausted")
@@ -56,7 +57,7 @@ def some_records(count=12):
 
 
 def site_of(records=None):
-    return Site("site-1", some_records() if records is None else records)
+    return Site("site-1", some_records() if records is None else records, CLASSES)
 
 
 def app_of(site, **options):
@@ -167,7 +168,7 @@ def test_update_holds_nothing_but_the_allow_list(instruction, start):
         "round": 1,
         "layout-digest": layout.digest,
         "noise-multiplier": 2.0,
-        "sample-rate": 0.25,
+        "sample-rate": 0.5,
         "steps": 2,
     }
 
@@ -341,7 +342,7 @@ class Unreadable(tuple):
 
 def unreadable_site():
     texts = Unreadable()
-    site = Site("site-1", Records(texts, np.zeros(3, dtype=np.int64)))
+    site = Site("site-1", Records(texts, np.zeros(3, dtype=np.int64)), CLASSES)
     texts.bind(site)
     return site
 
@@ -438,3 +439,45 @@ def test_config_of_another_round_of_the_same_run_is_read_anew(instruction):
     assert config_hash(more.config) != config_hash(instruction.config)
     assert messages.read_update(ask(app, instruction)).charge.steps == 2
     assert messages.read_update(ask(app, replace(more, round=2))).charge.steps == 1
+
+
+HOSTILE = {
+    "classes of its own": ("data", {"labels": ["sport"]}),
+    "other classes": ("data", {"labels": ["money", "sport"]}),
+    "more tokens than the model reads": ("task", {"max_tokens": 10_000}),
+    "no such model": ("model", {"name": "./absent"}),
+    "delta no record is safe at": ("privacy", {"delta": 0.5}),
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_a_hostile_config_gets_one_answer_whatever_the_records(fault, instruction):
+    """Two neighbouring sites, one of them empty: an answer that differed would be a release that
+    no noise covers. Nothing is charged, so nothing was asked of the records.
+    """
+    section, values = HOSTILE[fault]
+    hostile = changed(instruction, section, **values)
+    sites = [site_of(), site_of(some_records(0)), site_of(some_records(1))]
+    assert [refusal(ask(app_of(site), hostile)) for site in sites] == [INVALID] * 3
+    assert [site.charges for site in sites] == [{}, {}, {}]
+
+
+def test_a_declaration_smaller_than_the_federation_cannot_switch_the_delta_rule_off(instruction):
+    hostile = changed(instruction, "data", declared_records=1)
+    assert refusal(ask(app_of(site_of()), hostile)) == INVALID
+
+
+def test_each_run_prepares_its_own_inputs(instruction):
+    """A second run on the same site, with fewer tokens, must not train on the first's inputs."""
+    shorter = changed(instruction, "task", max_tokens=4)
+    other = replace(shorter, run_id="other")
+    seeded = [
+        changed(one, "privacy", noise=NoiseSource.seeded, epsilon=100.0)
+        for one in (instruction, other)
+    ]
+    site = site_of()
+    app = app_of(site, allow_unprotected=True)
+    ask(app, seeded[0])
+    after = messages.read_update(ask(app, seeded[1])).vector
+    alone = messages.read_update(ask(app_of(site_of(), allow_unprotected=True), seeded[1])).vector
+    assert np.array_equal(after, alone)

@@ -266,6 +266,33 @@ def test_a_layer_with_buffers_is_refused():
         )
 
 
+def test_a_frozen_layer_never_mixes_records():
+    """A frozen BatchNorm in training mode would normalise by the private batch."""
+    frozen = nn.BatchNorm1d(3).requires_grad_(requires_grad=False)
+    model, values = nn.Sequential(frozen, nn.Linear(3, 2)), torch.randn(5, 3) + 10
+    before = frozen.running_mean.clone()
+    modes = []
+
+    def loss_of(at):
+        modes.append((frozen.training, model[1].training))
+        return functional.cross_entropy(
+            model(values[at]), torch.zeros(len(at), dtype=torch.long), reduction="none"
+        )
+
+    private_steps(
+        model,
+        [ParameterGroup(tuple(model[1].parameters()), 1.0)],
+        loss_of,
+        mechanism=mechanism(),
+        randomness=Silent(),
+        records=5,
+        steps=1,
+        physical_batch=8,
+    )
+    assert modes == [(False, True)]
+    assert torch.equal(frozen.running_mean, before)
+
+
 def test_the_batches_of_two_private_runs_differ(bench):
     """Poisson coins are fresh: with a thousand records two draws agree once in 2^800 runs."""
 

@@ -144,7 +144,7 @@ FAULTS = {
     "too short": (altered(vector=np.float32([1, 2])), "float32 of shape (2,)"),
     "too long": (altered(vector=np.ones(6, dtype=np.float32)), "float32 of shape (6,)"),
     "two axes": (altered(vector=np.ones((5, 1), dtype=np.float32)), "vector"),
-    "float64": (altered(vector=np.ones(5)), "a vector of float64"),
+    "float64": (altered(vector=np.ones(5)), "not one flat float32"),
     "nan": (altered(vector=NAN), "parameters: not finite"),
     "infinite": (altered(vector=np.float32([np.inf, 0, 0, 0, 0])), "parameters: not finite"),
     "empty content": (

@@ -14,7 +14,9 @@ VECTOR = np.float32([0.1, -0.0, 1e-40, 3e38, 7])
 
 
 def written(folder, round_number=3, vector=VECTOR):
-    return write_checkpoint(folder, run_id="run", round_number=round_number, vector=vector)
+    return write_checkpoint(
+        folder, run_id="run", round_number=round_number, private=True, vector=vector
+    )
 
 
 def test_checkpoint_gives_back_every_bit(tmp_path):
@@ -33,7 +35,11 @@ def test_vector_that_came_over_the_network_is_written_whole(tmp_path):
 
 def test_checkpoint_names_its_run_and_round(tmp_path):
     with safe_open(written(tmp_path, 12), framework="np") as file:
-        assert json.loads(file.metadata()["run"]) == {"run_id": "run", "round": 12}
+        assert json.loads(file.metadata()["run"]) == {
+            "run_id": "run",
+            "round": 12,
+            "private": True,
+        }
 
 
 def test_names_of_checkpoints_sort_by_round(tmp_path):

@@ -33,7 +33,7 @@ def plan(tiny_config):
 def line(number, asked, refused=()):
     metrics = {"accuracy": 0.5, "macro_f1": 0.25}
     return RoundLine(
-        number, metrics, 1.0, tuple(asked), dict.fromkeys(refused, "silent"), 10, 5, 2.0
+        number, metrics, 1.0, tuple(asked), dict.fromkeys(refused, "silent"), 10, 5, 2.0, True
     )
 
 

@@ -314,7 +314,11 @@ def test_checkpoint_of_a_round_is_there_when_its_outcome_is(go, planned):
         with safe_open(path, framework="np") as file:
             assert file.keys() == ["vector"]
             assert np.array_equal(file.get_tensor("vector"), outcome.vector)
-            assert json.loads(file.metadata()["run"]) == {"run_id": "run", "round": outcome.round}
+            assert json.loads(file.metadata()["run"]) == {
+                "run_id": "run",
+                "round": outcome.round,
+                "private": True,
+            }
     assert len(list(go.checkpoints.iterdir())) == 2
 
 

@@ -1,6 +1,7 @@
 """The main job on the hold-out: private and not, over seeds, as whole processes.
 
     python benchmarks/main_job.py FOLDER
+    python benchmarks/main_job.py --seeds 1 2 -- FOLDER engine.threads=1
 
 Writes one run folder per mode and seed (a finished one is not run again) and FOLDER/table.md.
 """
@@ -22,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("overrides", nargs="*", help="settings of every run, after --")
+    parser.add_argument("overrides", nargs="*", help="settings of every run")
     options = parser.parse_args()
     rows = [
         _row(options.folder, mode, seed, options.overrides)

@@ -54,7 +54,7 @@ def other(value):
         return Enum("Other", ["another"]).another
     if value is None:
         return 1
-    return {str: "another", int: 7919, float: 0.123, list: ["z", "y"]}[type(value)]
+    return {bool: not value, str: "another", int: 7919, float: 0.123, list: ["z", "y"]}[type(value)]
 
 
 def edited(config, path, value):

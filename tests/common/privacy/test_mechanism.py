@@ -68,9 +68,11 @@ def test_a_noise_that_is_not_solved_is_refused(tiny_config, sigma):
             ask(config)
 
 
-def test_records_that_are_not_declared_are_refused(tiny_config):
+def test_a_mechanism_without_declared_records_can_be_priced_and_takes_no_step(tiny_config):
+    unknown = mechanism_of(changed(tiny_config, "data", declared_records=None))
+    assert unknown.event(3) == mechanism_of(tiny_config).event(3)
     with pytest.raises(ConfigError, match=r"^data\.declared_records"):
-        mechanism_of(changed(tiny_config, "data", declared_records=None))
+        _ = unknown.divisor
 
 
 @pytest.mark.parametrize("sigma", [None, 2.0])

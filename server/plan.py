@@ -203,7 +203,8 @@ def show_plan(run_plan: RunPlan, size: ModelSize, seconds: float | None, console
         "model": f"{config.model.name}, {config.tuning.method.name}: trains "
         f"{size.trainable:,} of {size.total:,} parameters",
         "federation": f"{federation.sites} sites, {federation.rounds} rounds of "
-        f"{federation.local_steps} steps, {federation.partition.name}",
+        f"{federation.local_steps} step{'s' if federation.local_steps > 1 else ''}, "
+        f"{federation.partition.name}",
         "each step": f"Poisson rate {event.sample_rate:g}, clip {privacy.clip_norm:g}, "
         f"sigma {event.noise_multiplier:g}, noise from {privacy.noise.name}",
         "each site pays": _price(run_plan),

@@ -226,14 +226,19 @@ def show_report(content: dict[str, Any], run_dir: Path, console: Console) -> Non
         price = shown(site["epsilon"])
         table.add_row(site["name"], str(site["rounds"]), str(site["steps"]), price)
     console.print(table)
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in content["evaluation"].items())
+    metrics = _metrics(content["evaluation"])
     console.print(f"{metrics} on {content['evaluation_records']} public records", highlight=False)
     if "baseline" in content:
-        console.print(f"without privacy: {content['baseline']['evaluation']}", highlight=False)
+        beside = _metrics(content["baseline"]["evaluation"])
+        console.print(f"without privacy: {beside}", highlight=False)
     console.print(f"{privacy['private_reason']}", highlight=False)
     console.print(
         f"{content['timing']['total_s']:.0f} s; everything is in {run_dir}", highlight=False
     )
+
+
+def _metrics(evaluation: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in evaluation.items())
 
 
 def render_html(content: dict[str, Any], lines: list[RoundLine]) -> str:

@@ -46,7 +46,8 @@ def _row(folder: Path, mode: str, seed: int, overrides: list[str]) -> dict[str, 
         started = time.monotonic()
         process = subprocess.Popen(command)
         _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0, f"{mode}, seed {seed}: failed"
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0, f"{mode}, seed {seed}: failed"
         costs = {
             "wall_s": time.monotonic() - started,
             "cpu_s": usage.ru_utime + usage.ru_stime,

@@ -141,7 +141,7 @@ def test_pattern_of_a_machine_path_finds_one():
     slash = "/"
     assert MACHINE_PATH.search(f"cd {slash}work/main")
     assert MACHINE_PATH.search(f'"{slash}tmp/x"')
-    assert not MACHINE_PATH.search("https://example.org/work/main")
+    assert not MACHINE_PATH.search(f"https://example.org{slash}work/main")
 
 
 def test_no_tracked_file_is_empty():

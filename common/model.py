@@ -24,6 +24,7 @@ from common.errors import ConfigError
 from common.prefix import FrozenPrefix, Inputs, NoPrefixError, trainable_depth
 
 log = logging.getLogger(__name__)
+# transformers leaves its logging functions untyped.
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 # At WARNING it lists the head's weights as unexpected each time a released model is opened.
 transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

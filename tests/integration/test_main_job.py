@@ -15,8 +15,8 @@ def test_the_default_run_meets_its_promise(tmp_path):
     """Five sites, MiniLM, BBC News: epsilon 3, accuracy, memory, and CPU seconds.
 
     CPU seconds stand for the four minutes on two cores: wall time on a shared machine is noise.
-    The promise of 0.93 is for the mean of three runs (docs/results.md); the noise is fresh, one
-    run scatters by some 0.006, and a sound one falls below 0.92 about once in 5,000.
+    The promise of 0.93 is for the mean of three runs (docs/results.md) and is asked of this one.
+    Five runs of these settings gave 0.9401 to 0.9493.
     """
     run_dir = tmp_path / "run"
     with (tmp_path / "out").open("wb") as out:
@@ -25,7 +25,7 @@ def test_the_default_run_meets_its_promise(tmp_path):
     process.returncode = os.waitstatus_to_exitcode(status)  # or Popen warns of a lost child
     assert process.returncode == 0
     report = json.loads((tmp_path / "out").read_text())
-    assert report["evaluation"]["accuracy"] >= 0.92
+    assert report["evaluation"]["accuracy"] >= 0.93
     assert report["evaluation_split"] == "holdout"
     assert report["evaluation_records"] == 434
     epsilon = report["privacy"]["epsilon"]

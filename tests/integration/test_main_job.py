@@ -16,7 +16,7 @@ def test_the_default_run_meets_its_promise(tmp_path):
 
     CPU seconds stand for the four minutes on two cores: wall time on a shared machine is noise.
     The promise of 0.93 is for the mean of three runs (docs/results.md) and is asked of this one.
-    Five runs of these settings gave 0.9401 to 0.9493.
+    Five runs of these settings gave 0.9401 to 0.9493; a sixth only had to pass 0.92.
     """
     run_dir = tmp_path / "run"
     with (tmp_path / "out").open("wb") as out:

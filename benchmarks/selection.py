@@ -15,52 +15,21 @@ import sys
 from pathlib import Path
 
 SEEDS = (0, 1, 2)
-EARLIER = ["privacy.sample_rate=0.25", "federation.rounds=10"]
-FORTY = [*EARLIER, "federation.local_steps=4", "tuning.head_learning_rate=2"]
-THIRTY = [*EARLIER, "federation.local_steps=3", "tuning.head_learning_rate=2.5"]
 HEAD = ["tuning=head"]
+NONE = ["privacy=none"]
 ROWS: dict[str, list[str]] = {
-    "LoRA r=8 on the top block, q=0.5, 15x1 steps, lr 5/0.2, T=128": [],
-    "adapter lr 0.5": ["tuning.adapter_learning_rate=0.5"],
-    "adapter lr 0.05": ["tuning.adapter_learning_rate=0.05"],
+    "LoRA r=8 on the top block, q=0.5, 10x2 steps, lr 2.5/0.4, T=128": [],
+    "adapter lr 0.1": ["tuning.adapter_learning_rate=0.1"],
+    "adapter lr 0.8": ["tuning.adapter_learning_rate=0.8"],
+    "15x1 steps, lr 5/0.2 (the earlier default)": [
+        "federation.rounds=15",
+        "federation.local_steps=1",
+        "tuning.head_learning_rate=5",
+        "tuning.adapter_learning_rate=0.2",
+    ],
     "head alone": HEAD,
-    "no privacy": ["privacy=none"],
-    "no privacy, head alone": [*HEAD, "privacy=none"],
-    "head alone, lr 2.5": [*HEAD, "tuning.head_learning_rate=2.5"],
-    "head alone, lr 10": [*HEAD, "tuning.head_learning_rate=10"],
-    "head alone, 5x3 steps": [*HEAD, "federation.rounds=5", "federation.local_steps=3"],
-    "head alone, q=1": [*HEAD, "privacy.sample_rate=1"],
-    "head alone, clip 0.5, lr 10": [
-        *HEAD,
-        "privacy.clip_norm=0.5",
-        "tuning.head_learning_rate=10",
-    ],
-    "head alone, T=64": [*HEAD, "task.max_tokens=64"],
-    "head alone, q=0.25, 10x4 steps, lr 2": [*HEAD, *FORTY],
-    "head alone, q=0.25, 10x4 steps, lr 2, no privacy": [*HEAD, *FORTY, "privacy=none"],
-    "head alone, q=0.25, 10x3 steps, lr 2.5": [*HEAD, *THIRTY],
-    "q=0.25, 10x3 steps, lr 2.5/0.1": [*THIRTY, "tuning.adapter_learning_rate=0.1"],
-    "q=0.25, 10x3 steps, lr 2.5/0.03": [*THIRTY, "tuning.adapter_learning_rate=0.03"],
-    "q=0.25, 10x4 steps, lr 2/0.1": [*FORTY, "tuning.adapter_learning_rate=0.1"],
-    "q=0.25, 10x4 steps, lr 2/0.25": [*FORTY, "tuning.adapter_learning_rate=0.25"],
-    "q=0.25, 10x4 steps, lr 2/0.5": [*FORTY, "tuning.adapter_learning_rate=0.5"],
-    "q=0.25, 10x4 steps, lr 2/0.5, no privacy": [
-        *FORTY,
-        "tuning.adapter_learning_rate=0.5",
-        "privacy=none",
-    ],
-    "q=0.25, 10x4 steps, lr 2/0.5, rank 4": [
-        *FORTY,
-        "tuning.adapter_learning_rate=0.5",
-        "tuning.rank=4",
-        "tuning.alpha=8",
-    ],
-    "q=0.25, 10x4 steps, lr 2/0.5, rank 16": [
-        *FORTY,
-        "tuning.adapter_learning_rate=0.5",
-        "tuning.rank=16",
-        "tuning.alpha=32",
-    ],
+    "no privacy": NONE,
+    "head alone, no privacy": [*HEAD, *NONE],
 }
 """Settings that differ from the default, by row."""
 

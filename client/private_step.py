@@ -1,30 +1,30 @@
 """The private step: Poisson sample, per-record clipping, noise, constant divisor.
 
-Per-sample gradients come from Opacus's hooks; everything that touches randomness, the clip
-bound or the divisor is here and comes from one `Mechanism`. What a step computes on the way
-(batch, norms, clipped sum) lives in these functions and does not escape.
+Clipped sums come from a `client.clipping` engine; everything that touches randomness, the
+clip bound or the divisor is here and comes from one `Mechanism`. What a step computes on the
+way (batch, norms, clipped sum) lives in these functions and does not escape.
 
 Shapes: B records of a physical batch, P trainable parameters.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleHooks
-from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from client.clipping.engines import ClippingEngine, LossOf, Sums, completed
+from client.meters import Measurements, Meters, NoiseMeter
 from common.errors import PrivacyRefusedError
 from common.privacy.mechanism import Mechanism
 from common.privacy.noise import Randomness
 from common.privacy.sampling import poisson_sample
 
-LossOf = Callable[[NDArray[np.int64]], Tensor]
-"""(B,) loss vector of the records at the given indices."""
+NOISE_CHUNK = 1 << 16
+"""Coordinates that are noised at a time: a chunk stays in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -35,60 +35,16 @@ class ParameterGroup:
     learning_rate: float
 
 
-class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no types
-    """Opacus's DPOptimizer over SGD, with our randomness, divisor and non-finite guard.
-
-    Guarantee: adding or removing one record changes the noise-free sum by at most
-    `mechanism.clip_norm` in L2 (to float32 rounding); every coordinate of the sum gets
-    independent N(0, noise_std^2); the result is divided by a constant.
-    """
-
-    def __init__(
-        self, groups: list[ParameterGroup], mechanism: Mechanism, randomness: Randomness
-    ) -> None:
-        super().__init__(
-            _sgd(groups),
-            noise_multiplier=mechanism.noise_multiplier,
-            max_grad_norm=mechanism.clip_norm,
-            expected_batch_size=None,
-            loss_reduction="sum",
-        )
-        self._mechanism, self._randomness = mechanism, randomness
-
-    @torch.no_grad()
-    def clip_and_accumulate(self) -> None:
-        """Adds the clipped gradients of one physical batch to `summed_grad`.
-
-        A record whose norm is not finite contributes zero: its gradient carries no
-        information, and zero keeps the sensitivity bound.
-        """
-        flat = [gradient.reshape(len(gradient), -1) for gradient in self.grad_samples]
-        norms = torch.stack([part.float().norm(dim=1) for part in flat], dim=1).norm(dim=1)
-        finite = torch.isfinite(norms)
-        factors = (self._mechanism.clip_norm / (norms + 1e-6)).clamp(max=1.0)
-        factors = torch.where(finite, factors, torch.zeros_like(factors))
-        for parameter, part in zip(self.params, flat, strict=True):
-            safe = torch.where(finite[:, None], part, torch.zeros_like(part))
-            clipped = (factors @ safe.float()).view_as(parameter)
-            total = parameter.summed_grad
-            parameter.summed_grad = clipped if total is None else total + clipped
-
-    def add_noise(self) -> None:
-        """Puts the noised sum into `grad`: fresh ChaCha20 noise for every coordinate."""
-        for parameter in self.params:
-            noise = self._randomness.normal(parameter.numel()) * self._mechanism.noise_std
-            noised = parameter.summed_grad.double() + torch.from_numpy(noise).view_as(parameter)
-            parameter.grad = noised.to(parameter.dtype)
-
-    def scale_grad(self) -> None:
-        """Divides by q * N_declared, never by the realised batch size."""
-        for parameter in self.params:
-            parameter.grad /= self._mechanism.divisor
+def sgd(groups: list[ParameterGroup]) -> Optimizer:
+    """Gradient descent with the groups' step sizes, and no state from one step to the next."""
+    return torch.optim.SGD(
+        [{"params": list(g.parameters), "lr": g.learning_rate} for g in groups], lr=0.0
+    )
 
 
 def private_steps(
-    model: nn.Module,
-    groups: list[ParameterGroup],
+    engine: ClippingEngine,
+    optimizer: Optimizer,
     loss_of: LossOf,
     *,
     mechanism: Mechanism,
@@ -96,31 +52,38 @@ def private_steps(
     records: int,
     steps: int,
     physical_batch: int,
-) -> None:
-    """Takes `steps` private steps on `model`, in place.
+    meters: Meters | None = None,
+) -> Measurements:
+    """Takes `steps` private steps on the engine's model, in place.
 
     Guarantee: the change of the trainable parameters is the output of `steps` compositions of
-    `mechanism`; the number of steps depends on nothing but `steps`; no gradient is left behind.
-    Args: loss_of: losses of records by index; records: N, private, used to draw and not released.
-    Raises: PrivacyRefusedError if a trainable parameter is not optimised, or has no
-    gradient of its own for every record.
+    `mechanism`, post-processed by `optimizer`; the number of steps depends on nothing but
+    `steps`; no gradient is left behind. An empty sample runs no model, and is a step like any.
+    Args: loss_of: losses of records by index; records: N, private, used to draw and not released;
+    meters: those of earlier rounds here, told of the same mechanism.
+    Returns: what the meters saw: a function of noise and coins, never of records.
+    Raises: PrivacyRefusedError if a trainable parameter is not optimised, or a meter alarms.
     """
-    optimizer = PrivateOptimizer(groups, mechanism, randomness)
-    _check_all_optimised(model, optimizer)
-    hooks = _attach(model)
-    _train_what_is_trained(model)
+    _check_all_optimised(engine, optimizer)
+    meters = meters or Meters(mechanism)
+    meters.open_round()
     try:
         for _ in range(steps):
             sample = poisson_sample(records, sample_rate=mechanism.sample_rate, coins=randomness)
-            _private_step(optimizer, loss_of, sample, physical_batch)
+            meters.sampler.read(sample, records=records)
+            sums = _clipped_sums(engine, loss_of, sample, mechanism.clip_norm, physical_batch)
+            meters.check_sum(sums, records=len(sample))
+            _release(sums, mechanism, randomness, meters.noise)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # an engine refuses gradients it did not make
     finally:
-        _forget(optimizer, hooks)
-        model.eval()
+        for parameter in engine.parameters:
+            parameter.grad = None
+    return meters.close_round(steps)
 
 
 def plain_steps(
-    model: nn.Module,
-    groups: list[ParameterGroup],
+    optimizer: Optimizer,
     loss_of: LossOf,
     *,
     mechanism: Mechanism,
@@ -130,44 +93,46 @@ def plain_steps(
     physical_batch: int,
 ) -> None:
     """The same steps without clipping and noise: the baseline, with no guarantee at all."""
-    model.eval()
-    sgd = _sgd(groups)
     for _ in range(steps):
         sample = poisson_sample(records, sample_rate=mechanism.sample_rate, coins=randomness)
         for piece in _pieces(sample, physical_batch):
             (loss_of(piece).sum() / mechanism.divisor).backward()  # type: ignore[no-untyped-call]
-        sgd.step()
-        sgd.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
-def _sgd(groups: list[ParameterGroup]) -> torch.optim.SGD:
-    return torch.optim.SGD(
-        [{"params": list(g.parameters), "lr": g.learning_rate} for g in groups], lr=0.0
-    )
-
-
-def _private_step(
-    optimizer: PrivateOptimizer,
+def _clipped_sums(
+    engine: ClippingEngine,
     loss_of: LossOf,
     sample: NDArray[np.int64],
+    clip_norm: float,
     physical_batch: int,
-) -> None:
-    """One step: pieces are clipped and summed, noise is added once, an empty sample included."""
-    optimizer.zero_grad(set_to_none=True)
-    for parameter in optimizer.params:
-        parameter.summed_grad = torch.zeros_like(parameter)
+) -> Sums:
+    """The sample's clipped gradients, summed over physical batches whose cut does not matter."""
+    sums: Sums = {}
     for piece in _pieces(sample, physical_batch):
-        with warnings.catch_warnings():
-            # Nothing below the lowest trainable layer needs a gradient; Opacus reads outputs only.
-            warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
-            loss_of(piece).sum().backward()  # type: ignore[no-untyped-call]
-        _check_every_record(optimizer.params, len(piece))
-        optimizer.clip_and_accumulate()
-        for parameter in optimizer.params:
-            parameter.grad_sample = parameter.grad = None
-    optimizer.add_noise()
-    optimizer.scale_grad()
-    optimizer.original_optimizer.step()
+        engine.add_clipped(loss_of, piece, clip_norm, sums)
+    return completed(sums, engine)
+
+
+@torch.no_grad()
+def _release(sums: Sums, mechanism: Mechanism, randomness: Randomness, meter: NoiseMeter) -> None:
+    """Turns each sum, in place, into its parameter's `grad`: noised once, over q * N_declared."""
+    for parameter in list(sums):
+        total = sums.pop(parameter)
+        for piece in torch.split(total.view(-1), NOISE_CHUNK):
+            clipped = piece.clone()
+            _noise(piece, mechanism, randomness)
+            meter.read(clipped, piece)
+        parameter.grad = total.to(parameter.dtype)
+    meter.close_step()
+
+
+def _noise(piece: Tensor, mechanism: Mechanism, randomness: Randomness) -> None:
+    """Puts (piece + N(0, noise_std^2) per coordinate) / divisor into `piece`, added in float64."""
+    noise = torch.from_numpy(randomness.normal(len(piece))).to(piece.device)
+    scaled = noise.mul_(mechanism.noise_std / mechanism.divisor)
+    piece.copy_(scaled.add_(piece, alpha=1.0 / mechanism.divisor))
 
 
 def _pieces(sample: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
@@ -175,56 +140,12 @@ def _pieces(sample: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]
         yield sample[start : start + size]
 
 
-def _train_what_is_trained(model: nn.Module) -> None:
-    """Training mode for the modules that own a trainable parameter, and for no other.
-
-    Opacus's hooks record in training mode only. A frozen BatchNorm in training mode would
-    normalise by the batch, and so mix records.
-    """
-    model.eval()
-    for module in model.modules():
-        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-            module.training = True
-
-
-def _attach(model: nn.Module) -> GradSampleHooks:
-    try:
-        return GradSampleHooks(model, loss_reduction="sum", strict=True)
-    except NotImplementedError as error:
-        raise PrivacyRefusedError(
-            "a trainable layer keeps buffers (as BatchNorm does), which mix records; "
-            "this model cannot be trained privately"
-        ) from error
-
-
-def _check_all_optimised(model: nn.Module, optimizer: PrivateOptimizer) -> None:
+def _check_all_optimised(engine: ClippingEngine, optimizer: Optimizer) -> None:
     """Trainable = optimised: a parameter outside would be trained, or released, without noise."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimised = {id(parameter) for parameter in optimizer.params}
-    outside = sorted(name for name, p in trainable.items() if id(p) not in optimised)
-    if outside or len(optimised) != len(trainable):
+    optimised = {p for group in optimizer.param_groups for p in group["params"]}
+    outside = sorted(name for p, name in engine.parameters.items() if p not in optimised)
+    if outside or len(optimised) != len(engine.parameters):
         raise PrivacyRefusedError(
-            f"trainable parameters outside the private optimiser: {', '.join(outside) or 'unknown'}"
+            "optimizer-coverage: trainable parameters outside the private optimiser: "
+            f"{', '.join(outside) or 'unknown'}"
         )
-
-
-def _check_every_record(parameters: list[nn.Parameter], records: int) -> None:
-    """Each parameter has one gradient per record, or clipping would bound the wrong thing."""
-    for parameter in parameters:
-        gradients = getattr(parameter, "grad_sample", None)
-        if not isinstance(gradients, Tensor) or len(gradients) != records:
-            found = len(gradients) if isinstance(gradients, Tensor) else "no"
-            raise PrivacyRefusedError(
-                f"a parameter of shape {tuple(parameter.shape)} has {found} gradients "
-                f"for {records} records; this model cannot be trained privately"
-            )
-
-
-def _forget(optimizer: PrivateOptimizer, hooks: GradSampleHooks) -> None:
-    """Drops everything computed before the noise."""
-    hooks.cleanup()
-    for parameter in optimizer.params:
-        parameter.grad = None
-        for name in ("grad_sample", "summed_grad"):
-            if hasattr(parameter, name):
-                delattr(parameter, name)

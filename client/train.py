@@ -1,5 +1,6 @@
 """Local training: the warm model of one process, on which sites take turns."""
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -7,10 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.private_step import LossOf, ParameterGroup, plain_steps, private_steps
+from client.clipping.engines import ClippingEngine, LossOf
+from client.meters import Measurements, Meters
+from client.preflight import Verdict, preflight
+from client.private_step import ParameterGroup, plain_steps, private_steps, sgd
 from client.site import Site
 from common import parameters
 from common.config import Config, NoiseSource, PrivacyMode
+from common.errors import PrivacyRefusedError
 from common.model import build_classifier, load_tokenizer
 from common.parameters import Layout, Vector
 from common.prefix import Inputs
@@ -18,8 +23,12 @@ from common.privacy.mechanism import Mechanism, mechanism_of
 from common.privacy.noise import Randomness
 from common.tasks import TASKS
 
-PLACEHOLDER, REHEARSED = "a made record", 2
-"""Text and number of the records a rehearsal is made of."""
+log = logging.getLogger(__name__)
+
+REHEARSED = 2
+"""Made records of a rehearsed step."""
+BEYOND = 1e6
+"""A made record's loss is multiplied by this many clip bounds: its gradient is far too long."""
 
 
 class Trainer:
@@ -31,11 +40,20 @@ class Trainer:
         self._tokenizer = load_tokenizer(config.model)
         self._model = build_classifier(config)
         self.layout = Layout.of(self._model)
+        self.parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        """Of the whole model, frozen ones included."""
+        self.adapted = tuple(
+            f"{name}: frozen, the output does not depend on it" for name in self._model.unused
+        )
+        """What building the model changed in it, in words."""
         self._groups = [
             ParameterGroup(
                 tuple(self._model.classifier.parameters()), config.tuning.head_learning_rate
             )
         ]
+        self._engine: ClippingEngine | None = None
+        self._meters: dict[str, Meters] = {}
+        """What each site drew and added so far; private, and stays in this process."""
         self._inputs: dict[str, Inputs] = {}
         """Prepared inputs by site: a trainer is one per config, as what is prepared must be."""
         adapters = tuple(p for p in self._model.encoder.parameters() if p.requires_grad)
@@ -51,45 +69,108 @@ class Trainer:
         """
         parameters.load(self._model, vector)
         loss_of = self._loss_of(self._prepared(site), site.labels)
-        config = self._config
-        private = config.privacy.mode is PrivacyMode.record
-        steps = private_steps if private else plain_steps
-        steps(
-            self._model,
-            self._groups,
-            loss_of,
-            mechanism=mechanism_of(config),
-            randomness=_randomness(config, site.name, round_number),
-            records=len(site.records),
-            steps=config.federation.local_steps,
-            physical_batch=config.engine.physical_batch,
-        )
+        randomness = _randomness(self._config, site.name, round_number)
+        if self._config.privacy.mode is PrivacyMode.none:
+            self._plain_steps(loss_of, randomness, len(site.records))
+        else:
+            mechanism = mechanism_of(self._config)
+            measured = self._private_steps(
+                loss_of,
+                mechanism,
+                randomness,
+                records=len(site.records),
+                steps=self._config.federation.local_steps,
+                meters=self._meters.setdefault(site.name, Meters(mechanism)),
+            )
+            log.info("%s, round %d: %s", site.name, round_number, measured)
         return parameters.flatten(self._model)
 
+    def preflight(self, *, precision: torch.dtype = torch.float32) -> Verdict:
+        """Tries the model on made records; see `client.preflight`."""
+        verdict = preflight(self._model, self._made, precision=precision)
+        self._engine = verdict.engine
+        return verdict
+
     def rehearse(self) -> None:
-        """Takes one step of size zero on two made records.
+        """Picks a clipping engine and takes steps of size zero: on two made records, one, nobody.
 
         Guarantee: what this model cannot do fails here, before anything is charged, the same at
-        every site, and so tells nothing about records.
+        every site, and so tells nothing about records. The gradients of the made records are far
+        beyond the clip bound, and that of one alone is held against it.
         Raises: ConfigError if the model cannot read its input; PrivacyRefusedError if it cannot
         be trained privately.
         """
-        inputs = self._prepare([PLACEHOLDER] * REHEARSED)
-        loss_of = self._loss_of(inputs, torch.zeros(REHEARSED, dtype=torch.long))
-        private_steps(
-            self._model,
-            [replace(group, learning_rate=0.0) for group in self._groups],
+        verdict = self.preflight()
+        if verdict.engine is None:
+            raise PrivacyRefusedError(
+                f"model.name={self._config.model.name}: cannot be trained privately: "
+                f"{'; '.join(verdict.refused)}"
+            )
+        self._groups, groups = [replace(g, learning_rate=0.0) for g in self._groups], self._groups
+        made, clip_norm = self._made(REHEARSED), self._config.privacy.clip_norm
+        try:
+            for records in (REHEARSED, 1, 0):
+                self._private_steps(
+                    lambda indices: made(indices) * (BEYOND * clip_norm),
+                    Mechanism(1.0, clip_norm, 1.0, REHEARSED),
+                    Randomness.from_entropy(),
+                    records=records,
+                    steps=1,
+                )
+        finally:
+            self._groups = groups
+
+    def _private_steps(
+        self,
+        loss_of: LossOf,
+        mechanism: Mechanism,
+        randomness: Randomness,
+        *,
+        records: int,
+        steps: int,
+        meters: Meters | None = None,
+    ) -> Measurements:
+        if self._engine is None:
+            self.rehearse()
+        assert self._engine is not None
+        return private_steps(
+            self._engine,
+            sgd(self._groups),
             loss_of,
-            mechanism=Mechanism(1.0, self._config.privacy.clip_norm, 1.0, REHEARSED),
-            randomness=Randomness.from_entropy(),
-            records=REHEARSED,
-            steps=1,
-            physical_batch=REHEARSED,
+            mechanism=mechanism,
+            randomness=randomness,
+            records=records,
+            steps=steps,
+            physical_batch=self._config.engine.physical_batch,
+            meters=meters,
         )
+
+    def _plain_steps(self, loss_of: LossOf, randomness: Randomness, records: int) -> None:
+        self._model.eval()
+        plain_steps(
+            sgd(self._groups),
+            loss_of,
+            mechanism=mechanism_of(self._config),
+            randomness=randomness,
+            records=records,
+            steps=self._config.federation.local_steps,
+            physical_batch=self._config.engine.physical_batch,
+        )
+
+    @torch.no_grad()
+    def _made(self, records: int) -> LossOf:
+        """Losses of made records of full length, some of them padded."""
+        encoded = self._task.made(self._tokenizer, records, max_tokens=self._config.task.max_tokens)
+        inputs = self._model.prepare(encoded, batch=self._config.engine.physical_batch)
+        return self._loss_of(inputs, torch.arange(records) % len(self._config.data.labels))
 
     def _loss_of(self, prepared: Inputs, labels: Tensor) -> LossOf:
         def loss_of(indices: NDArray[np.int64]) -> Tensor:
-            inputs = {name: tensor[indices] for name, tensor in prepared.items()}
+            dtype = self._model.classifier.weight.dtype
+            inputs = {
+                name: tensor[indices].to(dtype) if tensor.is_floating_point() else tensor[indices]
+                for name, tensor in prepared.items()
+            }
             return self._task.loss_vector(self._model(**inputs), labels[indices])
 
         return loss_of

@@ -9,10 +9,11 @@ import ast
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from common.errors import ConfigError, CoterieError
@@ -62,7 +63,9 @@ def _dispatch(invocation: Invocation, commands: dict[str, metadata.EntryPoint]) 
         os.environ.update({**OFFLINE_DEFAULTS, **os.environ})
         commands[invocation.command].load()(invocation)
     except CoterieError as error:
-        return _complain(invocation, error.exit_code, type(error).__name__, str(error))
+        return _complain(
+            invocation, error.exit_code, type(error).__name__, str(error), error.details
+        )
     except KeyboardInterrupt:
         return _complain(invocation, INTERRUPTED, "Interrupted", "interrupted")
     except BrokenPipeError:  # the reader of our output has gone, as in `coterie ... | head`
@@ -107,10 +110,16 @@ def _invocation(name: str, rest: list[str]) -> Invocation:
     return Invocation(name, (*options, *rest[end:]), json=len(options) < end)
 
 
-def _complain(invocation: Invocation, code: int, kind: str, message: str) -> int:
+def _complain(
+    invocation: Invocation,
+    code: int,
+    kind: str,
+    message: str,
+    details: Mapping[str, Any] = MappingProxyType({}),
+) -> int:
     print(f"coterie {invocation.command}: {message}", file=sys.stderr)
     if invocation.json:
-        emit_json({"error": {"code": code, "kind": kind, "message": message}})
+        emit_json({**details, "error": {"code": code, "kind": kind, "message": message}})
     return code
 
 

@@ -34,6 +34,9 @@ class TuningMethod(Enum):
 
     lora = "lora"
     head = "head"
+    full = "full"
+    bitfit = "bitfit"
+    last_layers = "last_layers"
 
 
 class PrivacyMode(Enum):
@@ -130,7 +133,10 @@ class TuningConfig:
     """What is trained, and how fast."""
 
     method: TuningMethod = MISSING
-    """`lora` (adapters and head) or `head` (on frozen features)."""
+    """`lora` (adapters), `head` (alone, on frozen features), `full` (all), `bitfit` (biases) or
+    `last_layers` (the top `k` blocks); the head is trained in each."""
+    k: int = 1
+    """How many of the top blocks `last_layers` trains."""
     rank: int = 8
     """Rank r of the LoRA matrices."""
     alpha: int = 16
@@ -142,7 +148,7 @@ class TuningConfig:
     head_learning_rate: float = MISSING
     """Step size of the classification head, in units of parameter per clipped gradient."""
     adapter_learning_rate: float = 0.0
-    """Step size of the adapters."""
+    """Step size of what is trained below the head: adapters, biases or blocks."""
 
 
 @dataclass(frozen=True)
@@ -371,8 +377,12 @@ def check_delta(delta: float, records: int, owner: str) -> None:
 def _broken(config: Config) -> Iterator[str]:
     """One clause per broken rule."""
     rules = dict(_RULES)
+    if config.tuning.method is not TuningMethod.head:
+        rules["tuning.adapter_learning_rate"] = _POSITIVE
     if config.tuning.method is TuningMethod.lora:
         rules |= _LORA_RULES
+    if config.tuning.method is TuningMethod.last_layers:
+        rules["tuning.k"] = _COUNT
     if config.data.source is DataSource.csv:
         rules["data.path"] = ("the path of a CSV file", bool)
     for name, (rule, holds) in rules.items():
@@ -438,7 +448,6 @@ _LORA_RULES: dict[str, _Rule] = {
     "tuning.alpha": _COUNT,
     "tuning.last_layers": _COUNT,
     "tuning.targets": ("a list of module names", bool),
-    "tuning.adapter_learning_rate": _POSITIVE,
 }
 
 

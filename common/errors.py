@@ -7,11 +7,18 @@ CoterieError                  1
 └── VerificationError         5  an artefact is not what it claims to be
 """
 
+from typing import Any
+
 
 class CoterieError(Exception):
     """Root of the tree: its text is one line for a person, with the remedy."""
 
     exit_code = 1
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.details: dict[str, Any] = {}
+        """What a machine that asked for `--json` gets beside the error."""
 
 
 class ConfigError(CoterieError):

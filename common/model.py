@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.config import Config, ModelConfig, TuningConfig, TuningMethod
 from common.errors import ConfigError
-from common.prefix import FrozenPrefix, Inputs, NoPrefixError, trainable_depth
+from common.prefix import FrozenPrefix, Inputs, NoPrefixError, find_blocks, trainable_depth
 
 log = logging.getLogger(__name__)
 # transformers leaves its logging functions untyped.
@@ -59,6 +59,8 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.classifier.bias)
         self.feature_scale = feature_scale
         self.labels = labels
+        self.unused: list[str] = []
+        """Parameters left frozen because the output does not depend on them, as BERT's pooler."""
         self._prefix: FrozenPrefix | None = None
         # In a tuple, so that torch does not register the wrapper as a child beside what it wraps.
         self._adapters = (adapters,)
@@ -147,9 +149,58 @@ def build_classifier(config: Config) -> Classifier:
         feature_scale=config.model.feature_scale,
         adapters=_add_adapters(encoder, config.tuning, config.seed) if lora else None,
     )
-    model.cut_frozen_prefix()
+    if not lora:
+        _unfreeze(encoder, config.tuning)
     _check_reads(model, config)
+    _freeze_unused(model, config)
+    model.cut_frozen_prefix()
     return model
+
+
+def _unfreeze(encoder: PreTrainedModel, tuning: TuningConfig) -> None:
+    """Makes trainable what `tuning.method` says, below the head. Raises: ConfigError."""
+    if tuning.method is TuningMethod.full:
+        encoder.requires_grad_(requires_grad=True)
+    elif tuning.method is TuningMethod.bitfit:
+        biases = [p for name, p in encoder.named_parameters() if name.split(".")[-1] == "bias"]
+        if not biases:
+            raise ConfigError("tuning.method=bitfit: the model has no biases; choose lora or full")
+        for parameter in biases:
+            parameter.requires_grad = True
+    elif tuning.method is TuningMethod.last_layers:
+        blocks = _blocks(encoder, "tuning.k", tuning.k)
+        for block in blocks[len(blocks) - tuning.k :]:
+            block.requires_grad_(requires_grad=True)
+
+
+def _blocks(encoder: PreTrainedModel, name: str, wanted: int) -> list[nn.Module]:
+    """The encoder's blocks, of which `wanted` are to be tuned. Raises: ConfigError."""
+    try:
+        blocks = list(find_blocks(encoder)[2])
+    except NoPrefixError as error:
+        raise ConfigError(f"{name}={wanted}: {error}; choose tuning=head or tuning=full") from error
+    if wanted > len(blocks):
+        raise ConfigError(
+            f"{name}={wanted}: must be at most {len(blocks)}, the number of blocks of the model"
+        )
+    return blocks
+
+
+def _freeze_unused(model: Classifier, config: Config) -> None:
+    """Freezes parameters that have no part in the output: they would be released as pure noise."""
+    if not any(parameter.requires_grad for parameter in model.encoder.parameters()):
+        return
+    ones = torch.ones((1, min(8, config.task.max_tokens)), dtype=torch.long)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    model.eval()
+    total = model(input_ids=ones, attention_mask=ones).sum()
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+        total, [p for _, p in named], allow_unused=True
+    )
+    for (name, parameter), gradient in zip(named, gradients, strict=True):
+        if gradient is None:
+            parameter.requires_grad = False
+            model.unused.append(name)
 
 
 @torch.no_grad()

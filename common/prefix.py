@@ -31,7 +31,7 @@ class FrozenPrefix:
 
     def __init__(self, encoder: nn.Module, depth: int) -> None:
         self._encoder, self.depth = encoder, depth
-        self._owner, self._name, self._blocks = _find_blocks(encoder)
+        self._owner, self._name, self._blocks = find_blocks(encoder)
         self._embeddings = encoder.get_submodule("embeddings")
 
     @torch.no_grad()
@@ -63,15 +63,21 @@ class FrozenPrefix:
 
 
 def trainable_depth(encoder: nn.Module) -> int:
-    """Number of blocks below the lowest one that holds a trainable parameter."""
-    _, _, blocks = _find_blocks(encoder)
+    """Number of blocks below the lowest one that holds a trainable parameter.
+
+    None are, where something outside the blocks is trained, as the embeddings in full tuning.
+    """
+    _, _, blocks = find_blocks(encoder)
+    inside = {p for block in blocks for p in block.parameters()}
+    if any(p.requires_grad and p not in inside for p in encoder.parameters()):
+        return 0
     for depth, block in enumerate(blocks):
         if any(parameter.requires_grad for parameter in block.parameters()):
             return depth
     return len(blocks)
 
 
-def _find_blocks(encoder: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
+def find_blocks(encoder: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
     """The list of blocks, and where it hangs."""
     found = [
         (sum(p.numel() for p in child.parameters()), owner, name, child)

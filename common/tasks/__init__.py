@@ -18,6 +18,9 @@ class Task(Protocol):
     ) -> Inputs:
         """Model inputs of some records, padded to `max_tokens`."""
 
+    def made(self, tokenizer: PreTrainedTokenizerBase, records: int, *, max_tokens: int) -> Inputs:
+        """Model inputs of made records: the same on every call, of full length, some padded."""
+
     def loss_vector(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(B,) loss of each record, from nothing but that record."""
 

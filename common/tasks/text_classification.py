@@ -1,5 +1,6 @@
 """Text classification: one label per text."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
@@ -14,6 +15,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, max_tokens: 
         texts, truncation=True, max_length=max_tokens, padding="max_length", return_tensors="pt"
     )
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def made(tokenizer: PreTrainedTokenizerBase, records: int, *, max_tokens: int) -> Inputs:
+    """(N, T) random token ids; every second record is padded from its middle on."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(tokenizer), (records, max_tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1::2, (max_tokens + 1) // 2 :] = 0
+    return {"input_ids": torch.where(mask > 0, ids, tokenizer.pad_token_id), "attention_mask": mask}
 
 
 def loss_vector(logits: Tensor, labels: Tensor) -> Tensor:

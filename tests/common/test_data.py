@@ -49,7 +49,7 @@ def label_of(splits):
 
 
 def test_bbc_news_has_the_declared_numbers(bbc, compose_config):
-    assert (len(bbc.train), len(bbc.validation), len(bbc.holdout)) == (1474, 217, 434)
+    assert (len(bbc.train), len(bbc.validation), len(bbc.holdout)) == (1495, 215, 415)
     assert bbc.duplicates == 100
     assert compose_config().data.declared_records == len(bbc.train)
 

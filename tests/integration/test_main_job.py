@@ -27,7 +27,7 @@ def test_the_default_run_meets_its_promise(tmp_path):
     report = json.loads((tmp_path / "out").read_text())
     assert report["evaluation"]["accuracy"] >= 0.93
     assert report["evaluation_split"] == "holdout"
-    assert report["evaluation_records"] == 434
+    assert report["evaluation_records"] == 415
     epsilon = report["privacy"]["epsilon"]
     assert 0.98 * 3 <= epsilon["pld"] <= 3
     assert epsilon["rdp"] >= epsilon["pld"]

@@ -75,7 +75,7 @@ def test_counts_and_bytes_of_a_plan_belong_together(default):
     """MiniLM-L6, rank 8 on query and value of one block: 2 * 2 * 8 * 384, and a head 5 * 385."""
     assert default["trainable"] == 2 * 2 * 8 * 384 + 5 * 385
     assert default["bytes_per_message"] == 4 * default["trainable"]
-    assert default["bytes"] == 2 * 15 * 5 * default["bytes_per_message"]
+    assert default["bytes"] == 2 * 10 * 5 * default["bytes_per_message"]
     assert default["steps"] == default["rounds"] * default["steps_per_round"] == 15
     assert default["charge_per_site"] == {
         "noise_multiplier": default["noise_multiplier"],

@@ -1,0 +1,224 @@
+"""The autograd functions of the single-backward engine: input gradients out, uses filed.
+
+Each returns the gradient of its batched input and nothing for its parameters; what clipping
+needs goes to the tape. Saved tensors go through `save_for_backward`, so gradient checkpointing
+works.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional
+
+from client.clipping.tape import FanUse, MatrixUse, TableUse, Tape
+
+# torch.autograd.Function ships no types.
+# mypy: disable-error-code="no-untyped-call,misc"
+
+
+def applied(function: type[Function], *arguments: Any) -> Tensor:
+    """`function.apply`, typed."""
+    output: Tensor = function.apply(*arguments)
+    return output
+
+
+class Matrix(Function):
+    """x W^T + b for W (p, d), or x W + b for W (d, p) if transposed; x (B*k, ..., d)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tape: Tape, transposed: bool
+    ) -> Tensor:
+        """The layer's output."""
+        ctx.save_for_backward(x, weight)
+        ctx.tape, ctx.transposed, ctx.weight, ctx.bias = tape, transposed, weight, bias
+        if transposed:
+            y = torch.matmul(x, weight)
+            y = y if bias is None else y.add_(bias)
+        else:
+            y = functional.linear(x, weight, bias)
+        whole: Tensor = torch.ops.aten._unsafe_view(y, y.shape)  # a model may write into it
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        """Gradient of x; files rows and output gradients."""
+        x, weight = ctx.saved_tensors
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            matrix = weight.to(g.dtype)
+            gradient = (g @ (matrix.t() if ctx.transposed else matrix)).to(x.dtype)
+        tape, records = ctx.tape, ctx.tape.records
+        rows = g.detach().reshape(records, -1, g.shape[-1])
+        if ctx.bias is not None and ctx.bias.requires_grad:
+            tape.keep(ctx.bias, rows.sum(1, dtype=torch.float32))
+        if ctx.weight.requires_grad:
+            inputs = x.detach().reshape(records, -1, x.shape[-1])
+            tape.file_matrix(MatrixUse(ctx.weight, inputs.to(g.dtype), rows, ctx.transposed))
+        return gradient, None, None, None, None
+
+
+class Table(Function):
+    """Rows of W (V, d) at ids (B, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding: int | None, tape: Tape) -> Tensor:
+        """The rows looked up."""
+        ctx.weight, ctx.ids, ctx.padding, ctx.tape = weight, ids, padding, tape
+        return functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, None, None]:
+        """Files ids and output gradients."""
+        records = ctx.tape.records
+        rows = g.detach().reshape(records, -1, g.shape[-1])
+        ids = ctx.ids.reshape(records, -1)
+        ctx.tape.tables.append(TableUse(ctx.weight, ids, rows, ctx.padding))
+        return None, None, None, None
+
+
+class LayerNorm(Function):
+    """Layer normalisation over the last axis of x (B*k, ..., d)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, tape: Tape
+    ) -> Tensor:
+        """The normalised, scaled input."""
+        y, mean, scale = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, scale, weight, bias)
+        ctx.weight, ctx.bias, ctx.tape = weight, bias, tape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        """Gradient of x; keeps (B, d) gradients, by torch's fused kernel, a record at a time."""
+        x, mean, scale, weight, bias = ctx.saved_tensors
+        records, width = ctx.tape.records, x.shape[-1]
+        by_record = [t.reshape(records, -1, t.shape[-1]) for t in (g.contiguous(), x, mean, scale)]
+        wanted = [ctx.needs_input_grad[0], True, bias is not None]
+        found = [
+            torch.ops.aten.native_layer_norm_backward(
+                g_i, x_i, (width,), mean_i, scale_i, weight, bias, wanted
+            )
+            for g_i, x_i, mean_i, scale_i in zip(*by_record, strict=True)
+        ]
+        of_x, of_weight, of_bias = zip(*found, strict=True)
+        if ctx.weight.requires_grad:
+            ctx.tape.keep(ctx.weight, torch.stack(of_weight).float())
+        if ctx.bias is not None and ctx.bias.requires_grad:
+            ctx.tape.keep(ctx.bias, torch.stack(of_bias).float())
+        gradient = torch.stack(of_x).view_as(x) if ctx.needs_input_grad[0] else None
+        return gradient, None, None, None, None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution slides."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @classmethod
+    def of(cls, axes: int, given: Mapping[str, Any]) -> "Geometry":
+        """From a call's arguments; a single number stands for every axis."""
+
+        def each(name: str, default: int) -> tuple[int, ...]:
+            value = default if given[name] is None else given[name]
+            return (value,) * axes if isinstance(value, int) else tuple(value)
+
+        return cls(each("stride", 1), each("padding", 0), each("dilation", 1), given["groups"] or 1)
+
+
+class Convolution(Function):
+    """A convolution of x (B, c, ...) with W (o, c / groups, ...)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, tape: Tape
+    ) -> Tensor:
+        """The feature maps (B, o, ...)."""
+        ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.bias, ctx.geometry, ctx.tape = weight, bias, geometry, tape
+        g = geometry
+        y: Tensor = torch.convolution(
+            x, weight, bias, g.stride, g.padding, g.dilation, False, [0] * len(g.stride), g.groups
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        """Gradient of x; files patches where that is cheaper than the kernel's gradient."""
+        x, weight = ctx.saved_tensors
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = _convolution_backward(g, x, weight, ctx.geometry, (True, False, False))[0]
+        if ctx.bias is not None and ctx.bias.requires_grad:
+            ctx.tape.keep(ctx.bias, g.flatten(2).sum(2, dtype=torch.float32))
+        if ctx.weight.requires_grad:
+            _file_kernel(ctx.tape, ctx.weight, ctx.geometry, x.detach(), g.detach())
+        return gradient, None, None, None, None
+
+
+def _file_kernel(
+    tape: Tape, weight: nn.Parameter, geometry: Geometry, x: Tensor, g: Tensor
+) -> None:
+    outputs, inputs = len(weight), weight[0].numel()
+    positions = g.shape[2:].numel()
+    if geometry.groups == 1 and positions * (inputs + outputs) < inputs * outputs:
+        patches = _patches(x, weight, geometry)
+        rows = g.flatten(2).transpose(1, 2)
+        tape.file_matrix(MatrixUse(weight, patches.to(g.dtype), rows, transposed=False))
+        return
+    kernels = [
+        _convolution_backward(g_i[None], x_i[None], weight, geometry, (False, True, False))[1]
+        for g_i, x_i in zip(g, x, strict=True)
+    ]
+    tape.keep(weight, torch.stack(kernels))
+
+
+def _patches(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """(B, positions, c * kernel) what the kernel sees at each position."""
+    axes = weight.dim() - 2
+    sides = [side for pad in reversed(geometry.padding) for side in (pad, pad)]
+    seen = functional.pad(x, sides)
+    steps = zip(weight.shape[2:], geometry.dilation, geometry.stride, strict=True)
+    for axis, (size, dilation, stride) in enumerate(steps):
+        seen = seen.unfold(2 + axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    positions = range(2, 2 + axes)
+    kernel = range(2 + axes, 2 + 2 * axes)
+    rows = seen.permute(0, *positions, 1, *kernel)
+    return rows.reshape(len(x), -1, weight[0].numel())
+
+
+def _convolution_backward(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = geometry
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        g, x.to(g.dtype), weight.to(g.dtype), None, y.stride, y.padding, y.dilation, False,
+        [0] * len(y.stride), y.groups, wanted,
+    )  # fmt: skip
+    return found
+
+
+class Fan(Function):
+    """(B, *shape) views of a shared tensor; the gradient of each goes to the tape."""
+
+    @staticmethod
+    def forward(ctx: Any, detached: Tensor, shared: list[Tensor], tape: Tape) -> Tensor:
+        """One view per record. In a list, what made `shared` stays out of the main backward."""
+        (ctx.shared,), ctx.tape = shared, tape
+        return detached.expand(tape.records, *detached.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, None]:
+        """Files the gradients by record."""
+        ctx.tape.fans.append(FanUse(ctx.shared, g.detach()))
+        return None, None, None

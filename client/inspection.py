@@ -1,0 +1,69 @@
+"""`coterie preflight`: shows a person, or a machine, what preflight finds for a configuration."""
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from client.preflight import Verdict
+from client.train import Trainer
+from common.cli import Invocation, emit_json
+from common.composition import run_job
+from common.config import Config
+from common.errors import PrivacyRefusedError
+from common.privacy.accounting import number
+
+
+def preflight(invocation: Invocation) -> None:
+    """Say whether this model can be trained privately here, how exactly and how; touch no data."""
+
+    def job(config: Config) -> None:
+        trainer = Trainer(config)
+        answer = preflight_object(config, trainer, trainer.preflight(precision=torch.float64))
+        if not answer["ok"]:
+            refusal = PrivacyRefusedError(
+                f"model.name={config.model.name}: cannot be trained privately: "
+                f"{'; '.join(answer['refused'])}"
+            )
+            refusal.details = answer
+            raise refusal
+        if invocation.json:
+            emit_json(answer)
+        else:
+            show_preflight(answer, Console())
+
+    run_job(job, invocation)
+
+
+def preflight_object(config: Config, trainer: Trainer, verdict: Verdict) -> dict[str, Any]:
+    """What `--json` prints; counts are of parameters, and no value is null."""
+    return {
+        "model": config.model.name,
+        "tuning": config.tuning.method.name,
+        "ok": verdict.engine is not None,
+        "engine": verdict.engine.name.name if verdict.engine else "none",
+        "adapted": [*trainer.adapted, *verdict.adapted],
+        "refused": list(verdict.refused),
+        "max_rel_error": number(verdict.max_rel_error),
+        "trainable": trainer.layout.size,
+        "frozen": trainer.parameters - trainer.layout.size,
+    }
+
+
+def show_preflight(answer: dict[str, Any], console: Console) -> None:
+    """Prints the verdict as a table for a person."""
+    table = Table(title="Preflight", show_header=False, title_justify="left")
+    rows = {
+        "model": f"{answer['model']}, {answer['tuning']}",
+        "private training": "possible" if answer["ok"] else "refused",
+        "engine": answer["engine"],
+        "error of a clipped sum": f"{answer['max_rel_error']:.1e}, relative to a loop of batches "
+        "of one in float64",
+        "trains": f"{answer['trainable']:,} parameters; {answer['frozen']:,} stay as they are",
+        "adapted": "\n".join(answer["adapted"]) or "nothing",
+        "refused on the way": "\n".join(answer["refused"]) or "nothing",
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    console.print(table)

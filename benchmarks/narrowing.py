@@ -1,121 +1,144 @@
-"""Rate, steps and step size of the head alone, on cached features: what narrowed the search.
+"""Steps, step sizes and clip bound on the public validation split, one site's worth of code.
 
-    python benchmarks/narrowing.py
+    python benchmarks/narrowing.py FILE [--seeds 0 1 2] [--only REGEX]
 
-Simulates the federation's sum (five sites' noise, one step a round) on pooled features of the
-training and validation splits, in random folds of 217 records. The hold-out is never looked at.
+Cuts what a federation adds: one process holds all training records behind the frozen prefix, and
+the noise of five sites is one draw at sqrt(5) times the standard deviation. Same engine, same
+mechanism, same records as the main job at one step a round. Scores the validation split only;
+the hold-out is never looked at. Appends one line per run to FILE; a row that is there is not run
+again.
 """
 
 import argparse
-import statistics
+import re
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-from torch.nn import functional
+from numpy.typing import NDArray
+from torch import Tensor
 
+from client.clipping.engines import SingleBackward
+from client.private_step import ParameterGroup, plain_steps, private_steps, sgd
 from common.composition import CONF
-from common.config import from_composed, register_schemas
-from common.data import load_splits
-from common.model import POOLED, build_classifier, load_tokenizer
+from common.config import Config, from_composed, register_schemas
+from common.data import Records, load_splits
+from common.model import Classifier, build_classifier, load_tokenizer
+from common.prefix import Inputs
 from common.privacy.accounting import solve_noise_multiplier
+from common.privacy.mechanism import Mechanism
+from common.privacy.noise import Randomness
 from common.tasks import TASKS
 
-SETTINGS = [  # sample rate, steps, learning rate, momentum
-    (0.25, 40, 2.0, 0.0),
-    (0.25, 30, 2.5, 0.0),
-    (0.25, 40, 0.2, 0.9),
-    (0.5, 10, 5.0, 0.0),
-    (0.5, 15, 2.5, 0.0),
-    (0.5, 15, 5.0, 0.0),
-    (0.5, 15, 10.0, 0.0),
-    (0.5, 15, 0.5, 0.9),
-    (0.5, 20, 3.5, 0.0),
-    (0.75, 15, 5.0, 0.0),
-    (1.0, 5, 10.0, 0.0),
-    (1.0, 15, 5.0, 0.0),
-    (1.0, 30, 2.5, 0.0),
+
+@dataclass(frozen=True)
+class Setting:
+    """One row: what is tried, private or not."""
+
+    steps: int
+    head: float
+    adapters: float
+    """Learning rates."""
+    q: float = 0.5
+    clip: float = 1.0
+    alpha: int = 16
+    private: bool = True
+
+
+SETTINGS = [
+    Setting(15, 5, 0.2),
+    Setting(15, 5, 0.02),
+    Setting(15, 5, 0.8),
+    Setting(15, 5, 0.1, alpha=32),
+    Setting(15, 5, 0.2, alpha=32),
+    Setting(15, 10, 0.4, clip=0.5),
+    Setting(15, 5, 0.2, private=False),
+    Setting(20, 2.5, 0.1),
+    Setting(20, 2.5, 0.4),
+    Setting(20, 2.5, 0.8),
+    Setting(20, 2.5, 0.1, private=False),
+    Setting(20, 2.5, 0.4, private=False),
+    Setting(20, 2.5, 0.8, private=False),
 ]
 
 
 def main() -> None:
-    """Prints one row per setting, private and not."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folds", type=int, default=24)
+    """Runs what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", default="", help="regular expression: settings to run")
     options = parser.parse_args()
-    features, labels = _features()
-    print("| q | steps | lr | momentum | sigma | epsilon 3 (se) | no privacy |")
-    print("|---|---|---|---|---|---|---|")
-    for q, steps, rate, momentum in SETTINGS:
-        sigma = solve_noise_multiplier(3.0, 1e-4, q, steps)
-        private, plain = (
+    torch.set_num_threads(1)
+    done = options.file.read_text() if options.file.exists() else ""
+    for seed in options.seeds:
+        for setting in SETTINGS:
+            name = f"{setting}, seed {seed}"
+            if name not in done and re.search(options.only, name):
+                accuracy, loss = run(setting, seed)
+                with options.file.open("a") as lines:
+                    lines.write(f"{name}: accuracy {accuracy:.4f}, cross entropy {loss:.4f}\n")
+
+
+def run(setting: Setting, seed: int) -> tuple[float, float]:
+    """Validation accuracy and cross entropy after the last step."""
+    config = _config(setting, seed)
+    model, splits = build_classifier(config), load_splits(config.data)
+    train, labels = _prepared(config, model, splits.train)
+    held, held_labels = _prepared(config, model, splits.validation)
+    task = TASKS[config.task.name]
+
+    def loss_of(at: NDArray[np.int64]) -> Tensor:
+        return task.loss_vector(model(**{n: t[at] for n, t in train.items()}), labels[at])
+
+    optimizer = sgd(
+        [
+            ParameterGroup(tuple(model.classifier.parameters()), setting.head),
+            ParameterGroup(
+                tuple(p for p in model.encoder.parameters() if p.requires_grad), setting.adapters
+            ),
+        ]
+    )
+    sigma = solve_noise_multiplier(
+        config.privacy.epsilon, config.privacy.delta, setting.q, setting.steps
+    )
+    whole = {
+        "mechanism": Mechanism(
+            sigma * config.federation.sites**0.5, setting.clip, setting.q, len(labels)
+        ),
+        "randomness": Randomness.from_entropy(),
+        "records": len(labels),
+        "steps": setting.steps,
+        "physical_batch": config.engine.physical_batch,
+    }
+    if setting.private:
+        private_steps(SingleBackward(model), optimizer, loss_of, **whole)
+    else:
+        plain_steps(optimizer, loss_of, **whole)
+    with torch.no_grad():
+        logits = torch.cat(
             [
-                _fold(
-                    features,
-                    labels,
-                    q=q,
-                    steps=steps,
-                    rate=rate,
-                    momentum=momentum,
-                    sigma=noise,
-                    seed=seed,
-                )
-                for seed in range(options.folds)
+                model(**{n: t[i : i + 32] for n, t in held.items()})
+                for i in range(0, len(held_labels), 32)
             ]
-            for noise in (sigma, 0.0)
         )
-        error = statistics.stdev(private) / len(private) ** 0.5
-        print(
-            f"| {q:g} | {steps} | {rate:g} | {momentum:g} | {sigma:.3f} "
-            f"| {statistics.mean(private):.4f} ({error:.4f}) | {statistics.mean(plain):.4f} |",
-            flush=True,
-        )
+    accuracy = (logits.argmax(1) == held_labels).float().mean()
+    return float(accuracy), float(task.loss_vector(logits, held_labels).mean())
 
 
-def _features() -> tuple[torch.Tensor, torch.Tensor]:
+def _config(setting: Setting, seed: int) -> Config:
     register_schemas()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = from_composed(compose("simulate", ["tuning=head"]))
-    splits = load_splits(config.data)
-    texts = [*splits.train.texts, *splits.validation.texts]
+        return from_composed(compose("simulate", [f"seed={seed}", f"tuning.alpha={setting.alpha}"]))
+
+
+def _prepared(config: Config, model: Classifier, records: Records) -> tuple[Inputs, Tensor]:
     encoded = TASKS[config.task.name].encode(
-        load_tokenizer(config.model), texts, max_tokens=config.task.max_tokens
+        load_tokenizer(config.model), list(records.texts), max_tokens=config.task.max_tokens
     )
-    pooled = build_classifier(config).prepare(encoded)[POOLED]
-    labels = np.concatenate([splits.train.labels, splits.validation.labels])
-    return torch.cat([pooled, torch.ones(len(pooled), 1)], 1), torch.from_numpy(labels)
-
-
-def _fold(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    q: float,
-    steps: int,
-    rate: float,
-    momentum: float,
-    sigma: float,
-    seed: int,
-) -> float:
-    """Validation accuracy of one fold; sigma 0 means neither noise nor clipping."""
-    draw = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=draw)
-    held, kept = order[:217], order[217:]
-    one_hot = functional.one_hot(labels).float()
-    weights = torch.zeros(one_hot.shape[1], features.shape[1])
-    velocity = torch.zeros_like(weights)
-    for _ in range(steps):
-        chosen = kept[torch.rand(len(kept), generator=draw) < q]
-        errors = (features[chosen] @ weights.T).softmax(1) - one_hot[chosen]
-        if sigma:
-            norms = errors.norm(dim=1) * features[chosen].norm(dim=1)
-            errors *= (1 / norms).clamp(max=1)[:, None]
-        total = errors.T @ features[chosen]
-        total += torch.randn(weights.shape, generator=draw) * sigma * 5**0.5
-        velocity = momentum * velocity + total / (q * len(kept))
-        weights -= rate * velocity
-    predicted = (features[held] @ weights.T).argmax(1)
-    return float((predicted == labels[held]).float().mean())
+    return model.prepare(encoded, batch=16), torch.tensor(np.array(records.labels))
 
 
 if __name__ == "__main__":

@@ -76,19 +76,19 @@ def test_counts_and_bytes_of_a_plan_belong_together(default):
     assert default["trainable"] == 2 * 2 * 8 * 384 + 5 * 385
     assert default["bytes_per_message"] == 4 * default["trainable"]
     assert default["bytes"] == 2 * 10 * 5 * default["bytes_per_message"]
-    assert default["steps"] == default["rounds"] * default["steps_per_round"] == 15
+    assert default["steps"] == default["rounds"] * default["steps_per_round"] == 20
     assert default["charge_per_site"] == {
         "noise_multiplier": default["noise_multiplier"],
         "sample_rate": 0.5,
-        "steps": 15,
+        "steps": 20,
     }
 
 
 def test_solved_noise_spends_the_budget_and_no_more(default):
     spent = default["privacy"]["epsilon_by_round"]
-    assert len(spent) == 15
+    assert len(spent) == 10
     assert spent == sorted(spent)
-    assert len(set(spent)) == 15
+    assert len(set(spent)) == 10
     assert 0.98 * 3 <= spent[-1] <= 3
     assert spent[-1] == default["privacy"]["epsilon"]
 

@@ -20,11 +20,15 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hypothesis import settings
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from common import cli
 from common.composition import CONF
 from common.config import Config, from_composed, register_schemas
+
+settings.register_profile("coterie", derandomize=True, deadline=None)
+settings.load_profile("coterie")
 
 WORDS = {
     "sport": ["goal", "match", "team", "coach", "cup", "score"],

@@ -96,23 +96,27 @@ class LayerNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        """Gradient of x; keeps (B, d) gradients, by torch's fused kernel, a record at a time."""
+        """Gradient of x, of the whole batch; (B, d) of the parameters, a record at a time.
+
+        Both by torch's fused kernel, which sums parameters over whatever it is given.
+        """
         x, mean, scale, weight, bias = ctx.saved_tensors
-        records, width = ctx.tape.records, x.shape[-1]
-        by_record = [t.reshape(records, -1, t.shape[-1]) for t in (g.contiguous(), x, mean, scale)]
-        wanted = [ctx.needs_input_grad[0], True, bias is not None]
+        records, shape, g = ctx.tape.records, (x.shape[-1],), g.contiguous()
+        kernel = torch.ops.aten.native_layer_norm_backward.default
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            wanted = [True, False, False]
+            gradient = kernel(g, x, shape, mean, scale, weight, bias, wanted)[0]
+        by_record = (t.reshape(records, -1, t.shape[-1]).unbind() for t in (g, x, mean, scale))
+        wanted = [False, True, bias is not None]
         found = [
-            torch.ops.aten.native_layer_norm_backward(
-                g_i, x_i, (width,), mean_i, scale_i, weight, bias, wanted
-            )
+            kernel(g_i, x_i, shape, mean_i, scale_i, weight, bias, wanted)
             for g_i, x_i, mean_i, scale_i in zip(*by_record, strict=True)
         ]
-        of_x, of_weight, of_bias = zip(*found, strict=True)
         if ctx.weight.requires_grad:
-            ctx.tape.keep(ctx.weight, torch.stack(of_weight).float())
+            ctx.tape.keep(ctx.weight, torch.stack([each[1] for each in found]).float())
         if ctx.bias is not None and ctx.bias.requires_grad:
-            ctx.tape.keep(ctx.bias, torch.stack(of_bias).float())
-        gradient = torch.stack(of_x).view_as(x) if ctx.needs_input_grad[0] else None
+            ctx.tape.keep(ctx.bias, torch.stack([each[2] for each in found]).float())
         return gradient, None, None, None, None
 
 

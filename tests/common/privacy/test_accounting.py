@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from opacus.accountants import RDPAccountant
 from scipy.optimize import brentq
@@ -32,6 +32,8 @@ from common.privacy.accounting import (
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "assets" / "golden_epsilons.json").read_text())
 DELTA = 1e-5
+MEANINGFUL = 50
+"""No epsilon above this protects anything."""
 SIGMAS = st.floats(0.6, 8)
 RATES = st.floats(1e-3, 1)
 STEPS = st.integers(1, 500)
@@ -130,6 +132,9 @@ def test_the_price_of_a_joined_history_is_that_of_its_parts_composed_one_by_one(
 @given(SIGMAS, RATES, STEPS, st.floats(1.01, 2), st.integers(1, 100))
 def test_rdp_grows_with_steps_and_rate_and_falls_with_noise(sigma, q, steps, factor, more):
     base = epsilon_rdp([Event(sigma, q, steps)], DELTA)
+    # In the hundreds dp-accounting leaves out orders whose series did not converge: the bound
+    # stays a bound, and is no longer monotone (593 -> 589 for 78 steps more at sigma 0.57).
+    assume(base < MEANINGFUL)
     assert epsilon_rdp([Event(sigma, q, steps + more)], DELTA) >= base - 1e-9
     assert epsilon_rdp([Event(sigma * factor, q, steps)], DELTA) <= base + 1e-9
     assert epsilon_rdp([Event(sigma, min(1.0, q * factor), steps)], DELTA) >= base - 1e-9

@@ -5,7 +5,11 @@
 A whole step is forward, backward, clipping, noise and fused AdamW, fp32, on one thread. Every arm
 is a process of its own, and arms take turns, step by step; a ratio is the median over rounds of
 the ratio to the ordinary step of the same round, in CPU seconds. Memory is the peak resident set
-of the process, interpreter and libraries included. Physical batch = logical batch.
+of one step, interpreter and libraries included. Physical batch = logical batch.
+
+The C library's allocator is the same for all arms: for times freed memory stays with the process
+(the fastest setting for every arm, and the one our nodes use), for memory it goes back at once (so
+that what is measured is what an arm holds, and not how its heap is fragmented).
 """
 
 import argparse
@@ -34,12 +38,16 @@ from torch.nn import functional
 
 from client.clipping.engines import SingleBackward
 from client.private_step import private_steps
+from common.allocation import keep_freed_memory, return_freed_memory
 from common.privacy.mechanism import Mechanism
 from common.privacy.noise import Randomness
 
 TOKENS, CLASSES, CLIP, SIGMA, WARM = 128, 5, 1.0, 1.0, 4
+MEMORY, TIME = "memory", "time"
 LARGE, SMALL = 64, 16
 """Records of a step; the small one is for arms that keep every record's gradient."""
+FITS = {"gpt2-tied": 32}
+"""Records of a large step where 64 do not fit: their logits alone are 1.6 GB, five times over."""
 ROUNDS, QUICK_ROUNDS = 7, 3
 
 Losses = Callable[[nn.Module, int], Tensor]
@@ -229,7 +237,7 @@ def main() -> None:
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     rows: list[Row] = []
     for case in options.case:
-        rows += measure(case, ["plain", "coterie"], LARGE, rounds)
+        rows += measure(case, ["plain", "coterie"], FITS.get(case, LARGE), rounds)
         if not options.quick:
             rows += measure(case, list(ARMS), SMALL, rounds)
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
@@ -245,18 +253,20 @@ def measure(case: str, arms: list[str], batch: int, rounds: int) -> list[Row]:
         fork.Process(target=_serve, args=(theirs, case, arm), daemon=True).start()
         theirs.close()
         workers[arm] = ours
-    for arm in arms:
-        problem = _ask(workers[arm], WARM)
-        if isinstance(problem, str):
-            print(f"{case:12} {arm:16} does not run: {problem}", flush=True)
-            del workers[arm]
-    times: dict[str, list[float]] = {arm: [] for arm in workers}
     peaks: dict[str, float] = {}
+    for arm in arms:
+        problem = _ask(workers[arm], MEMORY, WARM)
+        answer = problem if isinstance(problem, str) else _ask(workers[arm], MEMORY, batch)
+        if isinstance(answer, str):
+            print(f"{case:12} {arm:16} does not run: {answer}", flush=True)
+            del workers[arm]
+        else:
+            peaks[arm] = answer
+    times: dict[str, list[float]] = {arm: [] for arm in workers}
     for _ in range(rounds):
         for arm, worker in workers.items():
-            answer = _ask(worker, batch)
-            assert not isinstance(answer, str), answer
-            seconds, peaks[arm] = answer
+            seconds = _ask(worker, TIME, batch)
+            assert not isinstance(seconds, str), seconds
             times[arm].append(seconds)
     for worker in workers.values():
         worker.send(None)
@@ -285,11 +295,11 @@ def _row(
     )
 
 
-def _ask(worker: Connection, records: int) -> tuple[float, float] | str:
-    """CPU seconds and peak MB of one step, or why it failed."""
-    worker.send(records)
+def _ask(worker: Connection, what: str, records: int) -> float | str:
+    """CPU seconds or peak MB of one step, or why it failed."""
+    worker.send((what, records))
     try:
-        answer: tuple[float, float] | str = worker.recv()
+        answer: float | str = worker.recv()
     except EOFError:
         return "its process ended (out of memory?)"
     return answer
@@ -303,11 +313,14 @@ def _serve(parent: Connection, case: str, arm: str) -> None:
         model, losses = CASES[case]()
         model.train()  # every rate of dropout is zero; Opacus's hooks need it
         step = ARMS[arm](model, losses)
-        while (records := parent.recv()) is not None:
+        while (asked := parent.recv()) is not None:
+            what, records = asked
+            (return_freed_memory if what == MEMORY else keep_freed_memory)()
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
             start = time.process_time()
             step(records)
-            parent.send((time.process_time() - start, _peak_mb()))
+            seconds = time.process_time() - start
+            parent.send(_peak_mb() if what == MEMORY else seconds)
     except Exception as error:  # whatever a peer's engine raises is its result
         parent.send(f"{type(error).__name__}: {str(error).splitlines()[0][:90]}")
 

@@ -1,23 +1,36 @@
-"""Keeps memory a step has freed for the next step, where the C library would give it back.
+"""What the C library does with memory a training step has freed.
 
-glibc returns what is free at the top of its heap, and the next step has it zeroed and mapped in
-again, page by page: a fifth of a training step on a virtual machine. Speed only.
+By default glibc gives large blocks, and the top of its heap, back to the system, and the next
+step has them zeroed and mapped in again page by page: a fifth of a step on a virtual machine.
+Speed and memory only; a library without `mallopt` is left alone.
 """
 
 import ctypes
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 """Names of the settings in glibc's malloc.h."""
-KEPT_BYTES = 1 << 30
-"""Free memory at the top of the heap that stays with the process."""
-LARGE_BYTES = 32 << 20
-"""Above this, glibc's upper limit, a block has its own mapping and goes back when freed."""
+UNLIMITED = (1 << 31) - 1
 
 
 def keep_freed_memory() -> bool:
-    """Asks glibc to keep freed memory. Returns: False where there is no glibc to ask."""
+    """Freed memory stays with the process, for the next step. Fast; fragments cost memory.
+
+    Returns: False where there is no glibc to ask.
+    """
+    return _set({MMAP_MAX: 0, TRIM_THRESHOLD: UNLIMITED})
+
+
+def return_freed_memory() -> bool:
+    """Every block of a megabyte or more goes back when it is freed. Lean; each step faults in anew.
+
+    Returns: False where there is no glibc to ask.
+    """
+    return _set({MMAP_MAX: 65536, MMAP_THRESHOLD: 1 << 20, TRIM_THRESHOLD: 1 << 20})
+
+
+def _set(settings: dict[int, int]) -> bool:
     try:
-        setting = ctypes.CDLL(None).mallopt
+        mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(setting(MMAP_THRESHOLD, LARGE_BYTES) and setting(TRIM_THRESHOLD, KEPT_BYTES))
+    return all(mallopt(name, value) for name, value in settings.items())

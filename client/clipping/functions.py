@@ -55,7 +55,7 @@ class Matrix(Function):
         tape, records = ctx.tape, ctx.tape.records
         rows = g.detach().reshape(records, -1, g.shape[-1])
         if ctx.bias is not None and ctx.bias.requires_grad:
-            tape.keep(ctx.bias, rows.sum(1, dtype=torch.float32))
+            tape.keep(ctx.bias, rows.float().sum(1))
         if ctx.weight.requires_grad:
             inputs = x.detach().reshape(records, -1, x.shape[-1])
             tape.file_matrix(MatrixUse(ctx.weight, inputs.to(g.dtype), rows, ctx.transposed))
@@ -109,10 +109,11 @@ class LayerNorm(Function):
             gradient = kernel(g, x, shape, mean, scale, weight, bias, wanted)[0]
         by_record = (t.reshape(records, -1, t.shape[-1]).unbind() for t in (g, x, mean, scale))
         wanted = [False, True, bias is not None]
-        found = [
-            kernel(g_i, x_i, shape, mean_i, scale_i, weight, bias, wanted)
-            for g_i, x_i, mean_i, scale_i in zip(*by_record, strict=True)
-        ]
+        with torch._C.DisableTorchFunction():  # many small calls, and no parameter to capture
+            found = [
+                kernel(g_i, x_i, shape, mean_i, scale_i, weight, bias, wanted)
+                for g_i, x_i, mean_i, scale_i in zip(*by_record, strict=True)
+            ]
         if ctx.weight.requires_grad:
             ctx.tape.keep(ctx.weight, torch.stack([each[1] for each in found]).float())
         if ctx.bias is not None and ctx.bias.requires_grad:
@@ -164,7 +165,7 @@ class Convolution(Function):
         if ctx.needs_input_grad[0]:
             gradient = _convolution_backward(g, x, weight, ctx.geometry, (True, False, False))[0]
         if ctx.bias is not None and ctx.bias.requires_grad:
-            ctx.tape.keep(ctx.bias, g.flatten(2).sum(2, dtype=torch.float32))
+            ctx.tape.keep(ctx.bias, g.flatten(2).float().sum(2))
         if ctx.weight.requires_grad:
             _file_kernel(ctx.tape, ctx.weight, ctx.geometry, x.detach(), g.detach())
         return gradient, None, None, None, None

@@ -42,11 +42,12 @@ def run(command, folder, tiny_overrides):
             ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
         )
     if command.startswith("python "):
-        script = shlex.split(command)[1]
-        arguments = [sys.executable, str(ROOT / script), "--help"]
-        return subprocess.run(arguments, capture_output=True, text=True, check=False)
+        words = shlex.split(command)
+        script = words[1:3] if words[1] == "-m" else words[1:2]
+        arguments = [sys.executable, *script, "--help"]
+        return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "coterie " in command, f"not a command this test knows: {command}"
-    if re.search(r"coterie (simulate|plan)\b", command):
+    if re.search(r"coterie (simulate|plan|preflight)\b", command):
         own = ["data=csv", *(o for o in tiny_overrides if not o.startswith(("data", "task")))]
         chosen = own[1:] if "data.path=" in command else tiny_overrides
         command = f"{command} {shlex.join([*chosen, 'task.max_tokens=12', 'privacy.epsilon=8'])}"

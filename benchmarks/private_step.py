@@ -265,6 +265,8 @@ def measure(case: str, arms: list[str], batch: int, rounds: int) -> list[Row]:
             del workers[arm]
         else:
             peaks[arm] = answer
+    for worker in workers.values():
+        _ask(worker, TIME, batch)  # grows the heap that the timed steps find
     times: dict[str, list[float]] = {arm: [] for arm in workers}
     for _ in range(rounds):
         for arm, worker in workers.items():

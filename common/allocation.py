@@ -9,7 +9,8 @@ import ctypes
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 """Names of the settings in glibc's malloc.h."""
-UNLIMITED = (1 << 31) - 1
+NEVER = -1
+"""As a trim threshold."""
 
 
 def keep_freed_memory() -> bool:
@@ -17,7 +18,7 @@ def keep_freed_memory() -> bool:
 
     Returns: False where there is no glibc to ask.
     """
-    return _set({MMAP_MAX: 0, TRIM_THRESHOLD: UNLIMITED})
+    return _set({MMAP_MAX: 0, TRIM_THRESHOLD: NEVER})
 
 
 def return_freed_memory() -> bool:

@@ -6,12 +6,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from client.preflight import Verdict
+from client.preflight import Verdict, refusal
 from client.train import Trainer
 from common.cli import Invocation, emit_json
 from common.composition import run_job
 from common.config import Config
-from common.errors import PrivacyRefusedError
 from common.privacy.accounting import number
 
 
@@ -20,14 +19,12 @@ def preflight(invocation: Invocation) -> None:
 
     def job(config: Config) -> None:
         trainer = Trainer(config)
-        answer = preflight_object(config, trainer, trainer.preflight(precision=torch.float64))
+        verdict = trainer.preflight(precision=torch.float64)
+        answer = preflight_object(config, trainer, verdict)
         if not answer["ok"]:
-            refusal = PrivacyRefusedError(
-                f"model.name={config.model.name}: cannot be trained privately: "
-                f"{'; '.join(answer['refused'])}"
-            )
-            refusal.details = answer
-            raise refusal
+            refused = refusal(config.model.name, verdict)
+            refused.details = answer
+            raise refused
         if invocation.json:
             emit_json(answer)
         else:
@@ -52,11 +49,11 @@ def preflight_object(config: Config, trainer: Trainer, verdict: Verdict) -> dict
 
 
 def show_preflight(answer: dict[str, Any], console: Console) -> None:
-    """Prints the verdict as a table for a person."""
+    """Prints the verdict on a model that is not refused as a table for a person."""
     table = Table(title="Preflight", show_header=False, title_justify="left")
     rows = {
         "model": f"{answer['model']}, {answer['tuning']}",
-        "private training": "possible" if answer["ok"] else "refused",
+        "private training": "possible",
         "engine": answer["engine"],
         "error of a clipped sum": f"{answer['max_rel_error']:.1e}, relative to a loop of batches "
         "of one in float64",

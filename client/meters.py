@@ -2,7 +2,8 @@
 
 They are told once what was declared, look at what each step then did, and alarm where a sound
 step would about once in a hundred million readings. A self-check of the site, no proof to others.
-Alarms depend on noise and coins, never on records. Statistical tests of DP code: Kifer et al.
+Alarms depend on noise and coins, and not on records; `clip-bound`, which looks at a sum of records,
+goes off only if an engine breaks its own guarantee. Statistical tests of DP code: Kifer et al.
 (2020), arXiv:2002.04049.
 
 | check | alarms at |

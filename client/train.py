@@ -10,13 +10,12 @@ from torch import Tensor
 
 from client.clipping.engines import ClippingEngine, LossOf
 from client.meters import Measurements, Meters
-from client.preflight import Verdict, preflight
+from client.preflight import Verdict, preflight, refusal
 from client.private_step import ParameterGroup, plain_steps, private_steps, sgd
 from client.site import Site
 from common import parameters
 from common.allocation import keep_freed_memory
 from common.config import Config, NoiseSource, PrivacyMode
-from common.errors import PrivacyRefusedError
 from common.model import build_classifier, load_tokenizer
 from common.parameters import Layout, Vector
 from common.prefix import Inputs
@@ -80,6 +79,7 @@ class Trainer:
                 loss_of,
                 mechanism,
                 randomness,
+                groups=self._groups,
                 records=len(site.records),
                 steps=self._config.federation.local_steps,
                 meters=self._meters.setdefault(site.name, Meters(mechanism)),
@@ -104,23 +104,18 @@ class Trainer:
         """
         verdict = self.preflight()
         if verdict.engine is None:
-            raise PrivacyRefusedError(
-                f"model.name={self._config.model.name}: cannot be trained privately: "
-                f"{'; '.join(verdict.refused)}"
-            )
-        self._groups, groups = [replace(g, learning_rate=0.0) for g in self._groups], self._groups
+            raise refusal(self._config.model.name, verdict)
+        still = [replace(group, learning_rate=0.0) for group in self._groups]
         made, clip_norm = self._made(REHEARSED), self._config.privacy.clip_norm
-        try:
-            for records in (REHEARSED, 1, 0):
-                self._private_steps(
-                    lambda indices: made(indices) * (BEYOND * clip_norm),
-                    Mechanism(1.0, clip_norm, 1.0, REHEARSED),
-                    Randomness.from_entropy(),
-                    records=records,
-                    steps=1,
-                )
-        finally:
-            self._groups = groups
+        for records in (REHEARSED, 1, 0):
+            self._private_steps(
+                lambda indices: made(indices) * (BEYOND * clip_norm),
+                Mechanism(1.0, clip_norm, 1.0, REHEARSED),
+                Randomness.from_entropy(),
+                groups=still,
+                records=records,
+                steps=1,
+            )
 
     def _private_steps(
         self,
@@ -128,6 +123,7 @@ class Trainer:
         mechanism: Mechanism,
         randomness: Randomness,
         *,
+        groups: list[ParameterGroup],
         records: int,
         steps: int,
         meters: Meters | None = None,
@@ -137,7 +133,7 @@ class Trainer:
         assert self._engine is not None
         return private_steps(
             self._engine,
-            sgd(self._groups),
+            sgd(groups),
             loss_of,
             mechanism=mechanism,
             randomness=randomness,

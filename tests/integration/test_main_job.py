@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 
@@ -10,22 +11,8 @@ import pytest
 RUN = [sys.executable, "-c", "import sys; from common.cli import main; sys.exit(main())"]
 
 
-@pytest.mark.slow
-def test_the_default_run_meets_its_promise(tmp_path):
-    """Five sites, MiniLM, BBC News: epsilon 3, accuracy, memory, and CPU seconds.
-
-    CPU seconds stand for the four minutes on two cores: wall time on a shared machine is noise.
-    The promise of 0.93 is for the mean of three runs, which benchmarks/main_job.py takes: 0.9422,
-    0.9373, 0.9301 (docs/results.md). One run is asked for three of their standard deviations less.
-    """
-    run_dir = tmp_path / "run"
-    with (tmp_path / "out").open("wb") as out:
-        process = subprocess.Popen([*RUN, "simulate", f"run_dir={run_dir}", "--json"], stdout=out)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)  # or Popen warns of a lost child
-    assert process.returncode == 0
-    report = json.loads((tmp_path / "out").read_text())
-    assert report["evaluation"]["accuracy"] >= 0.93 - 3 * 0.006
+def assert_promised(report):
+    """What the report of each run must say."""
     assert report["evaluation_split"] == "holdout"
     assert report["evaluation_records"] == 415
     epsilon = report["privacy"]["epsilon"]
@@ -34,8 +21,30 @@ def test_the_default_run_meets_its_promise(tmp_path):
     assert epsilon["pld"] <= epsilon["prv"] + 1e-3
     assert epsilon["prv"] - epsilon["pld"] <= 0.02 + 1e-3 * 3
     assert len(report["sites"]) == 5
-    assert usage.ru_maxrss < 3e6  # kB
-    assert usage.ru_utime + usage.ru_stime < 2 * 240
+
+
+@pytest.mark.slow
+def test_the_default_run_meets_its_promise(tmp_path):
+    """Five sites, MiniLM, BBC News: epsilon 3, accuracy, memory, and CPU seconds.
+
+    CPU seconds stand for the four minutes on two cores: wall time on a shared machine is noise.
+    The accuracy promised is the mean of three seeds; docs/results.md has three others' spread.
+    """
+    reports = []
+    for seed in (0, 1, 2):
+        run_dir, out = tmp_path / f"run-{seed}", tmp_path / f"out-{seed}"
+        command = [*RUN, "simulate", f"seed={seed}", f"run_dir={run_dir}", "--json"]
+        with out.open("wb") as stdout:
+            process = subprocess.Popen(command, stdout=stdout)
+            _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)  # or Popen warns of a lost child
+        assert process.returncode == 0
+        assert usage.ru_maxrss < 3e6  # kB
+        assert usage.ru_utime + usage.ru_stime < 2 * 240
+        reports.append(json.loads(out.read_text()))
+    assert statistics.mean(r["evaluation"]["accuracy"] for r in reports) >= 0.93
+    for report in reports:
+        assert_promised(report)
     answer = subprocess.run(
         [*RUN, "predict", run_dir, "The striker scored twice in the final", "--json"],
         capture_output=True,

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from client.clipping.capture import Plan
 from client.clipping.engines import (
     ENGINES,
     ClippingEngine,
@@ -250,9 +249,9 @@ def _stirred(model: nn.Module) -> Iterator[None]:
 
 def _adapted(engine: ClippingEngine) -> tuple[str, ...]:
     """What the engine does that ordinary training does not, from its plan."""
-    plan: Plan = (engine.plan or []) if isinstance(engine, SingleBackward) else []
+    plan = engine.plan if isinstance(engine, SingleBackward) else None
     notes: dict[str, None] = {}
-    for decision in plan:
+    for decision in plan.calls if plan else ():
         name = decision.parameters[0]
         if decision.rule == "embedding" and decision.roles[:1] == ("other",):
             notes[f"{name}: its ids, shared by the batch, are looked up once per record"] = None

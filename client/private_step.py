@@ -25,6 +25,8 @@ from common.privacy.sampling import poisson_sample
 
 NOISE_CHUNK = 1 << 16
 """Coordinates that are noised at a time: a chunk stays in the processor's cache."""
+NOISED_TOGETHER = 1 << 19
+"""Coordinates of parameters that are cut into chunks as one, so that few chunks are small."""
 
 
 @dataclass(frozen=True)
@@ -117,22 +119,39 @@ def _clipped_sums(
 
 @torch.no_grad()
 def _release(sums: Sums, mechanism: Mechanism, randomness: Randomness, meter: NoiseMeter) -> None:
-    """Turns each sum, in place, into its parameter's `grad`: noised once, over q * N_declared."""
-    for parameter in list(sums):
-        total = sums.pop(parameter)
-        for piece in torch.split(total.view(-1), NOISE_CHUNK):
-            clipped = piece.clone()
+    """Turns each sum into its parameter's `grad`: noised once, over q * N_declared."""
+    for group in _together(sums):
+        totals, sizes = [sums.pop(p).view(-1) for p in group], [p.numel() for p in group]
+        whole = totals[0] if len(totals) == 1 else torch.cat(totals)
+        windows = meter.windows(sizes)
+        clipped = torch.cat([whole[window] for window in windows])
+        for piece in torch.split(whole, NOISE_CHUNK):
             _noise(piece, mechanism, randomness)
-            meter.read(clipped, piece)
-        parameter.grad = total.to(parameter.dtype)
+        noised = torch.cat([whole[window] for window in windows])
+        meter.read(clipped, noised, [window.stop - window.start for window in windows])
+        for parameter, part in zip(group, torch.split(whole, sizes), strict=True):
+            parameter.grad = part.view_as(parameter).to(parameter.dtype)
     meter.close_step()
+
+
+def _together(sums: Sums) -> list[list[nn.Parameter]]:
+    """Every parameter once, in order; neighbours share a group as far as they fit."""
+    groups: list[list[nn.Parameter]] = []
+    room = 0
+    for parameter in sums:
+        if parameter.numel() > room:
+            groups.append([])
+            room = NOISED_TOGETHER
+        groups[-1].append(parameter)
+        room -= parameter.numel()
+    return groups
 
 
 def _noise(piece: Tensor, mechanism: Mechanism, randomness: Randomness) -> None:
     """Puts (piece + N(0, noise_std^2) per coordinate) / divisor into `piece`, added in float64."""
-    noise = torch.from_numpy(randomness.normal(len(piece))).to(piece.device)
-    scaled = noise.mul_(mechanism.noise_std / mechanism.divisor)
-    piece.copy_(scaled.add_(piece, alpha=1.0 / mechanism.divisor))
+    std, divisor = mechanism.noise_std, mechanism.divisor
+    noise = torch.from_numpy(randomness.normal(len(piece), std / divisor)).to(piece.device)
+    piece.copy_(noise.add_(piece, alpha=1.0 / divisor))
 
 
 def _pieces(sample: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:

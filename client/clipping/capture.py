@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from client.clipping import functions
-from client.clipping.tape import Tape
+from client.clipping.tape import Habits, Tape
 from common.errors import PrivacyRefusedError
 
 
@@ -45,13 +45,18 @@ class Decision:
     """Key of `_RULES`."""
 
 
-Plan = list[Decision]
+@dataclass(frozen=True)
+class Plan:
+    """What was decided on made records."""
+
+    calls: tuple[Decision, ...]
+    habits: Habits
 
 
 class Capture(TorchFunctionMode):
     """Runs forward and backward of one batch of `tape.records` records.
 
-    With no `plan` it decides, and `plan` holds the decisions afterwards; with one it follows it.
+    With no `plan` it decides, and `calls` holds the decisions afterwards; with one it follows it.
     Raises: UncoveredError at a call it has no rule for; PrivacyRefusedError at a call that is
     not the planned one.
     """
@@ -62,7 +67,7 @@ class Capture(TorchFunctionMode):
         self._shared: dict[int, Tensor] = {id(parameter): parameter for parameter in names}
         """Parameters, and what was computed from them alone; kept alive so that ids stay theirs."""
         self._follows = plan
-        self.plan: Plan = []
+        self.calls: list[Decision] = []
 
     def __torch_function__(
         self,
@@ -81,7 +86,7 @@ class Capture(TorchFunctionMode):
         if func.__name__ == "__get__":
             return self._remember(func(*args, **kwargs))
         decision = self._decide(func, args, kwargs, found)
-        self.plan.append(decision)
+        self.calls.append(decision)
         if decision.rule == "broadcast":
             return _broadcast(self, func, args, kwargs, decision.roles)
         if decision.rule == "by_record":
@@ -140,8 +145,8 @@ class Capture(TorchFunctionMode):
             rule = self._rule(func, args, kwargs)
             roles = tuple(self._role(value) for value in _cast(rule, args, kwargs))
             return Decision(func.__name__, names, roles, rule)
-        place = len(self.plan)
-        planned = self._follows[place] if place < len(self._follows) else None
+        place, calls = len(self.calls), self._follows.calls
+        planned = calls[place] if place < len(calls) else None
         if (
             planned is None
             or (planned.call, planned.parameters) != (func.__name__, names)

@@ -97,7 +97,7 @@ class SingleBackward(ClippingEngine):
         return norms
 
     def _tape_of(self, loss_of: LossOf, piece: NDArray[np.int64]) -> Tape:
-        tape = Tape(len(piece))
+        tape = Tape(len(piece), self.plan.habits if self.plan else None)
         capture = Capture(self.parameters, tape, self.plan)
         try:
             with capture:
@@ -108,13 +108,13 @@ class SingleBackward(ClippingEngine):
         finally:
             for parameter in self.parameters:
                 parameter.grad = None
-        self.plan = capture.plan
+        self.plan = self.plan or Plan(tuple(capture.calls), tape.shown())
         return tape
 
     def _check(self, capture: Capture) -> None:
         """Nothing went past the tape, and every parameter has a gradient of every record."""
         tape = capture.tape
-        if self.plan is not None and len(capture.plan) != len(self.plan):
+        if self.plan is not None and len(capture.calls) != len(self.plan.calls):
             raise PrivacyRefusedError(
                 "the model used its parameters less often than on made records; a model whose "
                 "path depends on its records cannot be trained privately"
@@ -122,7 +122,8 @@ class SingleBackward(ClippingEngine):
         passed = [name for p, name in self.parameters.items() if p.grad is not None]
         if passed:
             raise UncoveredError(f"{', '.join(passed)}: gradients went past the clipping engine")
-        unused = [name for p, name in self.parameters.items() if p not in tape.covered()]
+        covered = tape.covered()
+        unused = [name for p, name in self.parameters.items() if p not in covered]
         if unused:
             raise UncoveredError(f"{', '.join(unused)}: no gradient from any record")
         for parameter, gradients in tape.kept.items():

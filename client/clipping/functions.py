@@ -2,10 +2,11 @@
 
 Each returns the gradient of its batched input and nothing for its parameters; what clipping
 needs goes to the tape. Saved tensors go through `save_for_backward`, so gradient checkpointing
-works.
+works; a backward gets them as arguments.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
-from client.clipping.tape import FanUse, MatrixUse, TableUse, Tape
+from client.clipping.tape import FanUse, MatrixUse, TableUse, Tape, per_record
 
 # torch.autograd.Function ships no types.
 # mypy: disable-error-code="no-untyped-call,misc"
@@ -24,6 +25,21 @@ def applied(function: type[Function], *arguments: Any) -> Tensor:
     """`function.apply`, typed."""
     output: Tensor = function.apply(*arguments)
     return output
+
+
+def _uncaptured(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward whose torch calls no capture looks at: they are many, and use no parameter anew.
+
+    Captures stay on for the layers that checkpointing runs again, as unpacking saved tensors may.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, g: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        with torch._C.DisableTorchFunction():
+            return backward(ctx, g, *saved)
+
+    return run
 
 
 class Matrix(Function):
@@ -45,21 +61,34 @@ class Matrix(Function):
         return whole
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    @_uncaptured
+    def backward(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor
+    ) -> tuple[Tensor | None, None, None, None, None]:
         """Gradient of x; files rows and output gradients."""
-        x, weight = ctx.saved_tensors
+        tape, records = ctx.tape, ctx.tape.records
+        rows, inputs = (t.detach().reshape(records, -1, t.shape[-1]) for t in (g, x))
+        live = tape.live_rows(ctx.weight, rows)
+        rows, inputs = rows[:, live], inputs[:, live]
         gradient = None
         if ctx.needs_input_grad[0]:
             matrix = weight.to(g.dtype)
-            gradient = (g @ (matrix.t() if ctx.transposed else matrix)).to(x.dtype)
-        tape, records = ctx.tape, ctx.tape.records
-        rows = g.detach().reshape(records, -1, g.shape[-1])
+            product = rows @ (matrix.t() if ctx.transposed else matrix)
+            gradient = _widened(product.to(x.dtype), live, x.shape)
         if ctx.bias is not None and ctx.bias.requires_grad:
             tape.keep(ctx.bias, rows.float().sum(1))
         if ctx.weight.requires_grad:
-            inputs = x.detach().reshape(records, -1, x.shape[-1])
             tape.file_matrix(MatrixUse(ctx.weight, inputs.to(g.dtype), rows, ctx.transposed))
         return gradient, None, None, None, None
+
+
+def _widened(rows: Tensor, live: slice, shape: torch.Size) -> Tensor:
+    """(B, r, d) as a tensor of `shape`, (B*k, ..., d): zero but for the rows in `live`."""
+    if rows.numel() == shape.numel():
+        return rows.view(shape)
+    whole = rows.new_zeros(shape)
+    whole.view(len(rows), -1, shape[-1])[:, live] = rows
+    return whole
 
 
 class Table(Function):
@@ -72,6 +101,7 @@ class Table(Function):
         return functional.embedding(ids, weight)
 
     @staticmethod
+    @_uncaptured
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, None, None]:
         """Files ids and output gradients."""
         records = ctx.tape.records
@@ -95,25 +125,35 @@ class LayerNorm(Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    @_uncaptured
+    def backward(
+        ctx: Any,
+        g: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor | None, None, None, None, None]:
         """Gradient of x, of the whole batch; (B, d) of the parameters, a record at a time.
 
         Both by torch's fused kernel, which sums parameters over whatever it is given.
         """
-        x, mean, scale, weight, bias = ctx.saved_tensors
-        records, shape, g = ctx.tape.records, (x.shape[-1],), g.contiguous()
+        records, shape = ctx.tape.records, weight.shape
+        rows = [t.reshape(records, -1, t.shape[-1]) for t in (g, x, mean, scale)]
+        live = ctx.tape.live_rows(ctx.weight, rows[0])
+        rows = [t[:, live].contiguous() for t in rows]
         kernel = torch.ops.aten.native_layer_norm_backward.default
         gradient = None
         if ctx.needs_input_grad[0]:
             wanted = [True, False, False]
-            gradient = kernel(g, x, shape, mean, scale, weight, bias, wanted)[0]
-        by_record = (t.reshape(records, -1, t.shape[-1]).unbind() for t in (g, x, mean, scale))
+            of_rows = kernel(*rows[:2], shape, *rows[2:], weight, bias, wanted)[0]
+            gradient = _widened(of_rows, live, x.shape)
         wanted = [False, True, bias is not None]
-        with torch._C.DisableTorchFunction():  # many small calls, and no parameter to capture
-            found = [
-                kernel(g_i, x_i, shape, mean_i, scale_i, weight, bias, wanted)
-                for g_i, x_i, mean_i, scale_i in zip(*by_record, strict=True)
-            ]
+        found = [
+            kernel(g_i, x_i, shape, mean_i, scale_i, weight, bias, wanted)
+            for g_i, x_i, mean_i, scale_i in zip(*(t.unbind() for t in rows), strict=True)
+        ]
         if ctx.weight.requires_grad:
             ctx.tape.keep(ctx.weight, torch.stack([each[1] for each in found]).float())
         if ctx.bias is not None and ctx.bias.requires_grad:
@@ -158,9 +198,11 @@ class Convolution(Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    @_uncaptured
+    def backward(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor
+    ) -> tuple[Tensor | None, None, None, None, None]:
         """Gradient of x; files patches where that is cheaper than the kernel's gradient."""
-        x, weight = ctx.saved_tensors
         gradient = None
         if ctx.needs_input_grad[0]:
             gradient = _convolution_backward(g, x, weight, ctx.geometry, (True, False, False))[0]
@@ -176,10 +218,15 @@ def _file_kernel(
 ) -> None:
     outputs, inputs = len(weight), weight[0].numel()
     positions = g.shape[2:].numel()
-    if geometry.groups == 1 and positions * (inputs + outputs) < inputs * outputs:
+    described = positions * (inputs + outputs)
+    apart = all(step >= size for step, size in zip(geometry.stride, weight.shape[2:], strict=True))
+    if geometry.groups == 1 and (apart or described < inputs * outputs):
         patches = _patches(x, weight, geometry)
-        rows = g.flatten(2).transpose(1, 2)
-        tape.file_matrix(MatrixUse(weight, patches.to(g.dtype), rows, transposed=False))
+        use = MatrixUse(weight, patches.to(g.dtype), g.flatten(2).transpose(1, 2), transposed=False)
+        if described < inputs * outputs:
+            tape.file_matrix(use)
+        else:
+            tape.keep(weight, per_record(use).view(tape.records, *weight.shape))
         return
     kernels = [
         _convolution_backward(g_i[None], x_i[None], weight, geometry, (False, True, False))[1]
@@ -223,6 +270,7 @@ class Fan(Function):
         return detached.expand(tape.records, *detached.shape)
 
     @staticmethod
+    @_uncaptured
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, None]:
         """Files the gradients by record."""
         ctx.tape.fans.append(FanUse(ctx.shared, g.detach()))

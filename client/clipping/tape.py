@@ -10,7 +10,7 @@ V rows of an embedding table.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,8 @@ INSTANTIATE_COST = 1.6
 """Time per flop of a product that builds a gradient, in that of a Gram: 36-70 against 65-77
 GFLOP/s on one core with AVX-512."""
 
+NARROW = 4
+"""Output gradients are cut to their rows that are not zero where those are one in so many."""
 CANCELLED = 1e-2
 """Below this share of its diagonal, a Gram's sum is a small difference of large numbers, and
 float32 rounding would show in it."""
@@ -57,16 +59,53 @@ class FanUse:
     g: Tensor
 
 
+@dataclass(frozen=True)
+class Habits:
+    """What made records showed of the weights: hints, none of which a result rests on."""
+
+    alone: frozenset[nn.Parameter]
+    """Filed once a batch: norms are taken in the backward pass, while rows are in the cache."""
+    narrow: frozenset[nn.Parameter]
+    """Most rows of their output gradient are zero, as below a classifier that reads one row."""
+
+
 @dataclass
 class Tape:
     """Everything filed during one backward pass over B records."""
 
     records: int
+    habits: Habits | None = None
+    """None: this batch shows them."""
     matrices: list[MatrixUse] = field(default_factory=list)
     tables: list[TableUse] = field(default_factory=list)
     fans: list[FanUse] = field(default_factory=list)
     kept: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     """Per-record gradients (B, *shape), where they are small or the only way."""
+    _early: "dict[nn.Parameter, _Norms]" = field(default_factory=dict)
+    """Norms taken in the backward pass."""
+    _narrow: set[nn.Parameter] = field(default_factory=set)
+    _last: "tuple[Tensor, Tensor] | None" = None
+    """Input of the last matrix and its Gram: query, key and value share them."""
+
+    def live_rows(self, weight: nn.Parameter, g: Tensor) -> slice:
+        """Where rows of `g` (B, R, p), at the output of `weight`, are not zero; all, if many.
+
+        A row shorter than 1e-22 counts as zero, as it does in every norm: its square is.
+        """
+        rows = g.shape[1]
+        if rows < NARROW or (self.habits is not None and weight not in self.habits.narrow):
+            return slice(0, rows)
+        lengths = torch.linalg.vector_norm(g, dim=2, dtype=torch.float32)
+        live = lengths.ne(0).any(0).nonzero().flatten().tolist() or [0]
+        if (live[-1] - live[0] + 1) * NARROW > rows:
+            return slice(0, rows)
+        self._narrow.add(weight)
+        return slice(live[0], live[-1] + 1)
+
+    def shown(self) -> Habits:
+        """The habits this batch shows, after `settle`."""
+        alone, _ = self._by_multiplicity()
+        return Habits(frozenset(use.weight for use in alone), frozenset(self._narrow))
 
     def keep(self, parameter: nn.Parameter, gradients: Tensor) -> None:
         """Adds per-record gradients (B, *shape) of `parameter`."""
@@ -79,13 +118,22 @@ class Tape:
         small = inputs * outputs <= max(KEPT_ELEMENTS, rows * (inputs + outputs) // 4)
         if rows > 1 and small:
             self.keep(use.weight, per_record(use).view(self.records, *use.weight.shape))
-        else:
-            self.matrices.append(use)
+            return
+        self.matrices.append(use)
+        early = self.habits is not None and use.weight in self.habits.alone
+        if early and not _cheaper_built(rows, inputs, outputs):
+            grams = self._input_gram(use.a), _gram(use.g.float())
+            self._early[use.weight] = _Norms.sum_of([use], grams)
+
+    def _input_gram(self, a: Tensor) -> Tensor:
+        if self._last is None or _memory(self._last[0]) != _memory(a):
+            self._last = a, _gram(a.float())
+        return self._last[1]
 
     @torch.no_grad()
     def settle(self, parameters: list[nn.Parameter]) -> None:
         """Carries gradients of shared tensors back to their parameters; call after backward."""
-        fans, self.fans = self.fans, []
+        fans, self.fans, self._last = self.fans, [], None
         for fan in fans:
             if isinstance(fan.shared, nn.Parameter):
                 self.keep(fan.shared, fan.g)
@@ -105,13 +153,12 @@ class Tape:
         for gradients in self.kept.values():
             total += gradients.reshape(self.records, -1).float().square().sum(1)
         alone, tied = self._by_multiplicity()
-        for group in _same_input(alone):
-            total += _matrix_norms(group)
-        for tables in _same_gradient(alone):
-            total += _table_norms(tables)
-        for uses in tied:
-            total += _tied_norms(uses)
-        return total.clamp_(min=0)
+        norms = [self._early[use.weight] for use in alone if use.weight in self._early]
+        late = [use for use in alone if use.weight not in self._early]
+        norms += [_matrix_norms(group) for group in _same_input(late)]
+        norms += [_table_norms(tables) for tables in _same_gradient(late)]
+        norms += [_tied_norms(uses) for uses in tied]
+        return total.add_(_added(norms)).clamp_(min=0) if norms else total
 
     def zero_records(self, keep: Tensor) -> None:
         """Makes every record where `keep` (B,) is false contribute nothing, NaN or not."""
@@ -208,7 +255,7 @@ def _same_input(uses: list[MatrixUse] | list[MatrixUse | TableUse]) -> list[list
     groups: dict[object, list[MatrixUse]] = defaultdict(list)
     for use in uses:
         if isinstance(use, MatrixUse):
-            groups[(use.a.data_ptr(), use.a.shape, use.a.stride())].append(use)
+            groups[_memory(use.a)].append(use)
     return list(groups.values())
 
 
@@ -217,30 +264,76 @@ def _same_gradient(uses: list[MatrixUse | TableUse]) -> list[list[TableUse]]:
     groups: dict[object, list[TableUse]] = defaultdict(list)
     for use in uses:
         if isinstance(use, TableUse):
-            groups[(use.g.data_ptr(), use.g.shape, use.g.stride())].append(use)
+            groups[_memory(use.g)].append(use)
     return list(groups.values())
 
 
-def _matrix_norms(group: list[MatrixUse]) -> Tensor:
-    """(B,) squared norms of several matrices with one input: their Grams add up."""
+def _memory(tensor: Tensor) -> object:
+    """Equal for two tensors, both alive, that are the same elements."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+@dataclass
+class _Norms:
+    """(B,) squared norms of the gradients that `uses` make, and what they are checked by."""
+
+    uses: Sequence[MatrixUse | TableUse]
+    found: Tensor
+    rows: Tensor
+    """(B,) what they would be if rows did not cancel or reinforce each other; 0: no check."""
+
+    @classmethod
+    def sum_of(
+        cls, uses: Sequence[MatrixUse | TableUse], *products: tuple[Tensor, Tensor]
+    ) -> "_Norms":
+        """Of inner products of two (B, n, n) each."""
+        found = torch.stack([_inner(left, right) for left, right in products]).sum(0)
+        diagonals = [
+            left.diagonal(dim1=1, dim2=2) * right.diagonal(dim1=1, dim2=2)
+            for left, right in products
+        ]
+        return cls(uses, found, torch.stack([each.sum(1) for each in diagonals]).sum(0))
+
+    @classmethod
+    def exact(cls, uses: Sequence[MatrixUse | TableUse], found: Tensor) -> "_Norms":
+        """Of gradients that were built, or of one row: nothing cancels."""
+        return cls(uses, found, torch.zeros_like(found))
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """(B,) inner products of two (B, n, m)."""
+    inner: Tensor = torch.linalg.vecdot(left.flatten(1), right.flatten(1))
+    return inner
+
+
+def _added(norms: list[_Norms]) -> Tensor:
+    """(B,) their sum; a gradient whose rows nearly cancel is built, as rounding would show."""
+    found = torch.stack([each.found for each in norms])
+    rows = torch.stack([each.rows for each in norms])
+    for place, record in (found < CANCELLED * rows).nonzero().tolist():
+        found[place, record] = _built_norms(norms[place].uses, [record])[0]
+    return found.sum(0)
+
+
+def _matrix_norms(group: list[MatrixUse]) -> _Norms:
+    """Of several matrices with one input: their Grams add up."""
     a = group[0].a.float()
     if a.shape[1] == 1:
         squared = torch.stack([use.g.float().square().sum((1, 2)) for use in group]).sum(0)
-        return a.square().sum((1, 2)) * squared
+        return _Norms.exact(group, a.square().sum((1, 2)) * squared)
     if _cheaper_built(a.shape[1], a.shape[2], sum(use.g.shape[2] for use in group)):
-        return _built_norms(group, range(len(a)))
-    of_inputs = _gram(a)
+        return _Norms.exact(group, _built_norms(group, range(len(a))))
     of_gradients = _gram(group[0].g.float())
     for use in group[1:]:
         g = use.g.float()
         of_gradients.baddbmm_(g, g.transpose(1, 2))
-    return _checked(_Product(of_inputs, of_gradients), group)
+    return _Norms.sum_of(group, (_gram(a), of_gradients))
 
 
-def _table_norms(tables: list[TableUse]) -> Tensor:
-    """(B,) squared norms of tables whose look-ups are summed: rows meet where ids are equal."""
+def _table_norms(tables: list[TableUse]) -> _Norms:
+    """Of tables whose look-ups are summed: rows meet where ids are equal."""
     meets = torch.stack([_meets(use.ids, use.padding) for use in tables]).sum(0)
-    return _checked(_Product(_gram(tables[0].g.float()), meets), tables)
+    return _Norms.sum_of(tables, (_gram(tables[0].g.float()), meets))
 
 
 def _meets(ids: Tensor, padding: int | None) -> Tensor:
@@ -251,65 +344,36 @@ def _meets(ids: Tensor, padding: int | None) -> Tensor:
     return equal.float()
 
 
-def _tied_norms(uses: list[MatrixUse] | list[TableUse] | list[MatrixUse | TableUse]) -> Tensor:
-    """(B,) squared norms of one weight used several times: cross terms included.
+def _tied_norms(uses: list[MatrixUse | TableUse]) -> _Norms:
+    """Of one weight used several times: cross terms included.
 
     ||H + E||^2 = ||H||^2 + ||E||^2 + 2 <H, E> with H from its uses as a matrix and E from those
     as a table; <H, E> needs only the output gradients at the ids that were looked up.
     """
     matrices = [use for use in uses if isinstance(use, MatrixUse)]
     tables = [use for use in uses if isinstance(use, TableUse)]
-    products: list[_Product] = []
+    products: list[tuple[Tensor, Tensor]] = []
     if matrices:
-        a = torch.cat([use.a.float() for use in matrices], 1)
-        g = torch.cat([use.g.float() for use in matrices], 1)
+        a = _side_by_side([use.a.float() for use in matrices])
+        g = _side_by_side([use.g.float() for use in matrices])
         if not tables and _cheaper_built(a.shape[1], a.shape[2], g.shape[2]):
-            return _built_norms(uses, range(len(a)))
-        products.append(_Product(_gram(a), _gram(g)))
+            return _Norms.exact(uses, _built_norms(uses, range(len(a))))
+        products.append((_gram(a), _gram(g)))
     if tables:
-        ids = torch.cat([use.ids for use in tables], 1)
-        looked = torch.cat([_unpadded(use) for use in tables], 1)
-        products.append(_Product(_gram(looked), _meets(ids, None)))
+        ids = _side_by_side([use.ids for use in tables])
+        looked = _side_by_side([_unpadded(use) for use in tables])
+        products.append((_gram(looked), _meets(ids, None)))
+    norms = _Norms.sum_of(uses, *products)
     if matrices and tables:
         rows, inputs = (a, g) if matrices[0].transposed else (g, a)
         at_ids = torch.gather(rows, 2, ids[:, None, :].expand(-1, rows.shape[1], -1))
-        products.append(_Product(at_ids, torch.bmm(inputs, looked.transpose(1, 2)), cross=True))
-    return _checked(products, uses)
+        norms.found += 2 * _inner(at_ids, torch.bmm(inputs, looked.transpose(1, 2)))
+    return norms
 
 
-@dataclass
-class _Product:
-    """Two (B, n, m) whose inner products are squared norms, or half of a cross term."""
-
-    left: Tensor
-    right: Tensor
-    cross: bool = False
-
-    def sums(self) -> Tensor:
-        """(B,) the inner products, a cross term twice."""
-        inner: Tensor = torch.linalg.vecdot(self.left.flatten(1), self.right.flatten(1))
-        return 2 * inner if self.cross else inner
-
-    def diagonals(self) -> Tensor:
-        """(B,) what the rows would give if they did not cancel or reinforce each other."""
-        if self.cross:
-            return torch.zeros(len(self.left), device=self.left.device)
-        diagonals = (side.diagonal(dim1=1, dim2=2) for side in (self.left, self.right))
-        return torch.stack(list(diagonals)).prod(0).sum(1)
-
-
-def _checked(
-    products: "_Product | list[_Product]",
-    uses: list[MatrixUse] | list[TableUse] | list[MatrixUse | TableUse],
-) -> Tensor:
-    """(B,) squared norms; a record whose rows nearly cancel is built, as rounding would show."""
-    listed = products if isinstance(products, list) else [products]
-    found = torch.stack([product.sums() for product in listed]).sum(0)
-    rows = torch.stack([product.diagonals() for product in listed]).sum(0)
-    cancelled = (found < CANCELLED * rows).nonzero().flatten().tolist()
-    if cancelled:
-        found[cancelled] = _built_norms(uses, cancelled)
-    return found
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """(B, n1 + n2 + ..., ...), with no copy made of a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _cheaper_built(rows: int, inputs: int, outputs: int) -> bool:
@@ -317,9 +381,7 @@ def _cheaper_built(rows: int, inputs: int, outputs: int) -> bool:
     return INSTANTIATE_COST * inputs * outputs < rows * (inputs + outputs)
 
 
-def _built_norms(
-    uses: list[MatrixUse] | list[TableUse] | list[MatrixUse | TableUse], records: Iterable[int]
-) -> Tensor:
+def _built_norms(uses: Sequence[MatrixUse | TableUse], records: Iterable[int]) -> Tensor:
     """Squared norms of some records' gradients, built one record at a time and dropped."""
     norms = []
     for record in records:

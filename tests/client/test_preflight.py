@@ -62,7 +62,7 @@ def test_the_model_is_bit_identical_afterwards(trainer, call):
 def test_the_verdict_is_the_same_at_every_site(tiny_config):
     """It is a function of config and model, so that a refusal tells nothing about records."""
     first, second = (Trainer(tiny_config).preflight() for _ in range(2))
-    assert first.engine.plan == second.engine.plan
+    assert first.engine.plan.calls == second.engine.plan.calls
     assert replace(first, engine=None) == replace(second, engine=None)
 
 

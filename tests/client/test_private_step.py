@@ -14,7 +14,14 @@ from torch import nn
 from torch.nn import functional
 
 from client.clipping.engines import ENGINES, Hooks, Loop, SingleBackward
-from client.private_step import ParameterGroup, _clipped_sums, plain_steps, private_steps, sgd
+from client.private_step import (
+    NOISE_CHUNK,
+    ParameterGroup,
+    _clipped_sums,
+    plain_steps,
+    private_steps,
+    sgd,
+)
 from common.errors import PrivacyRefusedError
 from common.model import build_classifier, load_tokenizer
 from common.privacy.mechanism import Mechanism
@@ -96,8 +103,9 @@ class Bench:
 
     def replayed_noise(self, stream, std):
         """What a step adds to its sum if it reads `stream`: a Gaussian per coordinate, once."""
-        parts = [std * stream.normal(p.numel()) for p in trainable(self.model)]
-        return torch.from_numpy(np.concatenate(parts))
+        count = sum(p.numel() for p in trainable(self.model))
+        assert count <= NOISE_CHUNK  # beyond, a step draws in several calls
+        return torch.from_numpy(stream.normal(count, std))
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +285,7 @@ def test_a_step_whose_meter_alarms_is_not_taken(monkeypatch):
     """Refused means refused: what lacks its noise reaches no parameter."""
     line = Line()
     before = flat(line.model.parameters())
-    monkeypatch.setattr(Randomness, "normal", lambda _, count: np.zeros(count))
+    monkeypatch.setattr(Randomness, "normal", lambda _, count, std: np.zeros(count))
     with pytest.raises(PrivacyRefusedError, match=r"^noise-scale: "):
         line.train(Loop(line.model))
     assert torch.equal(flat(line.model.parameters()), before)

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from common.privacy.noise import KEY_BYTES, Randomness
@@ -87,13 +88,28 @@ def test_uniforms_are_uniform_and_below_one():
     assert np.array_equal(values * 2.0**53, np.floor(values * 2.0**53))
 
 
-@pytest.mark.parametrize("extreme", [0.0, 1 - 2.0**-53])
-def test_no_uniform_makes_an_infinite_gaussian(monkeypatch, extreme):
+@pytest.mark.parametrize(("bits", "largest"), [(0, 0.0), (-1, math.sqrt(2 * 52 * math.log(2)))])
+def test_no_bits_make_an_infinite_gaussian(monkeypatch, bits, largest):
     stream = Randomness.seeded("extreme")
-    monkeypatch.setattr(stream, "uniform", lambda count: np.full(count, extreme))
-    values = stream.normal(4)
-    assert np.isfinite(values).all()
-    assert np.abs(values).max() <= math.sqrt(2 * 53 * math.log(2)) + 1e-9
+    monkeypatch.setattr(stream, "_bits", lambda count: torch.full((count,), bits))
+    assert np.abs(stream.normal(4)).max() == pytest.approx(largest, abs=1e-9)
+
+
+def test_normals_are_box_muller_of_the_key_stream():
+    words = Randomness.seeded("both")._bits(10).numpy().view(np.uint64)
+    uniforms = (words % 2**52).astype(np.float64) / 2**52
+    radius = np.sqrt(-2 * np.log(1 - uniforms[:5]))
+    angle = 2 * np.pi * uniforms[5:]
+    expected = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+    assert np.allclose(Randomness.seeded("both").normal(10), expected, rtol=0, atol=1e-12)
+    assert np.allclose(Randomness.seeded("both").normal(9, 3.0), 3 * expected[:9], atol=1e-11)
+
+
+def test_a_call_larger_than_the_prepared_zeros_is_the_same_stream():
+    count = 3 * (1 << 16) + 5
+    parts = Randomness.seeded("long")
+    split = np.concatenate([parts.uniform(1 << 16), parts.uniform(count - (1 << 16))])
+    assert np.array_equal(Randomness.seeded("long").uniform(count), split)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])

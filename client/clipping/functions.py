@@ -76,10 +76,18 @@ class Matrix(Function):
             product = rows @ (matrix.t() if ctx.transposed else matrix)
             gradient = _widened(product.to(x.dtype), live, x.shape)
         if ctx.bias is not None and ctx.bias.requires_grad:
-            tape.keep(ctx.bias, rows.float().sum(1))
+            tape.keep(ctx.bias, _row_sums(rows.float()))
         if ctx.weight.requires_grad:
             tape.file_matrix(MatrixUse(ctx.weight, inputs.to(g.dtype), rows, ctx.transposed))
         return gradient, None, None, None, None
+
+
+def _row_sums(rows: Tensor) -> Tensor:
+    """(B, d) sums of the rows of (B, R, d); as a product, up to three times as fast as `sum`."""
+    records, count, _ = rows.shape
+    if count == 1:
+        return rows[:, 0]
+    return torch.bmm(rows.new_ones(records, 1, count), rows)[:, 0]
 
 
 def _widened(rows: Tensor, live: slice, shape: torch.Size) -> Tensor:
@@ -155,9 +163,9 @@ class LayerNorm(Function):
             for g_i, x_i, mean_i, scale_i in zip(*(t.unbind() for t in rows), strict=True)
         ]
         if ctx.weight.requires_grad:
-            ctx.tape.keep(ctx.weight, torch.stack([each[1] for each in found]).float())
+            ctx.tape.keep(ctx.weight, torch.cat([each[1] for each in found]).view(records, -1))
         if ctx.bias is not None and ctx.bias.requires_grad:
-            ctx.tape.keep(ctx.bias, torch.stack([each[2] for each in found]).float())
+            ctx.tape.keep(ctx.bias, torch.cat([each[2] for each in found]).view(records, -1))
         return gradient, None, None, None, None
 
 

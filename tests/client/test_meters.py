@@ -391,3 +391,45 @@ def test_an_alarm_tells_its_check_and_nothing_measured(faulty):
     with pytest.raises(PrivacyRefusedError) as alarm:
         noise_steps(NoiseMeter(STD, DIVISOR), 9, draw, LARGE, noise=scaled(faulty)(draw))
     assert str(alarm.value) == "noise-scale: the step did not do what its mechanism declares"
+
+
+# What is read of large parameters.
+
+SIZES = (3, 8192, 8193, 200_000, 1, 65_536)
+
+
+def windows_of(steps):
+    meter, draw = NoiseMeter(STD, DIVISOR), np.random.default_rng(0)
+    for _ in range(steps):
+        yield meter.windows(SIZES)
+        noise_steps(meter, 1, draw, HEAD)
+
+
+def test_small_parameters_are_read_whole_and_each_large_one_in_every_step():
+    for windows in windows_of(20):
+        read = np.zeros(sum(SIZES), dtype=int)
+        for window in windows:
+            read[window] += 1
+        assert read.max() == 1
+        by_parameter = np.split(read, np.cumsum(SIZES)[:-1])
+        for size, part in zip(SIZES, by_parameter, strict=True):
+            assert part.sum() >= (size if size <= 8192 else 1)
+
+
+def test_every_coordinate_has_its_turn_and_two_steps_read_the_same():
+    steps, read = list(windows_of(16)), np.zeros(sum(SIZES), dtype=int)
+    for first, second in zip(steps[::2], steps[1::2], strict=True):
+        assert first == second
+        for window in first:
+            read[window] += 1
+    assert read.min() >= 1
+    assert len({str(windows) for windows in steps}) == 8
+
+
+def test_a_faulty_piece_among_pieces_read_together_alarms():
+    draw, meter = np.random.default_rng(0), NoiseMeter(STD, DIVISOR)
+    noise = STD * normal(draw, (70_000,))
+    noise[60_000:60_004] = 0.0
+    meter.read(torch.zeros(70_000), noise / DIVISOR, [60_000, 4, 9996])
+    with pytest.raises(PrivacyRefusedError, match=r"^noise-scale: "):
+        meter.close_step()

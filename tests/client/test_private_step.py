@@ -13,6 +13,7 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional
 
+from client import private_step
 from client.clipping.engines import ENGINES, Hooks, Loop, SingleBackward
 from client.private_step import (
     NOISE_CHUNK,
@@ -290,6 +291,30 @@ def test_a_step_whose_meter_alarms_is_not_taken(monkeypatch):
         line.train(Loop(line.model))
     assert torch.equal(flat(line.model.parameters()), before)
     assert_nothing_is_left_behind(line.model)
+
+
+@pytest.mark.parametrize(("chunk", "together"), [(1 << 16, 1 << 19), (3, 4), (1, 1), (5, 100)])
+def test_every_coordinate_is_noised_once_however_parameters_are_grouped(
+    chunk, together, monkeypatch
+):
+    """Chunks that cut through parameters, groups that fill up, a chunk larger than its group."""
+    monkeypatch.setattr(private_step, "NOISE_CHUNK", chunk)
+    monkeypatch.setattr(private_step, "NOISED_TOGETHER", together)
+    drawn, draw = [], Randomness.normal
+
+    def remembered(stream, count, std):
+        drawn.append(draw(stream, count, std))
+        return drawn[-1].copy()
+
+    monkeypatch.setattr(Randomness, "normal", remembered)
+    line = Line(records=0)
+    line.model = line.head = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5), nn.Linear(5, 1))
+    before = flat(trainable(line.model))
+    line.train(SingleBackward(line.model))
+    change = flat(trainable(line.model)) - before
+    noise = torch.from_numpy(np.concatenate(drawn)).float()
+    assert len(noise) == len(change) == 29
+    assert torch.allclose(change, -noise, rtol=0, atol=1e-6)
 
 
 def test_measurements_count_every_step_and_show_sound_noise():

@@ -1,6 +1,7 @@
 """The single-backward engine, one way of using a parameter at a time: exact, or refused by name."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -505,3 +506,74 @@ def test_parts_that_cancel_do_not_hide_a_gradient(apart):
     norms = SingleBackward(model).add_clipped(loss_of, np.arange(1), 1e-2, single)
     assert length(single) <= 1e-2 * (1 + 1e-4)
     torch.testing.assert_close(norms, expected, rtol=1e-4, atol=0)
+
+
+class FirstRow(nn.Module):
+    """Reads one row, as a classifier over a first token does, or all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, LABELS)
+        self.rows = slice(0, 1)
+
+    def forward(self, x):
+        return self.head(self.norm(self.inner(x).tanh())[:, self.rows].mean(1))
+
+
+def filed_rows(monkeypatch):
+    """The rows per record of every matrix that is filed from now on, by weight."""
+    seen, file = {}, tape.Tape.file_matrix
+
+    def spied(self, use):
+        seen[use.weight] = use.g.shape[1]
+        file(self, use)
+
+    monkeypatch.setattr(tape.Tape, "file_matrix", spied)
+    return seen
+
+
+def test_rows_without_gradient_are_left_out(monkeypatch):
+    specimen = tuned(plain(FirstRow, vectors), "full")
+    engine, seen = planned(specimen), filed_rows(monkeypatch)
+    exact(specimen, engine)
+    assert seen[specimen.model.inner.weight] == 1
+    assert {specimen.model.inner.weight, specimen.model.norm.weight} <= engine.plan.habits.narrow
+
+
+@pytest.mark.parametrize("rows", [slice(4, 5), slice(None), slice(1, 4)])
+def test_rows_that_have_a_gradient_after_all_are_not(rows, monkeypatch):
+    """The habit of made records is looked at again: a batch that breaks it is exact."""
+    specimen = tuned(plain(FirstRow, vectors), "full")
+    engine = planned(specimen)
+    specimen.model.rows = rows
+    seen = filed_rows(monkeypatch)
+    exact(specimen, engine)
+    assert seen[specimen.model.inner.weight] == (1 if rows == slice(4, 5) else ROWS)
+
+
+def test_a_gradient_that_is_not_a_number_is_not_taken_for_zero():
+    use = torch.zeros(3, 8, 2)
+    use[1, 5] = math.nan
+    assert tape.Tape(3).live_rows(nn.Parameter(torch.zeros(2, 2)), use) == slice(5, 6)
+
+
+@pytest.mark.parametrize("name", ["BERT", "GPT-2", "ALBERT", "ViT"])
+@pytest.mark.parametrize("shown", ["everything", "nothing"])
+def test_no_result_rests_on_habits(name, shown, monkeypatch):
+    """Tied and shared weights too: wrong habits cost time, and nothing else."""
+    routed(monkeypatch, 0, math.inf)
+    specimen = tuned(LISTED[name], "full")
+    engine = planned(specimen)
+    weights = frozenset(engine.parameters if shown == "everything" else ())
+    engine.plan = replace(engine.plan, habits=tape.Habits(weights, weights))
+    exact(specimen, engine)
+
+
+def test_norms_are_taken_early_where_nothing_is_added_up(monkeypatch):
+    routed(monkeypatch, 0, math.inf)
+    specimen = tuned(LISTED["GPT-2"], "full")
+    engine = planned(specimen)
+    tied = specimen.model.transformer.wte.weight
+    assert engine.plan.habits.alone
+    assert tied not in engine.plan.habits.alone

@@ -67,6 +67,8 @@ class Capture(TorchFunctionMode):
         self._shared: dict[int, Tensor] = {id(parameter): parameter for parameter in names}
         """Parameters, and what was computed from them alone; kept alive so that ids stay theirs."""
         self._follows = plan
+        self._forks: dict[int, tuple[Tensor, Tensor, functions.Branches]] = {}
+        """By id of an input that matrices share: itself, its fork, and what adds up behind it."""
         self.calls: list[Decision] = []
 
     def __torch_function__(
@@ -128,6 +130,17 @@ class Capture(TorchFunctionMode):
         return functions.applied(
             functions.Fan, shared.detach().requires_grad_(), [shared], self.tape
         )
+
+    def matrix(self, x: Tensor, weight: Any, bias: Any, *, transposed: bool) -> Tensor:
+        """One application of a matrix, on the fork of `x` if others share it."""
+        branches = None
+        sharing = self.tape.habits.sharing if self.tape.habits else ()
+        if x.requires_grad and weight in sharing:
+            if id(x) not in self._forks:
+                branches = functions.Branches()
+                self._forks[id(x)] = x, functions.applied(functions.Fork, x, branches), branches
+            _, x, branches = self._forks[id(x)]
+        return functions.applied(functions.Matrix, x, weight, bias, self.tape, transposed, branches)
 
     def _remember(self, result: Any) -> Any:
         for tensor in _tensors((result,), {}):
@@ -306,18 +319,16 @@ def _run_shared(capture: Capture, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _run_linear(capture: Capture, func: Any, args: Any, kwargs: Any) -> Tensor:
     given = _arguments(_LINEAR, args, kwargs)
-    return functions.applied(
-        functions.Matrix, given["input"], given["weight"], given["bias"], capture.tape, False
-    )
+    return capture.matrix(given["input"], given["weight"], given["bias"], transposed=False)
 
 
 def _run_addmm(capture: Capture, func: Any, args: Any, kwargs: Any) -> Tensor:
     bias, x, weight = args
-    return functions.applied(functions.Matrix, x, weight, bias, capture.tape, True)
+    return capture.matrix(x, weight, bias, transposed=True)
 
 
 def _run_matmul(capture: Capture, func: Any, args: Any, kwargs: Any) -> Tensor:
-    return functions.applied(functions.Matrix, args[0], args[1], None, capture.tape, True)
+    return capture.matrix(args[0], args[1], None, transposed=True)
 
 
 def _run_embedding(capture: Capture, func: Any, args: Any, kwargs: Any) -> Tensor:

@@ -42,16 +42,61 @@ def _uncaptured(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+@dataclass
+class Branches:
+    """The gradient of an input that several matrices share, added up by their products."""
+
+    total: Tensor | None = None
+    """(B, R, d)."""
+
+    def add(self, rows: Tensor, matrix: Tensor, live: slice, shape: torch.Size) -> None:
+        """Adds `rows` (B, r, p) @ `matrix` (p, d), at the rows in `live`."""
+        if self.total is None:
+            self.total = _widened(rows @ matrix, live, shape).view(len(rows), -1, shape[-1])
+        elif rows.shape[1] == self.total.shape[1]:
+            self.total.view(-1, shape[-1]).addmm_(rows.reshape(-1, rows.shape[-1]), matrix)
+        else:
+            self.total[:, live] += rows @ matrix
+
+
+class Fork(Function):
+    """x, where several matrices use it: they add to `branches`, and autograd has nothing to add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branches: Branches) -> Tensor:
+        """The same tensor."""
+        ctx.set_materialize_grads(False)
+        ctx.branches, ctx.shape, ctx.dtype = branches, x.shape, x.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    @_uncaptured
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None]:
+        """Runs when all who use the output have run."""
+        total = ctx.branches.total
+        if total is None:
+            return g, None
+        total = total.view(ctx.shape).to(ctx.dtype)
+        return total if g is None else total + g, None
+
+
 class Matrix(Function):
     """x W^T + b for W (p, d), or x W + b for W (d, p) if transposed; x (B*k, ..., d)."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tape: Tape, transposed: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tape: Tape,
+        transposed: bool,
+        branches: Branches | None,
     ) -> Tensor:
-        """The layer's output."""
+        """The layer's output; the gradient of x goes to `branches`, if x is forked."""
         ctx.save_for_backward(x, weight)
         ctx.tape, ctx.transposed, ctx.weight, ctx.bias = tape, transposed, weight, bias
+        ctx.branches = branches
         if transposed:
             y = torch.matmul(x, weight)
             y = y if bias is None else y.add_(bias)
@@ -64,7 +109,7 @@ class Matrix(Function):
     @_uncaptured
     def backward(
         ctx: Any, g: Tensor, x: Tensor, weight: Tensor
-    ) -> tuple[Tensor | None, None, None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None, None, None]:
         """Gradient of x; files rows and output gradients."""
         tape, records = ctx.tape, ctx.tape.records
         rows, inputs = (t.detach().reshape(records, -1, t.shape[-1]) for t in (g, x))
@@ -73,13 +118,16 @@ class Matrix(Function):
         gradient = None
         if ctx.needs_input_grad[0]:
             matrix = weight.to(g.dtype)
-            product = rows @ (matrix.t() if ctx.transposed else matrix)
-            gradient = _widened(product.to(x.dtype), live, x.shape)
+            matrix = matrix.t() if ctx.transposed else matrix
+            if ctx.branches is None:
+                gradient = _widened((rows @ matrix).to(x.dtype), live, x.shape)
+            else:
+                ctx.branches.add(rows, matrix, live, x.shape)
         if ctx.bias is not None and ctx.bias.requires_grad:
             tape.keep(ctx.bias, _row_sums(rows.float()))
         if ctx.weight.requires_grad:
             tape.file_matrix(MatrixUse(ctx.weight, inputs.to(g.dtype), rows, ctx.transposed))
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
 def _row_sums(rows: Tensor) -> Tensor:

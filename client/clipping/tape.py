@@ -67,6 +67,8 @@ class Habits:
     """Filed once a batch: norms are taken in the backward pass, while rows are in the cache."""
     narrow: frozenset[nn.Parameter]
     """Most rows of their output gradient are zero, as below a classifier that reads one row."""
+    sharing: frozenset[nn.Parameter]
+    """Applied to the input of another, as query, key and value are."""
 
 
 @dataclass
@@ -105,7 +107,12 @@ class Tape:
     def shown(self) -> Habits:
         """The habits this batch shows, after `settle`."""
         alone, _ = self._by_multiplicity()
-        return Habits(frozenset(use.weight for use in alone), frozenset(self._narrow))
+        shared = (group for group in _same_input(self.matrices) if len(group) > 1)
+        return Habits(
+            alone=frozenset(use.weight for use in alone),
+            narrow=frozenset(self._narrow),
+            sharing=frozenset(use.weight for group in shared for use in group),
+        )
 
     def keep(self, parameter: nn.Parameter, gradients: Tensor) -> None:
         """Adds per-record gradients (B, *shape) of `parameter`."""
@@ -286,24 +293,18 @@ class _Norms:
     def sum_of(
         cls, uses: Sequence[MatrixUse | TableUse], *products: tuple[Tensor, Tensor]
     ) -> "_Norms":
-        """Of inner products of two (B, n, n) each."""
-        found = torch.stack([_inner(left, right) for left, right in products]).sum(0)
-        diagonals = [
-            left.diagonal(dim1=1, dim2=2) * right.diagonal(dim1=1, dim2=2)
-            for left, right in products
-        ]
-        return cls(uses, found, torch.stack([each.sum(1) for each in diagonals]).sum(0))
+        """Of inner products of two (B, n, n) each, of which the second is overwritten."""
+        found = rows = products[0][0].new_zeros(())
+        for kept, spent in products:
+            both = spent.mul_(kept)
+            found = found + both.sum((1, 2))
+            rows = rows + both.diagonal(dim1=1, dim2=2).sum(1)
+        return cls(uses, found, rows)
 
     @classmethod
     def exact(cls, uses: Sequence[MatrixUse | TableUse], found: Tensor) -> "_Norms":
         """Of gradients that were built, or of one row: nothing cancels."""
         return cls(uses, found, torch.zeros_like(found))
-
-
-def _inner(left: Tensor, right: Tensor) -> Tensor:
-    """(B,) inner products of two (B, n, m)."""
-    inner: Tensor = torch.linalg.vecdot(left.flatten(1), right.flatten(1))
-    return inner
 
 
 def _added(norms: list[_Norms]) -> Tensor:
@@ -367,7 +368,8 @@ def _tied_norms(uses: list[MatrixUse | TableUse]) -> _Norms:
     if matrices and tables:
         rows, inputs = (a, g) if matrices[0].transposed else (g, a)
         at_ids = torch.gather(rows, 2, ids[:, None, :].expand(-1, rows.shape[1], -1))
-        norms.found += 2 * _inner(at_ids, torch.bmm(inputs, looked.transpose(1, 2)))
+        crossed = torch.bmm(inputs, looked.transpose(1, 2))
+        norms.found += 2 * crossed.mul_(at_ids).sum((1, 2))
     return norms
 
 

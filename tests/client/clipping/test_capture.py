@@ -566,7 +566,7 @@ def test_no_result_rests_on_habits(name, shown, monkeypatch):
     specimen = tuned(LISTED[name], "full")
     engine = planned(specimen)
     weights = frozenset(engine.parameters if shown == "everything" else ())
-    engine.plan = replace(engine.plan, habits=tape.Habits(weights, weights))
+    engine.plan = replace(engine.plan, habits=tape.Habits(weights, weights, weights))
     exact(specimen, engine)
 
 

@@ -95,22 +95,34 @@ def epsilon_pld(events: Iterable[Event], delta: float, interval: float = REPORT_
     _check_delta(delta)
     if not history or _unprotected(history):
         return math.inf if history else 0.0
+    return _epsilon_pld(history, delta, interval)
+
+
+@functools.lru_cache(maxsize=1024)
+def _epsilon_pld(history: tuple[Event, ...], delta: float, interval: float) -> float:
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
     return _compose(accountant, history, delta)
 
 
-def epsilon_rdp(events: Iterable[Event], delta: float) -> float:
+def epsilon_rdp(events: Iterable[Event], delta: float, order: float | None = None) -> float:
     """Upper bound of epsilon from Renyi divergences; inf where nothing is private.
 
+    Args: order: the one order to use; by default whichever of a grid is best for this history.
     Source: Mironov et al. (2019), arXiv:1908.10530; Google dp-accounting.
     """
     history = coalesce(events)
     _check_delta(delta)
     if not history or _unprotected(history):
         return math.inf if history else 0.0
+    return _epsilon_rdp(history, delta, order)
+
+
+@functools.lru_cache(maxsize=4096)
+def _epsilon_rdp(history: tuple[Event, ...], delta: float, order: float | None) -> float:
+    accountant = RdpAccountant() if order is None else RdpAccountant([order])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # overflow at orders that do not win
-        return _compose(RdpAccountant(), history, delta)
+        return _compose(accountant, history, delta)
 
 
 def epsilon_prv(events: Iterable[Event], delta: float) -> float | None:

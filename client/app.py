@@ -6,18 +6,21 @@ Steps 1, 2 and 8 to 12 are the coordinator's; see `server/rounds.py`.
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
+from client.ledger import Ledger
 from client.site import Site
 from client.train import Trainer
 from common import messages
 from common.config import Config, NoiseSource, PrivacyMode, check_delta, config_hash
 from common.errors import CoterieError, PrivacyRefusedError, VerificationError
-from common.messages import Instruction, Update
+from common.messages import Instruction, SiteBooks, Update
 from common.parameters import check_vector
-from common.privacy.accounting import Event, within
+from common.privacy.accounting import Event, coalesce, within
 from common.privacy.mechanism import mechanism_of, round_event
 
 log = logging.getLogger(__name__)
@@ -57,18 +60,27 @@ def client_app(open_site: OpenSite, *, allow_unprotected: bool = False) -> Clien
 def _answer(site: Site, trainer: Trainer, instruction: Instruction) -> Update:
     # 3. The terms are checked and the model is rehearsed; the rest must fit that model.
     _check_fit(trainer, instruction)
-    # 4. Charge, before data are touched; a failure further down does not give it back.
-    charge = _charge(site, instruction)
-    # 5. The private steps. (6, prepare in the ledger, comes with the issue "privacy books".)
-    vector = trainer.train(site, instruction.vector, round_number=instruction.round)
+    charge = round_event(instruction.config)
+    update = partial(Update, instruction.run_id, instruction.round, trainer.layout.digest, charge)
+    if instruction.config.privacy.mode is PrivacyMode.none:
+        vector, _ = trainer.train(site, instruction.vector, round_number=instruction.round)
+        return update(vector)
+    ledger = _ledger(site)
+    # 4. Reserve: charged and on disk before data are touched, and never given back.
+    reservation = _reserve(ledger, instruction, charge)
+    try:
+        # 5. The private steps.
+        vector, measured = trainer.train(site, instruction.vector, round_number=instruction.round)
+        assert measured is not None
+        # 6. Prepare: these bytes, and no others, may leave.
+        ledger.prepare(reservation, vector.tobytes(), measured)
+    except BaseException:
+        ledger.lose(reservation)
+        raise
     # 7. Release: the parameters after the noise, and what they cost.
-    return Update(
-        run_id=instruction.run_id,
-        round=instruction.round,
-        layout_digest=trainer.layout.digest,
-        charge=charge,
-        vector=vector,
-    )
+    released = np.frombuffer(ledger.release(reservation), dtype=vector.dtype)
+    books = ledger.books
+    return update(released, SiteBooks(books.head, books.cap, coalesce(books.charges())))
 
 
 def _check_terms(site: Site, instruction: Instruction, *, allow_unprotected: bool) -> None:
@@ -78,8 +90,6 @@ def _check_terms(site: Site, instruction: Instruction, *, allow_unprotected: boo
     config = instruction.config
     if not 1 <= instruction.round <= config.federation.rounds:
         raise VerificationError(f"instruction: round {instruction.round} is not in the plan")
-    if (instruction.run_id, instruction.round) in site.charges:
-        raise VerificationError(f"instruction: round {instruction.round} was already answered")
     if tuple(config.data.labels) != site.classes:
         raise VerificationError("instruction: its classes are not those of this site")
     none = config.privacy.mode is PrivacyMode.none
@@ -93,11 +103,17 @@ def _check_price(site: Site, instruction: Instruction) -> None:
     config, mechanism = instruction.config, mechanism_of(instruction.config)
     records = math.ceil(mechanism.divisor / mechanism.sample_rate)
     check_delta(config.privacy.delta, records, site.name)
-    events = [*site.charges.values(), round_event(config)]
-    if not within(events, epsilon=config.privacy.epsilon, delta=config.privacy.delta):
-        raise _BudgetExhaustedError(
-            f"round {instruction.round} would exceed epsilon {config.privacy.epsilon:g}"
-        )
+    whole = mechanism.event(config.total_steps)
+    if not within([whole], epsilon=config.privacy.epsilon, delta=config.privacy.delta):
+        raise _BudgetExhaustedError(f"the run would exceed epsilon {config.privacy.epsilon:g}")
+    books = _ledger(site).books
+    plan = books.plans.get(instruction.run_id)
+    if plan is None and not books.admits(whole, books.admission()):
+        raise _BudgetExhaustedError(f"the run would exceed the site's cap, {books.cap:g}")
+    if plan is not None and plan.config != config_hash(config):
+        raise VerificationError("instruction: its configuration is not the one its run began with")
+    if (instruction.run_id, instruction.round) in site.charges:
+        raise VerificationError(f"instruction: round {instruction.round} was already answered")
 
 
 def _check_fit(trainer: Trainer, instruction: Instruction) -> None:
@@ -106,10 +122,28 @@ def _check_fit(trainer: Trainer, instruction: Instruction) -> None:
     check_vector(instruction.vector, trainer.layout)
 
 
-def _charge(site: Site, instruction: Instruction) -> Event:
-    event = round_event(instruction.config)
-    site.charges[instruction.run_id, instruction.round] = event
-    return event
+def _reserve(ledger: Ledger, instruction: Instruction, charge: Event) -> int:
+    """Commits the run when its first round comes, and charges this round."""
+    config = instruction.config
+    try:
+        if instruction.run_id not in ledger.books.plans:
+            ledger.commit(
+                instruction.run_id,
+                charge,
+                rounds=config.federation.rounds,
+                spare_rounds=0,
+                plan=config_hash(config),
+                model=config.model.name,
+            )
+        return ledger.reserve(instruction.run_id, instruction.round, charge)
+    except PrivacyRefusedError as error:
+        raise _BudgetExhaustedError(str(error)) from error
+
+
+def _ledger(site: Site) -> Ledger:
+    if site.ledger is None:
+        raise VerificationError("instruction: this site keeps no ledger, and can charge nothing")
+    return site.ledger
 
 
 def _warm_trainer(trainers: dict[str, Trainer], config: Config) -> Trainer:

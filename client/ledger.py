@@ -22,12 +22,12 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client.meters import Measurements
 from common.errors import ConfigError, VerificationError
 from common.privacy import chain
 from common.privacy.accounting import Event
 from common.privacy.books import Books, filter_order
 from common.privacy.chain import Entry, Head, Kind, event_body
+from common.privacy.measurements import Measurements
 
 KEY_SUFFIX, LOCK_SUFFIX = ".key", ".lock"
 BUSY_S = 30.0
@@ -90,6 +90,12 @@ class Store:
         connection.executescript(_SCHEMA)
         connection.close()
         return cls(path)
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Lets go of the file."""
@@ -200,13 +206,17 @@ class Ledger:
             )
         return entry
 
+    def bind(self, root: str) -> None:
+        """Records that the dataset's commitment is now `root`; its spending goes on."""
+        with self._store.together():
+            if self.books.genesis["dataset_root"] != root:
+                self.append(Kind.DATASET, {"dataset_root": root})
+
     def commit(
         self, run: str, event: Event, *, rounds: int, spare_rounds: int, plan: str, model: str
     ) -> None:
         """Commits a run: from now on its rounds may be reserved. `plan`: its config's hash."""
         with self._store.together():
-            books = self.books
-            admission = "plan" if books.all_fixed() else "filter"
             self.append(
                 Kind.PLAN,
                 {
@@ -216,7 +226,7 @@ class Ledger:
                     "event": event_body(event),
                     "rounds": rounds,
                     "spare_rounds": spare_rounds,
-                    "admission": admission,
+                    "admission": self.books.admission(),
                 },
             )
 
@@ -237,10 +247,10 @@ class Ledger:
             connection.execute("DELETE FROM prepared WHERE site = ?", (self.site,))
         return entry.seq
 
-    def prepare(self, reservation: int, content: bytes, measured: Measurements, steps: int) -> None:
+    def prepare(self, reservation: int, content: bytes, measured: Measurements) -> None:
         """Fixes what a round may release: these bytes and no others.
 
-        Args: measured: of noise and coins only; steps: taken in this round.
+        Args: measured: of noise and coins only.
         """
         with self._store.together() as connection:
             self.append(
@@ -248,7 +258,7 @@ class Ledger:
                 {
                     "reservation": reservation,
                     "update": hashlib.sha256(content).hexdigest(),
-                    "steps": steps,
+                    "steps": measured.round_steps,
                     "noise_ratio": measured.noise_ratio,
                     "noise_deviation": measured.noise_deviation,
                     "coin_deviation": measured.coin_deviation,

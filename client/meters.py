@@ -32,6 +32,7 @@ from scipy import special
 from torch import Tensor, nn
 
 from common.errors import PrivacyRefusedError
+from common.privacy.measurements import Measurements
 from common.privacy.mechanism import Mechanism
 from common.privacy.noise import Randomness
 
@@ -52,20 +53,6 @@ Residual = NDArray[np.float64]
 """(n,) released values, times the divisor, less the clipped sum, in declared deviations."""
 NEVER = 1e-16
 """Odds below which all outcomes count as equally unlikely: a normal quantile stays finite."""
-
-
-@dataclass(frozen=True)
-class Measurements:
-    """What a site's meters saw so far: noise residuals and coins only."""
-
-    steps: int
-    """Steps taken, empty ones included."""
-    noise_ratio: float
-    """Measured over declared standard deviation of the noise; 1 when sound."""
-    noise_deviation: float
-    """How far the noise's energy is from declared, in standard deviations."""
-    coin_deviation: float
-    """How far the number of coins that fell is from declared, in standard deviations."""
 
 
 class Meters:
@@ -98,7 +85,11 @@ class Meters:
         if not drawn == noised == steps:
             _alarm("step-count")
         return Measurements(
-            self.noise.steps, self.noise.ratio, self.noise.deviation, self.sampler.deviation
+            steps=self.noise.steps,
+            round_steps=noised,
+            noise_ratio=self.noise.ratio,
+            noise_deviation=self.noise.deviation,
+            coin_deviation=self.sampler.deviation,
         )
 
 

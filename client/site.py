@@ -1,28 +1,33 @@
-"""A site: its name, its records, and what has been charged to them."""
+"""A site: its name, its records, and the books that say what was charged to them."""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from client.ledger import Ledger
 from common.data import Records
 from common.privacy.accounting import Event
 
 
 @dataclass
 class Site:
-    """One owner of records, for the life of one process.
-
-    `charges` only grows: a round is charged before its data are touched and never refunded.
-    Until the ledger (issue "privacy books") they live as long as the process.
-    """
+    """One owner of records, and of the ledger of these records."""
 
     name: str
     records: Records = field(repr=False)
     classes: tuple[str, ...]
     """The class names its labels index, in order: the site's own, whatever an instruction says."""
-    charges: dict[tuple[str, int], Event] = field(default_factory=dict)
-    """What each (run id, round) ever started here cost."""
+    ledger: Ledger | None
+    """None in a simulation without privacy only: nothing can be charged for what is unlimited."""
+
+    @property
+    def charges(self) -> dict[tuple[str, int], Event]:
+        """What each (run id, round) ever started here cost, as the ledger has it."""
+        if self.ledger is None:
+            return {}
+        made = self.ledger.books.reservations.values()
+        return {(r.run, r.round): r.event for r in made}
 
     @property
     def labels(self) -> Tensor:

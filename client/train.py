@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.clipping.engines import ClippingEngine, LossOf
-from client.meters import Measurements, Meters
+from client.meters import Meters
 from client.preflight import Verdict, preflight, refusal
 from client.private_step import ParameterGroup, plain_steps, private_steps, sgd
 from client.site import Site
@@ -19,6 +19,7 @@ from common.config import Config, NoiseSource, PrivacyMode
 from common.model import build_classifier, load_tokenizer
 from common.parameters import Layout, Vector
 from common.prefix import Inputs
+from common.privacy.measurements import Measurements
 from common.privacy.mechanism import Mechanism, mechanism_of
 from common.privacy.noise import Randomness
 from common.tasks import TASKS
@@ -61,16 +62,20 @@ class Trainer:
         if adapters:
             self._groups.append(ParameterGroup(adapters, config.tuning.adapter_learning_rate))
 
-    def train(self, site: Site, vector: Vector, *, round_number: int) -> Vector:
+    def train(
+        self, site: Site, vector: Vector, *, round_number: int
+    ) -> tuple[Vector, Measurements | None]:
         """The round's local steps at `site`, from the global parameters `vector`.
 
         Guarantee: in `privacy.mode=record` the result is a post-processing of `vector` and of
         `local_steps` runs of the config's mechanism on the site's records.
+        Returns: new parameters, and what the meters saw of noise and coins; None without privacy.
         Raises: VerificationError if `vector` does not fit; PrivacyRefusedError.
         """
         parameters.load(self._model, vector)
         loss_of = self._loss_of(self._prepared(site), site.labels)
         randomness = _randomness(self._config, site.name, round_number)
+        measured = None
         if self._config.privacy.mode is PrivacyMode.none:
             self._plain_steps(loss_of, randomness, len(site.records))
         else:
@@ -85,7 +90,7 @@ class Trainer:
                 meters=self._meters.setdefault(site.name, Meters(mechanism)),
             )
             log.info("%s, round %d: %s", site.name, round_number, measured)
-        return parameters.flatten(self._model)
+        return parameters.flatten(self._model), measured
 
     def preflight(self, *, precision: torch.dtype = torch.float32) -> Verdict:
         """Tries the model on made records; see `client.preflight`."""

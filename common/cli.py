@@ -9,7 +9,7 @@ import ast
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -82,13 +82,19 @@ def emit_json(answer: dict[str, Any]) -> None:
     print(json.dumps(answer, ensure_ascii=False, allow_nan=False))
 
 
-def run_typer(function: Callable[..., None], invocation: Invocation) -> None:
-    """Runs `function` with arguments parsed by typer; a usage fault becomes a ConfigError."""
+def run_typer(
+    function: Callable[..., None] | Sequence[Callable[..., None]], invocation: Invocation
+) -> None:
+    """Runs `function` with arguments parsed by typer; a usage fault becomes a ConfigError.
+
+    Of several functions, the first argument names the one to run.
+    """
     import click  # noqa: PLC0415 - only commands that parse pay for the import
     import typer  # noqa: PLC0415
 
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command()(function)
+    for each in (function,) if callable(function) else function:
+        app.command()(each)
     try:
         code = typer.main.get_command(app).main(
             args=list(invocation.arguments),

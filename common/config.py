@@ -227,6 +227,8 @@ class Config:
     """Seed of public things only: partition, initialisation, cohort. Never of noise or coins."""
     run_dir: str = ""
     """Folder the run writes; empty: `runs/DATE/TIME`."""
+    ledger: str = ""
+    """Persistent books, a file made by `coterie ledger init`; empty: new ones in the run folder."""
 
     @property
     def total_steps(self) -> int:
@@ -328,7 +330,8 @@ def _refuse_interpolation(value: Any) -> None:
 def config_hash(config: Config) -> str:
     """SHA-256 that two runs share if they were asked for the same thing, wherever they write."""
     values = _plain(asdict(config))
-    values.pop("run_dir")
+    for where in ("run_dir", "ledger"):
+        values.pop(where)
     return digest(values)
 
 

@@ -6,6 +6,7 @@ that was measured on private records.
 """
 
 import io
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,14 @@ from common.config import Config, config_hash, from_canonical, to_canonical
 from common.errors import ConfigError, VerificationError
 from common.parameters import Vector
 from common.privacy.accounting import Event
+from common.privacy.chain import Head
 
 VECTOR, FACTS, WEIGHT = "vector", "facts", "weight"
 MAX_VECTOR_BYTES = 2**31 - 1
 """Larger payloads do not fit a protobuf frame, so no honest peer sends them."""
 FLOAT_BYTES = 4
+MAX_CHARGED = 3 * 10_000
+"""Numbers of a charged history: three for each distinct event."""
 
 INVALID_INSTRUCTION, BUDGET_EXHAUSTED, LOCAL_FAILURE = 601, 602, 603
 REFUSALS = {
@@ -44,6 +48,18 @@ class Instruction:
 
 
 @dataclass(frozen=True)
+class SiteBooks:
+    """What a site says of its ledger: enough to price its whole history again."""
+
+    head: Head
+    """The end of its chain, after this release."""
+    cap: float
+    """Epsilon it will not exceed, at its ledger's delta."""
+    charged: tuple[Event, ...]
+    """Everything ever charged to its records, equal events joined."""
+
+
+@dataclass(frozen=True)
 class Update:
     """What a site releases in one round."""
 
@@ -54,6 +70,8 @@ class Update:
     """What the round cost at the site, charged before its data were touched."""
     vector: Vector
     """Parameters after the private steps: a function of noisy sums only."""
+    books: SiteBooks | None = None
+    """None where nothing is protected, and so nothing charged."""
 
 
 def pack_instruction(instruction: Instruction) -> RecordDict:
@@ -95,16 +113,29 @@ def pack_update(update: Update) -> RecordDict:
             "noise-multiplier": update.charge.noise_multiplier,
             "sample-rate": update.charge.sample_rate,
             "steps": update.charge.steps,
+            **_pack_books(update.books),
         }
     )
     return RecordDict({VECTOR: pack_vector(update.vector), FACTS: facts})
 
 
+def _pack_books(books: SiteBooks | None) -> dict[str, str | float | list[float]]:
+    if books is None:
+        return {"ledger-head": "", "cap": 0.0, "charged": []}
+    charged = [
+        value
+        for event in books.charged
+        for value in (event.noise_multiplier, event.sample_rate, float(event.steps))
+    ]
+    return {"ledger-head": str(books.head), "cap": books.cap, "charged": charged}
+
+
 def read_update(message: Message) -> Update:
     """Parses an update. Raises: VerificationError, never anything else."""
     names = {"run-id", "round", "layout-digest", "noise-multiplier", "sample-rate", "steps"}
-    facts = _facts(message, names)
+    facts = _facts(message, names | {"ledger-head", "cap", "charged"})
     try:
+        books = _read_books(facts)
         charge = Event(
             _number(facts, "noise-multiplier"),
             _number(facts, "sample-rate"),
@@ -118,7 +149,23 @@ def read_update(message: Message) -> Update:
         layout_digest=_text(facts, "layout-digest"),
         charge=charge,
         vector=_unpack_vector(message),
+        books=books,
     )
+
+
+def _read_books(facts: ConfigRecord) -> SiteBooks | None:
+    """Raises: VerificationError, or ConfigError for a number no accountant prices."""
+    head, cap = _text(facts, "ledger-head"), _number(facts, "cap")
+    charged = _numbers(facts, "charged")
+    if len(charged) % 3 or len(charged) > MAX_CHARGED:
+        raise VerificationError("message: charged must be a list of events")
+    if not head and not cap and not charged:
+        return None
+    if not 0 < cap < math.inf or not all(steps.is_integer() for steps in charged[2::3]):
+        raise VerificationError("message: the site's books are malformed")
+    triples = zip(charged[::3], charged[1::3], charged[2::3], strict=True)
+    events = tuple(Event(sigma, rate, int(steps)) for sigma, rate, steps in triples)
+    return SiteBooks(Head.parse(head), cap, events)
 
 
 def pack_vector(vector: Vector) -> ArrayRecord:
@@ -192,6 +239,15 @@ def _whole(facts: ConfigRecord, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise VerificationError(f"message: {name} must be a whole number, 0 or more")
     return value
+
+
+def _numbers(facts: ConfigRecord, name: str) -> list[float]:
+    values = facts[name]
+    if isinstance(values, list):
+        numbers = [value for value in values if isinstance(value, float) and math.isfinite(value)]
+        if len(numbers) == len(values):
+            return numbers
+    raise VerificationError(f"message: {name} must be a list of numbers")
 
 
 def _number(facts: ConfigRecord, name: str) -> float:

@@ -7,6 +7,7 @@ from flwr.app import Message
 from flwr.serverapp.strategy import FedAvg
 
 from common import messages
+from common.config import PrivacyMode
 from common.errors import VerificationError
 from common.messages import Instruction, Update
 from common.parameters import Layout, Vector, check_vector
@@ -91,6 +92,10 @@ def _check(update: Update, instruction: Instruction, layout: Layout, charge: Eve
         raise VerificationError("update: of another layout")
     if update.charge != charge:
         raise VerificationError("update: charged something else than the plan")
+    if (update.books is None) != (instruction.config.privacy.mode is PrivacyMode.none):
+        raise VerificationError(
+            "update: comes without the books of its site, or with needless ones"
+        )
     check_vector(update.vector, layout)
 
 

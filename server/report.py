@@ -5,10 +5,10 @@ import io
 import json
 import math
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import typer
 from jinja2 import UndefinedError
@@ -21,8 +21,10 @@ from common.durable import write_atomic
 from common.errors import ConfigError, VerificationError
 from common.privacy.accounting import (
     Epsilons,
+    Event,
     check_agreement,
     epsilon_object,
+    epsilon_pld,
     epsilons,
     number,
     shown,
@@ -47,6 +49,15 @@ SELECTION_REASONS = {
 }
 
 
+class SiteLine(TypedDict):
+    """A site's ledger after a round, as plain values."""
+
+    head: str
+    cap: float
+    charged: list[list[float]]
+    """[sigma, q, steps] of each distinct event ever charged."""
+
+
 @dataclass(frozen=True)
 class RoundLine:
     """One line of `metrics.jsonl`."""
@@ -61,6 +72,8 @@ class RoundLine:
     bytes_up: int
     sites_s: float
     private: bool
+    books: dict[str, SiteLine] = field(default_factory=dict)
+    """What each site that answered says of its ledger."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +91,30 @@ def round_line(
     """The line of a round that just ended, after the lines `before` it."""
     asked = [*(line.asked for line in before), outcome.asked]
     most = max(_rounds_charged(asked).values())
+    epsilon = run_plan.epsilon_by_round[most - 1]
+    if run_plan.config.ledger:  # other runs are in its books, too
+        spent = (
+            epsilon_pld(b.charged, run_plan.config.privacy.delta) for b in outcome.books.values()
+        )
+        epsilon = max([epsilon, *spent])
     return RoundLine(
         round=outcome.round,
         private=is_private(run_plan.config),
         metrics=metrics,
-        epsilon=number(run_plan.epsilon_by_round[most - 1]),
+        epsilon=number(epsilon),
         asked=outcome.asked,
         refused=outcome.refused,
         bytes_down=outcome.bytes_down,
         bytes_up=outcome.bytes_up,
         sites_s=round(outcome.sites_s, 3),
+        books={
+            name: SiteLine(
+                head=str(books.head),
+                cap=books.cap,
+                charged=[[e.noise_multiplier, e.sample_rate, e.steps] for e in books.charged],
+            )
+            for name, books in outcome.books.items()
+        },
     )
 
 
@@ -99,7 +126,7 @@ def build_report(run_plan: RunPlan, lines: list[RoundLine], facts: RunFacts) -> 
     """
     config = run_plan.config
     charged = _rounds_charged([line.asked for line in lines])
-    prices = {rounds: _price(run_plan, rounds) for rounds in set(charged.values())}
+    prices = {name: _price(run_plan, lines, name) for name in charged}
     train_s = sum(line.sites_s for line in lines)
     return {
         "run_id": facts.run_id,
@@ -108,10 +135,10 @@ def build_report(run_plan: RunPlan, lines: list[RoundLine], facts: RunFacts) -> 
         "tuning": config.tuning.method.name,
         "rounds": len(lines),
         "engine": config.engine.name.name,
-        "privacy": _privacy_section(run_plan, prices[max(prices)]),
+        "privacy": _privacy_section(run_plan, max(prices.values(), key=lambda price: price.pld)),
         "sites": [
-            _site_section(name, rounds, prices[rounds], run_plan)
-            for name, rounds in sorted(charged.items(), key=lambda item: _natural(item[0]))
+            _site_section(name, charged[name], prices[name], run_plan, _last_books(lines, name))
+            for name in sorted(charged, key=_natural)
         ],
         "evaluation": dict(lines[-1].metrics),
         "evaluation_split": config.evaluation.split.name,
@@ -144,7 +171,7 @@ def _privacy_section(run_plan: RunPlan, worst: Epsilons) -> dict[str, Any]:
         "epsilon": epsilon_object(worst),
         "private": is_private(config),
         "private_reason": _private_reason(run_plan),
-        "scope": "this_run",
+        "scope": "ledger" if config.ledger else "this_run",
         "selection_charged": False,
         "selection_reason": SELECTION_REASONS[config.data.source],
         "mechanism": asdict(run_plan.event),
@@ -153,15 +180,17 @@ def _privacy_section(run_plan: RunPlan, worst: Epsilons) -> dict[str, Any]:
     }
 
 
-def _site_section(name: str, rounds: int, price: Epsilons, run_plan: RunPlan) -> dict[str, Any]:
-    """Cap and ledger head are null until a ledger enforces them (issue "privacy books")."""
+def _site_section(
+    name: str, rounds: int, price: Epsilons, run_plan: RunPlan, books: SiteLine | None
+) -> dict[str, Any]:
+    """`epsilon` is of the whole ledger where it lasts; without one there is no cap."""
     return {
         "name": name,
         "epsilon": number(price.pld),
-        "cap": None,
+        "cap": books["cap"] if books else "inf",
         "rounds": rounds,
         "steps": rounds * run_plan.event.steps,
-        "ledger_head": None,
+        "ledger_head": books["head"] if books else "",
     }
 
 
@@ -220,11 +249,12 @@ def show_report(content: dict[str, Any], run_dir: Path, console: Console) -> Non
     privacy = content["privacy"]
     stamp = "" if privacy["private"] else f" ({NOT_PRIVATE})"
     table = Table(title=f"Result{stamp}", title_justify="left")
-    for column in ("site", "rounds", "steps", "epsilon"):
+    for column in ("site", "rounds", "steps", "epsilon", "cap"):
         table.add_column(column, justify="left" if column == "site" else "right")
     for site in content["sites"]:
         price = shown(site["epsilon"])
-        table.add_row(site["name"], str(site["rounds"]), str(site["steps"]), price)
+        cap = str(site["cap"])
+        table.add_row(site["name"], str(site["rounds"]), str(site["steps"]), price, cap)
     console.print(table)
     metrics = _metrics(content["evaluation"])
     console.print(f"{metrics} on {content['evaluation_records']} public records", highlight=False)
@@ -255,13 +285,29 @@ def _rounds_charged(asked: list[tuple[str, ...]]) -> dict[str, int]:
     return charged
 
 
-def _price(run_plan: RunPlan, rounds: int) -> Epsilons:
+def _price(run_plan: RunPlan, lines: list[RoundLine], name: str) -> Epsilons:
+    """Of what the site's ledger held when it last answered, and every round asked since.
+
+    Never less than all rounds of this run that it was asked in, whatever its ledger says.
+    """
     if not is_private(run_plan.config):
         return Epsilons(math.inf, math.inf, math.inf)
-    event = replace(run_plan.event, steps=run_plan.event.steps * rounds)
-    priced = epsilons([event], run_plan.config.privacy.delta)
-    check_agreement(priced)
-    return priced
+    asked = [run_plan.event for line in lines if name in line.asked]
+    history: list[Event] = []
+    for line in lines:
+        if name in line.books:
+            charged = line.books[name]["charged"]
+            history = [Event(sigma, q, int(steps)) for sigma, q, steps in charged]
+        elif name in line.asked:  # it may have trained, and paid, all the same
+            history.append(run_plan.event)
+    priced = [epsilons(events, run_plan.config.privacy.delta) for events in (asked, history)]
+    for price in priced:
+        check_agreement(price)
+    return max(priced, key=lambda price: price.pld)
+
+
+def _last_books(lines: list[RoundLine], name: str) -> SiteLine | None:
+    return next((line.books[name] for line in reversed(lines) if name in line.books), None)
 
 
 def _private_reason(run_plan: RunPlan) -> str:
@@ -273,7 +319,8 @@ def _private_reason(run_plan: RunPlan) -> str:
     )
     return (
         "Record-level DP-SGD inside each site, noise and sampling from OS entropy, composed over "
-        "all rounds. No ledger enforced it yet: each site's count lived in this process only."
+        "all rounds. Each site's own ledger charged every round before its data were read, and "
+        "would have refused one beyond its cap."
         f"{counted if config.data.records_counted else ''}"
     )
 

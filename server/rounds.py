@@ -6,7 +6,7 @@ follows the last round; see `server/report.py`.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, perf_counter, sleep
 
@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from common import messages
 from common.errors import FederationError
-from common.messages import Instruction
+from common.messages import Instruction, SiteBooks
 from common.parameters import Layout, Vector
 from server.aggregate import Verdicts, average, fedavg, judge
 from server.checkpoint import write_checkpoint
@@ -44,6 +44,8 @@ class RoundOutcome:
     bytes_up: int
     sites_s: float
     """Seconds from sending to the last reply."""
+    books: dict[str, SiteBooks] = field(default_factory=dict)
+    """What each site that answered says of its ledger."""
 
 
 def run_rounds(
@@ -100,6 +102,11 @@ def run_rounds(
             bytes_down=bytes_down,
             bytes_up=verdicts.bytes_up,
             sites_s=sites_s,
+            books={
+                nodes[node]: update.books
+                for node, (_, update) in verdicts.accepted.items()
+                if update.books is not None
+            },
         )
 
 

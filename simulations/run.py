@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -22,16 +22,26 @@ from rich.progress import (
 )
 
 from client.app import client_app
+from client.commitment import dataset_root
+from client.ledger import Ledger, Store, Terms, generate_key
 from client.site import Site
 from common.cli import Invocation, emit_json
 from common.composition import run_job, sweep_index
-from common.config import Config, Split, check_delta, to_canonical
+from common.config import Config, PrivacyMode, Split, check_delta, to_canonical
 from common.data import Records, Splits, check_files, load_splits
-from common.errors import ConfigError
+from common.errors import ConfigError, PrivacyRefusedError
 from common.model import build_classifier
 from common.privacy.accounting import shown
+from common.privacy.chain import public_hex
 from server.app import CONFIG_KEY, Watch, server_app
-from server.plan import estimate_seconds, make_plan, show_plan, size_of
+from server.plan import (
+    estimate_seconds,
+    is_private,
+    make_plan,
+    not_private_reason,
+    show_plan,
+    size_of,
+)
 from server.report import RoundLine, read_report, show_report
 from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid
 from simulations.partition import deal
@@ -78,18 +88,21 @@ def run_simulation(config: Config, console: Console) -> Path:
     sites = deal(splits.train, config.federation, seed=config.seed)
     config = _resolve(run_plan.config, splits, sites)
     names = [f"site-{number}" for number in range(1, len(sites) + 1)]
-    opened = {
-        index: Site(name, records, tuple(config.data.labels))
-        for index, (name, records) in enumerate(zip(names, sites, strict=True))
-    }
-    grid = LocalGrid(
-        client_app(
-            lambda context: opened[int(context.node_config["partition-id"])],
-            allow_unprotected=True,
-        ),
-        names,
-    )
-    with _progress(config, console) as watch:
+    store = _store(config, run_dir)
+    with store or nullcontext(), _progress(config, console) as watch:
+        records = dict(zip(names, sites, strict=True))
+        ledgers = _ledgers(store, config, records) if store else {}
+        opened = [
+            Site(name, held, tuple(config.data.labels), ledgers.get(name))
+            for name, held in records.items()
+        ]
+        grid = LocalGrid(
+            client_app(
+                lambda context: opened[int(context.node_config["partition-id"])],
+                allow_unprotected=True,
+            ),
+            names,
+        )
         app = server_app(lambda _: _public(config, splits), watch)
         app(grid, _server_context(config))
     return run_dir
@@ -117,6 +130,44 @@ def _resolve(config: Config, splits: Splits, sites: list[Records]) -> Config:
         config.data, declared_records=declared or counted, records_counted=declared is None
     )
     return replace(config, data=known)
+
+
+def _store(config: Config, run_dir: Path) -> Store | None:
+    """Where the sites' ledgers are: `ledger=PATH`, or a new file in the run folder.
+
+    Without privacy there is nothing to charge, and on books that last it is refused: it would
+    release the records of a ledger without limit. Raises: ConfigError; PrivacyRefusedError.
+    """
+    if config.ledger and not is_private(config):
+        raise PrivacyRefusedError(
+            f"ledger={config.ledger}: {not_private_reason(config)}; books that last take "
+            "private runs only"
+        )
+    if config.ledger:
+        return Store(Path(config.ledger).expanduser())
+    if config.privacy.mode is PrivacyMode.none:
+        return None
+    return Store.create(run_dir / "ledgers" / "sites.db")
+
+
+def _ledgers(store: Store, config: Config, sites: dict[str, Records]) -> dict[str, Ledger]:
+    """The ledger of each site, bound to its records; new ones where the run made the file.
+
+    Raises: ConfigError if a file that lasts holds no ledger of a site.
+    """
+    roots = {name: dataset_root(records, store.key) for name, records in sites.items()}
+    with store.together():
+        if config.ledger:
+            ledgers = {name: store.ledger(name) for name in sites}
+            for name, ledger in ledgers.items():
+                ledger.bind(roots[name])
+            return ledgers
+        officer = public_hex(generate_key(store.path.with_name("officer.key")))
+        source, cap, delta = config.data.source.name, config.privacy.epsilon, config.privacy.delta
+        return {
+            name: store.open(name, Terms(source, root, cap, delta, officer))
+            for name, root in roots.items()
+        }
 
 
 def _public(config: Config, splits: Splits) -> Records:

@@ -36,7 +36,11 @@ class Plan:
     rounds: int
     spare_rounds: int
     admission: str
+    config: str
+    """Hash of the configuration that was committed."""
     reserved: int = 0
+    retries: int = 0
+    """Of these, how many were for a round that had been lost."""
     open: bool = True
 
     @property
@@ -150,6 +154,10 @@ class Books:
         whole = [*(plan.whole for plan in self.plans.values()), *self.misc, more]
         return self.all_fixed() and within(whole, epsilon=self.cap, delta=self.delta)
 
+    def admission(self) -> str:
+        """Which of the two ways is open to a new plan."""
+        return "plan" if self.all_fixed() else "filter"
+
     def all_fixed(self) -> bool:
         """Whether everything so far was fixed before any output was seen."""
         return not self.released and all(p.admission == "plan" for p in self.plans.values())
@@ -167,22 +175,25 @@ class Books:
         return epsilon_rdp(events, self.delta, float(self.genesis["filter_order"]))
 
 
-def filter_order(cap: float, delta: float) -> float:
+def filter_order(cap: float, delta: float) -> int:
     """The order at which a Gaussian history that just meets the cap is priced best.
 
-    >>> filter_order(3.0, 1e-4), filter_order(8.0, 1e-5)
-    (7.6, 4.3)
+    Whole, and so at least 2: at fractional orders the series of a sampled mechanism may not
+    converge.
+
+    >>> filter_order(3.0, 1e-4), filter_order(8.0, 1e-5), filter_order(100.0, 1e-3)
+    (8, 4, 2)
     """
     root = math.sqrt(math.log(1 / delta) + cap) - math.sqrt(math.log(1 / delta))
-    return round(1 + math.sqrt(math.log(1 / delta)) / root, 1)
+    return max(2, round(1 + math.sqrt(math.log(1 / delta)) / root))
 
 
 def _take_genesis(books: Books, entry: Entry) -> None:
     body = dict(entry.body)
     if body["delta"] >= 1:
         _fault(entry, "delta must be below 1")
-    if not body["filter_order"] > 1:
-        _fault(entry, "filter_order must be above 1")
+    if body["filter_order"] < 2:  # noqa: PLR2004
+        _fault(entry, "filter_order must be 2 or more")
     books.genesis, books.site_key = body, body["site_key"]
     books.cap = books.highest_cap = float(body["cap"])
 
@@ -197,6 +208,7 @@ def _take_plan(books: Books, entry: Entry) -> None:
         body["rounds"],
         body["spare_rounds"],
         body["admission"],
+        body["plan"],
     )
     if not books.admits(plan.whole, plan.admission):
         _over(entry, books)
@@ -224,11 +236,14 @@ def _take_reserve(books: Books, entry: Entry) -> None:
         _fault(entry, f"round {body['round']}, attempt {body['attempt']}, is not next in its plan")
     if any(r.state != "lost" for r in earlier):
         raise PrivacyRefusedError(f"round {body['round']} of run {plan.run} was already answered")
-    if books.remaining_rounds(plan.run) < 1:
-        raise PrivacyRefusedError(f"run {plan.run}: its rounds and spare rounds are used up")
+    if earlier and plan.retries >= plan.spare_rounds:
+        raise PrivacyRefusedError(
+            f"round {body['round']} of run {plan.run} was lost; its plan has no spare round left"
+        )
     if not books.covers_commitments():
         _over(entry, books)
     plan.reserved += 1
+    plan.retries += bool(earlier)
     books.reservations[entry.seq] = Reservation(plan.run, body["round"], plan.event)
 
 

@@ -102,7 +102,7 @@ BODIES: dict[Kind, dict[str, _Check]] = {
         "relation": _one_of("add_or_remove_one"),
         "cap": _positive,
         "delta": _positive,
-        "filter_order": _positive,
+        "filter_order": _count,
         "site_key": _key,
         "officer_key": _key,
     },

@@ -1,5 +1,6 @@
 """The border of a site: what is answered, what is refused, what is charged, and what leaves."""
 
+import hashlib
 import json
 import logging
 from dataclasses import replace
@@ -22,6 +23,8 @@ from common.model import build_classifier
 from common.parameters import Layout
 from common.privacy.accounting import epsilon_pld
 from common.privacy.mechanism import round_event
+
+from .ledgers import ledger_of
 
 RECORD = "patient 4711 scored a goal"
 """A private text that must never leave."""
@@ -56,8 +59,9 @@ def some_records(count=12):
     return Records(tuple(texts), np.arange(count, dtype=np.int64) % 2)
 
 
-def site_of(records=None):
-    return Site("site-1", some_records() if records is None else records, CLASSES)
+def site_of(records=None, *, cap=100.0):
+    held = some_records() if records is None else records
+    return Site("site-1", held, CLASSES, ledger_of(cap=cap))
 
 
 def app_of(site, **options):
@@ -157,7 +161,8 @@ def test_answered_round_is_charged_once(instruction):
 def test_update_holds_nothing_but_the_allow_list(instruction, start):
     """Spelled out here on purpose: whoever adds a fact to the egress must come by this test."""
     layout, _ = start
-    content = ask(app_of(site_of()), instruction).content
+    site = site_of()
+    content = ask(app_of(site), instruction).content
     assert set(content) == {"vector", "facts"}
     assert set(content.array_records) == {"vector"}
     assert set(content.config_records) == {"facts"}
@@ -170,6 +175,9 @@ def test_update_holds_nothing_but_the_allow_list(instruction, start):
         "noise-multiplier": 2.0,
         "sample-rate": 0.5,
         "steps": 2,
+        "ledger-head": str(site.ledger.head),
+        "cap": 100.0,
+        "charged": [2.0, 0.5, 2.0],
     }
 
 
@@ -177,6 +185,8 @@ def test_update_without_its_vector_does_not_depend_on_the_number_of_records(inst
     """N is private; a site without any record must look like all others."""
     replies = [ask(app_of(site_of(some_records(n))), instruction) for n in (0, 1, 40)]
     facts = [dict(reply.content["facts"]) for reply in replies]
+    heads = {fact.pop("ledger-head") for fact in facts}
+    assert len(heads) == 3  # each of a chain of its own; hashes under secret nonces
     assert facts[0] == facts[1] == facts[2]
     assert len({len(wire(reply)) for reply in replies}) == 1
 
@@ -320,10 +330,37 @@ def test_round_beyond_epsilon_is_refused_as_exhausted(instruction):
     once = epsilon_pld([round_event(config)], config.privacy.delta, 1e-3)
     tight = changed(instruction, "privacy", epsilon=1.01 * once)
     site = site_of()
+    assert refusal(ask(app_of(site), tight)) == EXHAUSTED  # two rounds are planned
+    assert site.charges == {}
+    enough = changed(tight, "federation", rounds=1)
+    assert ask(app_of(site), enough).has_content()
+
+
+def test_runs_share_the_cap_of_their_site(instruction):
+    """A second coordinator sees what is left, whatever epsilon it was promised."""
+    site = site_of(cap=2.5)
     app = app_of(site)
-    assert ask(app, tight).has_content()
-    assert refusal(ask(app, replace(tight, round=2))) == EXHAUSTED
-    assert [number for _, number in site.charges] == [1]
+    assert ask(app, instruction).has_content()
+    spent = site.ledger.books.spent_pld()
+    assert refusal(ask(app, replace(instruction, run_id="second"))) == EXHAUSTED
+    assert ask(app, replace(instruction, round=2)).has_content()
+    assert [*site.charges] == [("run", 1), ("run", 2)]
+    assert spent < site.ledger.books.spent_pld() <= 2.5
+
+
+def test_a_round_that_was_answered_is_prepared_and_released_in_the_ledger(instruction):
+    site = site_of()
+    update = messages.read_update(ask(app_of(site), instruction))
+    (reservation,) = site.ledger.books.reservations.values()
+    assert reservation.state == "released"
+    assert reservation.update == hashlib.sha256(update.vector.tobytes()).hexdigest()
+    assert update.books.head == site.ledger.head
+    assert [*update.books.charged] == [round_event(instruction.config)]
+
+
+def test_a_site_without_a_ledger_answers_no_private_instruction(instruction):
+    site = replace(site_of(), ledger=None)
+    assert refusal(ask(app_of(site), instruction)) == INVALID
 
 
 class Unreadable(tuple):
@@ -342,7 +379,7 @@ class Unreadable(tuple):
 
 def unreadable_site():
     texts = Unreadable()
-    site = Site("site-1", Records(texts, np.zeros(3, dtype=np.int64)), CLASSES)
+    site = site_of(Records(texts, np.zeros(3, dtype=np.int64)))
     texts.bind(site)
     return site
 
@@ -432,13 +469,15 @@ def test_private_answers_to_one_instruction_differ(instruction):
     assert not np.array_equal(*vectors)
 
 
-def test_config_of_another_round_of_the_same_run_is_read_anew(instruction):
+def test_config_of_another_run_is_read_anew_and_of_the_same_run_refused(instruction):
     """The warm model belongs to one config; another config must not train with it."""
     app = app_of(site_of())
     more = changed(instruction, "federation", local_steps=1)
     assert config_hash(more.config) != config_hash(instruction.config)
     assert messages.read_update(ask(app, instruction)).charge.steps == 2
-    assert messages.read_update(ask(app, replace(more, round=2))).charge.steps == 1
+    assert refusal(ask(app, replace(more, round=2))) == INVALID  # its plan was another
+    other = replace(more, run_id="other")
+    assert messages.read_update(ask(app, other)).charge.steps == 1
 
 
 HOSTILE = {

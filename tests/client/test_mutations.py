@@ -44,8 +44,11 @@ from common.messages import Instruction
 from common.model import build_classifier
 from common.parameters import Layout
 from common.privacy.accounting import epsilon_pld
+from common.privacy.books import Books
 from common.privacy.mechanism import mechanism_of, round_event
 from common.privacy.noise import Randomness
+
+from .ledgers import ledger_of
 
 RECORDS = 60
 """At the site; 42 are declared, so a realised number never passes for a declared one."""
@@ -57,7 +60,8 @@ COORDINATOR, SITE = 1, 2
 def site_of(records=RECORDS):
     words = ("goal", "match", "team", "coach", "bank", "shares", "market", "loan")
     texts = tuple(f"the {words[i % 8]} {words[i // 8 % 8]} today" for i in range(records))
-    return Site("site-1", Records(texts, np.arange(records) % 2), ("sport", "money"))
+    held = Records(texts, np.arange(records) % 2)
+    return Site("site-1", held, ("sport", "money"), ledger_of())
 
 
 # How the code is driven. A drive returns, or raises what the check raises.
@@ -69,7 +73,7 @@ def train(config, rounds=ROUNDS):
     trainer.rehearse()
     vector = parameters.flatten(trainer._model)
     for number in range(1, rounds + 1):
-        vector = trainer.train(site, vector, round_number=number)
+        vector, _ = trainer.train(site, vector, round_number=number)
 
 
 def rehearse(config):
@@ -114,7 +118,7 @@ def empty_update(config, round_number=1):
     """What a site of no records answers: noise alone."""
     trainer = Trainer(config)
     vector = parameters.flatten(trainer._model)
-    return trainer.train(site_of(0), vector, round_number=round_number) - vector
+    return trainer.train(site_of(0), vector, round_number=round_number)[0] - vector
 
 
 def check_fresh_noise(config):
@@ -137,7 +141,7 @@ def check_charged_noise(config):
     sizes = {p: g.learning_rate for g in trainer._groups for p in g.parameters}
     units = np.concatenate([np.full(p.numel(), sizes[p]) for p in parameters_of(trainer)])
     for number in range(1, 21):
-        change = trainer.train(site_of(0), start, round_number=number) - start
+        change = trainer.train(site_of(0), start, round_number=number)[0] - start
         noise = change / units * mechanism.divisor / config.privacy.clip_norm
         squares.append(noise**2 / event.noise_multiplier**2 / event.steps)
     measured, count = float(np.sum(squares)), np.size(squares)
@@ -168,17 +172,17 @@ def check_fresh_coins(config):
 
 
 def check_accounts_compose(config):
-    """A second round that would exceed epsilon is refused, though each alone would not."""
-    once = epsilon_pld([round_event(config)], config.privacy.delta, 1e-3)
-    tight = replace(config, privacy=replace(config.privacy, epsilon=1.01 * once))
+    """A second run beyond the site's cap is refused, though each alone would not be."""
+    tight = replace(config, federation=replace(config.federation, rounds=1))
+    once = epsilon_pld([round_event(tight)], tight.privacy.delta, 1e-3)
     model = build_classifier(tight)
     digest, vector = Layout.of(model).digest, parameters.flatten(model)
-    site = site_of()
+    site = replace(site_of(), ledger=ledger_of(cap=1.8 * once))
     app = client_app(lambda _: site)
-    replies = [ask(app, Instruction("run", n, tight, digest, vector)) for n in (1, 2)]
-    assert replies[0].has_content(), "accounts-compose: a round within budget was refused"
+    replies = [ask(app, Instruction(run, 1, tight, digest, vector)) for run in ("one", "two")]
+    assert replies[0].has_content(), "accounts-compose: a run within budget was refused"
     exhausted = replies[1].has_error() and replies[1].error.code == messages.BUDGET_EXHAUSTED
-    assert exhausted, "accounts-compose: a round beyond epsilon was not refused"
+    assert exhausted, "accounts-compose: a run beyond the cap was not refused"
 
 
 def ask(app, instruction):
@@ -433,7 +437,11 @@ MUTATIONS = {
         "noise-scale:",
     ),
     "a fresh accountant each round": Mutation(
-        edit(client.app._check_price, ("[*site.charges.values(), ", "[")),
+        edit(
+            Books.admits,
+            ("[*self.commitments(), more]", "[more]"),
+            ("[*(plan.whole for plan in self.plans.values()), *self.misc, more]", "[more]"),
+        ),
         check_accounts_compose,
         "accounts-compose:",
         AssertionError,
@@ -537,7 +545,7 @@ def replayed(config, site, round_number):
     """
     trainer = Trainer(config)
     vector = parameters.flatten(trainer._model)
-    update = trainer.train(site, vector, round_number=round_number) - vector
+    update = trainer.train(site, vector, round_number=round_number)[0] - vector
     parameters.load(trainer._model, vector)
     loss_of = trainer._loss_of(trainer._prepared(site), site.labels)
     engine, mechanism, sums = Loop(trainer._model), mechanism_of(config), {}

@@ -1,5 +1,6 @@
 import ast
 import io
+import math
 import pickle
 
 import numpy as np
@@ -18,6 +19,7 @@ from common.messages import (
     VECTOR,
     WEIGHT,
     Instruction,
+    SiteBooks,
     Update,
     content_bytes,
     for_aggregation,
@@ -29,6 +31,7 @@ from common.messages import (
     unpack_arrays,
 )
 from common.privacy.accounting import Event
+from common.privacy.chain import Head
 
 VALUES = np.array([0.5, -1.25, 3e-38, 7.0], np.float32)
 # "Raises: ..., never anything else" holds whatever a library warns of on the way.
@@ -56,6 +59,7 @@ def update(**changes):
         "layout_digest": "d" * 64,
         "charge": Event(1.5, 0.25, 4),
         "vector": VALUES,
+        "books": SiteBooks(Head(7, "a" * 64), 8.0, (Event(1.5, 0.25, 12),)),
     }
     return Update(**{**values, **changes})
 
@@ -122,7 +126,42 @@ def test_an_update_tells_nothing_beyond_the_agreed_facts():
         "noise-multiplier": 1.5,
         "sample-rate": 0.25,
         "steps": 4,
+        "ledger-head": f"7:{'a' * 64}",
+        "cap": 8.0,
+        "charged": [1.5, 0.25, 12.0],
     }
+
+
+def test_an_update_without_books_round_trips():
+    assert read_update(sent(pack_update(update(books=None)))).books is None
+
+
+BOOKS = {
+    "no head": {"ledger-head": ""},
+    "head of another shape": {"ledger-head": "7:abc"},
+    "no cap": {"cap": 0.0},
+    "cap below zero": {"cap": -1.0},
+    "cap not finite": {"cap": math.inf},
+    "cap not a number": {"cap": "8"},
+    "part of an event": {"charged": [1.5, 0.25]},
+    "half a step": {"charged": [1.5, 0.25, 0.5]},
+    "steps below zero": {"charged": [1.5, 0.25, -1.0]},
+    "rate above one": {"charged": [1.5, 1.25, 1.0]},
+    "sigma not a number": {"charged": [math.nan, 0.25, 1.0]},
+    "texts": {"charged": ["1.5", "0.25", "1"]},
+    "no list": {"charged": 1.5},
+    "too many events": {"charged": [1.5, 0.25, 1.0] * 10_001},
+}
+
+
+@pytest.mark.parametrize("fault", BOOKS)
+def test_books_that_are_none_are_refused(fault):
+    content = pack_update(update())
+    content = RecordDict(
+        {VECTOR: content[VECTOR], FACTS: ConfigRecord({**facts_of(content), **BOOKS[fault]})}
+    )
+    with pytest.raises(VerificationError):
+        read_update(sent(content))
 
 
 def test_an_update_without_noise_round_trips():

@@ -30,6 +30,7 @@ def test_a_run_leaves_everything_the_contract_names(finished):
         "report.html",
         "metrics.jsonl",
         "checkpoints",
+        "ledgers",
         "model",
     }
     assert len(list((finished / "checkpoints").iterdir())) == 2
@@ -57,7 +58,7 @@ def test_report_has_every_field_of_the_contract(finished):
     assert privacy["mode"] == "record"
     assert privacy["unit"] == "record"
     assert privacy["private"] is True
-    assert "No ledger" in privacy["private_reason"]
+    assert "Each site's own ledger charged every round" in privacy["private_reason"]
     assert privacy["scope"] == "this_run"
     assert privacy["selection_charged"] is False
     assert {"pld", "rdp", "prv"} == set(privacy["epsilon"])
@@ -66,8 +67,8 @@ def test_report_has_every_field_of_the_contract(finished):
     assert {"bytes_up", "bytes_down"} == set(report["communication"])
     for site in report["sites"]:
         assert {"name", "epsilon", "cap", "rounds", "steps", "ledger_head"} == set(site)
-        assert site["cap"] is None
-        assert site["ledger_head"] is None
+        assert site["cap"] == 8.0
+        assert int(site["ledger_head"].split(":")[0]) == 8  # genesis, plan, two rounds of three
         assert site["steps"] == 4
         assert site["epsilon"] <= 8
     assert all(isinstance(value, float) for value in report["evaluation"].values())

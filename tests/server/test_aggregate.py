@@ -10,8 +10,9 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
 from common import messages
-from common.messages import Instruction, Update
+from common.messages import Instruction, SiteBooks, Update
 from common.parameters import Layout
+from common.privacy.chain import Head
 from common.privacy.mechanism import round_event
 from server.aggregate import average, fedavg, judge
 
@@ -43,6 +44,7 @@ def update_of(instruction, vector):
         instruction.layout_digest,
         round_event(instruction.config),
         np.asarray(vector, dtype=np.float32),
+        SiteBooks(Head(5, "a" * 64), 8.0, (round_event(instruction.config),)),
     )
 
 

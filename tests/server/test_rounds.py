@@ -14,9 +14,10 @@ from safetensors import safe_open
 
 from common import messages
 from common.errors import FederationError
-from common.messages import Update
+from common.messages import SiteBooks, Update
 from common.parameters import Layout
 from common.privacy.accounting import Event
+from common.privacy.chain import Head
 from server.plan import make_plan
 from server.rounds import run_rounds
 
@@ -95,6 +96,7 @@ def update(node, message):
         instruction.layout_digest,
         charge,
         instruction.vector + np.float32(node),
+        SiteBooks(Head(5, "a" * 64), 8.0, (charge,)),
     )
     return Message(messages.pack_update(released), reply_to=message)
 

@@ -1,0 +1,246 @@
+"""`coterie ledger`: a site's books, as the people who answer for them need them."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from client.ledger import Ledger, Store, Terms, generate_key, read_private_key
+from common.cli import Invocation, emit_json, run_typer
+from common.durable import write_atomic
+from common.errors import ConfigError
+from common.privacy import chain
+from common.privacy.accounting import number, shown
+from common.privacy.books import Books
+from common.privacy.chain import Head, Kind
+from common.privacy.verification import Verified
+from common.privacy.verification import verify as verify_export
+
+BAR = 16
+"""Characters of a budget bar."""
+NO_ROOT = "0" * 64
+"""Before the first run binds a ledger to records."""
+
+LedgerArgument = Annotated[
+    str, typer.Argument(help="FILE[#SITE]; the site may be left out if there is one.")
+]
+
+
+def ledger(invocation: Invocation) -> None:
+    """A site's privacy books: make, show, export and verify them, change the cap."""
+
+    def init(  # noqa: PLR0917 - options, which are given by name
+        ledger: Annotated[Path, typer.Argument(help="File to make; its key is made beside it.")],
+        cap: Annotated[float, typer.Option(help="Epsilon that may never be exceeded.")],
+        delta: Annotated[float, typer.Option(help="Delta of every epsilon of this ledger.")],
+        dataset: Annotated[str, typer.Option(help="Name of the dataset.")],
+        site: Annotated[list[str], typer.Option(help="Site to open a ledger for; repeatable.")],
+        officer_key: Annotated[
+            str, typer.Option(help="The officer's public key, 64 hex digits, or a new key file.")
+        ],
+    ) -> None:
+        """Makes a ledger for each site of a dataset.
+
+        OFFICER-KEY is a public key; where it names a file that does not exist, a key is made
+        there: give it to the officer and keep no copy at the site.
+
+        Example: coterie ledger init books.db --cap 8 --delta 1e-5 --dataset notes
+        --site ward-1 --officer-key officer.key
+        """
+        _check_terms(cap, delta)
+        public = _officer(officer_key)
+        with Store.create(ledger) as store, store.together():
+            for name in site:
+                store.open(name, Terms(dataset, NO_ROOT, cap, delta, public))
+        _answer(invocation, {"ledger": str(ledger), "site_key": chain.public_hex(store.key)})
+
+    def show(ledger: LedgerArgument) -> None:
+        """Shows what was spent, of what cap, and what is left.
+
+        Example: coterie ledger show books.db#ward-1
+        """
+        with _opened(ledger) as (store, names):
+            states = {name: _state(store.ledger(name).books) for name in names}
+        if invocation.json:
+            emit_json({"sites": [{"site": name, **state} for name, state in states.items()]})
+        else:
+            _show(states, Console())
+
+    def export(
+        ledger: LedgerArgument,
+        output: Annotated[Path, typer.Option(help="File to write.")],
+    ) -> None:
+        """Writes a ledger as a file that anybody can verify.
+
+        Example: coterie ledger export books.db#ward-1 --output ward-1.ledger
+        """
+        with _one(ledger) as one:
+            write_atomic(output, one.export())
+            head = one.head
+        _answer(invocation, {"file": str(output), "head": str(head)})
+
+    def verify(
+        file: Annotated[Path, typer.Argument(help="An exported ledger.")],
+        key: Annotated[str, typer.Option(help="The site's public key, as it was enrolled.")] = "",
+        head: Annotated[str, typer.Option(help="SEQ:HASH that the ledger must contain.")] = "",
+        prv: Annotated[bool, typer.Option(help="Also price it with Opacus (slow).")] = False,
+    ) -> None:
+        """Judges an exported ledger from the file alone; exit code 5 names the entry at fault.
+
+        Example: coterie ledger verify ward-1.ledger --key 3b6a... --head 32:05e8...
+        """
+        content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        verdict = verify_export(
+            content, key=key or None, head=Head.parse(head) if head else None, prv=prv
+        )
+        if invocation.json:
+            emit_json(_verdict_object(verdict))
+        else:
+            _show_verdict(verdict, file, Console())
+
+    def cap(
+        ledger: LedgerArgument,
+        cap: Annotated[float, typer.Option(help="The new cap.")],
+        officer_key: Annotated[Path, typer.Option(help="The officer's private key file.")],
+    ) -> None:
+        """Changes the cap; only the officer's key can.
+
+        Example: coterie ledger cap books.db#ward-1 --cap 10 --officer-key officer.key
+        """
+        with _one(ledger) as one:
+            _check_terms(cap, one.books.delta)
+            signature = chain.sign_cap(read_private_key(officer_key), cap=cap, after=one.head)
+            one.append(Kind.CAP_CHANGE, {"cap": cap, "officer_signature": signature})
+            head = one.head
+        _answer(invocation, {"site": one.site, "cap": cap, "head": str(head)})
+
+    run_typer([init, show, export, verify, cap], invocation)
+
+
+def _check_terms(cap: float, delta: float) -> None:
+    if not 0 < cap < float("inf"):
+        raise ConfigError(f"--cap={cap}: must be a finite number above 0")
+    if not 0 < delta < 1:
+        raise ConfigError(f"--delta={delta}: must be between 0 and 1, both excluded")
+
+
+def _officer(given: str) -> str:
+    """The public key given, or that of a key made now in the file given."""
+    if len(given) == 64 and all(digit in "0123456789abcdef" for digit in given):  # noqa: PLR2004
+        return given
+    path = Path(given)
+    return chain.public_hex(read_private_key(path) if path.exists() else generate_key(path))
+
+
+@contextmanager
+def _opened(argument: str) -> Iterator[tuple[Store, list[str]]]:
+    """The store, and the sites asked for: all of them where none is named."""
+    path, _, site = argument.partition("#")
+    with Store(Path(path)) as store:
+        yield store, [site] if site else store.sites()
+
+
+@contextmanager
+def _one(argument: str) -> Iterator[Ledger]:
+    """The ledger asked for. Raises: ConfigError if it might be one of several."""
+    with _opened(argument) as (store, names):
+        if len(names) != 1:
+            raise ConfigError(f"{argument}: holds {len(names)} sites; name one as FILE#SITE")
+        yield store.ledger(names[0])
+
+
+def _state(books: Books) -> dict[str, Any]:
+    spent = books.spent_pld()
+    return {
+        "dataset": books.genesis["dataset"],
+        "epsilon": {"pld": number(spent), "rdp": number(books.spent_rdp())},
+        "cap": books.cap,
+        "delta": books.delta,
+        "admission": books.admission(),
+        "rounds": len(books.reservations),
+        "lost": books.lost_rounds(),
+        "plans": [
+            {"run": plan.run, "rounds_left": books.remaining_rounds(plan.run)}
+            for plan in books.plans.values()
+        ],
+        "head": str(books.head),
+        "site_key": books.site_key,
+    }
+
+
+def _show(states: dict[str, dict[str, Any]], console: Console) -> None:
+    table = Table(title="Privacy spent", title_justify="left")
+    for column in ("site", "of its cap", "epsilon", "rounds", "lost", "left", "head"):
+        table.add_column(column, no_wrap=column != "site")
+    for name, state in states.items():
+        spent, cap = state["epsilon"]["pld"], state["cap"]
+        left = sum(plan["rounds_left"] for plan in state["plans"])
+        table.add_row(
+            name,
+            _bar(spent / cap),
+            f"{shown(spent)} of {cap:g}",
+            str(state["rounds"]),
+            str(state["lost"]),
+            str(left),
+            state["head"][:10],
+        )
+    console.print(table)
+    console.print(
+        "epsilon: how much better than by guessing anybody can tell whether one record was used, "
+        "over everything ever released;\nleft: rounds that are committed and not yet charged; "
+        "lost: rounds that were charged and released nothing.",
+        highlight=False,
+    )
+
+
+def _bar(share: float) -> str:
+    filled = min(BAR, round(share * BAR))
+    return "█" * filled + "░" * (BAR - filled)
+
+
+def _verdict_object(verdict: Verified) -> dict[str, Any]:
+    prv = verdict.epsilon_prv
+    return {
+        "ok": True,
+        "site": verdict.books.genesis["site"],
+        "entries": verdict.books.head.seq,
+        "epsilon": {
+            "pld": number(verdict.epsilon_pld),
+            "rdp": number(verdict.epsilon_rdp),
+            **({} if prv is None else {"prv": number(prv)}),
+        },
+        "cap": verdict.books.cap,
+        "delta": verdict.books.delta,
+        "head": str(verdict.books.head),
+        "key_pinned": verdict.key_pinned,
+        "head_pinned": verdict.head_pinned,
+    }
+
+
+def _show_verdict(verdict: Verified, file: Path, console: Console) -> None:
+    books = verdict.books
+    console.print(
+        f"{file}: nothing wrong in {books.head.seq} entries of {books.genesis['site']}; "
+        f"epsilon {shown(verdict.epsilon_pld)} (RDP {shown(verdict.epsilon_rdp)}) of cap "
+        f"{books.cap:g} at delta {books.delta:g}; head {books.head}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if not verdict.key_pinned:
+        console.print(
+            "key not pinned: the file says itself whose it is; give --key", style="yellow"
+        )
+    if not verdict.head_pinned:
+        console.print("head not pinned: a cut-off end would not show; give --head", style="yellow")
+
+
+def _answer(invocation: Invocation, content: dict[str, Any]) -> None:
+    if invocation.json:
+        emit_json(content)
+    else:
+        print(", ".join(f"{name} {value}" for name, value in content.items()))

@@ -1,0 +1,18 @@
+"""Real ledgers on disk for tests that need a site's books and nothing more of them."""
+
+import atexit
+import tempfile
+from itertools import count
+from pathlib import Path
+
+from client.ledger import Store, Terms
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="ledgers-")
+_NUMBERS = count()
+atexit.register(_FOLDER.cleanup)
+
+
+def ledger_of(site="site-1", *, cap=100.0, delta=1e-3):
+    """A fresh ledger, whose cap nothing reaches unless a test asks for less."""
+    store = Store.create(Path(_FOLDER.name) / f"{next(_NUMBERS)}.db")
+    return store.open(site, Terms("made", "0" * 64, cap, delta, "1" * 64))

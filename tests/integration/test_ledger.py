@@ -1,0 +1,159 @@
+"""The books as people use them: a run fills them, a stranger verifies them, a cap holds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from client.ledger import Store
+from common import cli
+from common.privacy.verification import verify
+
+EPSILON = 8.0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_overrides):
+    run_dir = tmp_path_factory.mktemp("books") / "run"
+    assert cli.main(["simulate", *tiny_overrides, f"run_dir={run_dir}", "--json"]) == 0
+    return run_dir
+
+
+def report_of(run_dir):
+    return json.loads((run_dir / "report.json").read_text())
+
+
+def made(coterie, folder, *, cap, sites=2):
+    """A persistent ledger for every site of a tiny run."""
+    names = [part for n in range(1, sites + 1) for part in ("--site", f"site-{n}")]
+    answer = coterie(
+        "ledger", "init", folder / "books.db", "--cap", cap, "--delta", "1e-3", "--dataset", "made",
+        *names, "--officer-key", folder / "officer.key", "--json",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    return folder / "books.db"
+
+
+def test_a_run_charges_its_sites_and_the_report_names_their_heads(finished):
+    store = Store(finished / "ledgers" / "sites.db")
+    sites = {site["name"]: site for site in report_of(finished)["sites"]}
+    assert store.sites() == sorted(sites)
+    for name, site in sites.items():
+        books = store.ledger(name).books
+        assert site["ledger_head"] == str(books.head)
+        assert site["cap"] == books.cap == EPSILON
+        assert [r.state for r in books.reservations.values()] == ["released", "released"]
+        assert site["epsilon"] == pytest.approx(books.spent_pld(), abs=1e-6)
+        assert (
+            verify(store.ledger(name).export().encode(), head=books.head).books.head == books.head
+        )
+    store.close()
+
+
+def test_no_two_sites_of_a_run_have_the_same_commitment(finished):
+    store = Store(finished / "ledgers" / "sites.db")
+    roots = {store.ledger(name).books.genesis["dataset_root"] for name in store.sites()}
+    assert len(roots) == 2
+    store.close()
+
+
+def test_an_export_is_verified_by_a_process_without_torch(finished, tmp_path, coterie):
+    ledger = f"{finished / 'ledgers' / 'sites.db'}#site-2"
+    assert coterie("ledger", "export", ledger, "--output", tmp_path / "two").code == 0
+    script = (
+        "import sys; from common.cli import main; "
+        f"code = main(['ledger', 'verify', {str(tmp_path / 'two')!r}]); "
+        "assert not {'torch', 'transformers', 'opacus', 'flwr'} & set(sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nothing wrong in" in done.stdout
+    assert "key not pinned" in done.stdout
+
+
+def test_runs_on_lasting_books_compose_until_the_cap(tmp_path, tiny_overrides, coterie):
+    ledger = made(coterie, tmp_path, cap=9)
+    common = [*tiny_overrides, "privacy.epsilon=4", f"ledger={ledger}", "--json"]
+    spent = []
+    for number in range(6):
+        answer = coterie("simulate", *common, f"run_dir={tmp_path / str(number)}")
+        if answer.code:
+            break
+        privacy = answer.json["privacy"]
+        assert privacy["scope"] == "ledger"
+        spent.append(privacy["epsilon"]["pld"])
+        assert spent[-1] <= 9
+    assert answer.code == 4, answer.err  # no site answers: quorum
+    assert "budget exhausted" in answer.json["error"]["message"]
+    assert len(spent) >= 2
+    assert spent == sorted(spent)
+    assert spent[1] > 1.2 * spent[0] > 0
+    shown = coterie("ledger", "show", ledger, "--json").json["sites"]
+    assert {site["site"]: site["rounds"] for site in shown} == dict.fromkeys(
+        ("site-1", "site-2"), 2 * len(spent)
+    )
+    assert shown[0]["epsilon"]["pld"] == pytest.approx(spent[-1], abs=1e-6)
+
+
+def test_the_officer_raises_the_cap_and_nobody_else(tmp_path, tiny_overrides, coterie):
+    ledger = made(coterie, tmp_path, cap=1)
+    run = ["simulate", *tiny_overrides, "privacy.epsilon=4", f"ledger={ledger}", "--json"]
+    assert coterie(*run, f"run_dir={tmp_path / 'before'}").code == 4
+    for site in ("site-1", "site-2"):
+        change = ["ledger", "cap", f"{ledger}#{site}", "--cap", "30", "--officer-key"]
+        refused = coterie(*change, f"{ledger}.key")  # the site's own key
+        assert refused.code == 5
+        assert "not signed by the officer" in refused.err
+        assert coterie(*change, tmp_path / "officer.key").code == 0
+    assert coterie(*run, f"run_dir={tmp_path / 'after'}").code == 0
+
+
+@pytest.mark.parametrize("change", ["privacy=none", "privacy.noise=seeded"])
+def test_what_protects_nothing_is_refused_on_lasting_books(
+    change, tmp_path, tiny_overrides, coterie
+):
+    ledger = made(coterie, tmp_path, cap=20)
+    answer = coterie(
+        "simulate", *tiny_overrides, change, f"ledger={ledger}", f"run_dir={tmp_path / 'run'}"
+    )
+    assert answer.code == 3
+    assert "books that last take private runs only" in answer.err
+    assert not (tmp_path / "run").exists()
+
+
+MISTAKES = {
+    "no such ledger": (["show", "{folder}/absent.db"], 2, "coterie ledger init"),
+    "no such site": (["show", "{ledger}#ward-9"], 2, "site-1, site-2"),
+    "a site must be named": (["export", "{ledger}", "--output", "{folder}/x"], 2, "FILE#SITE"),
+    "a ledger is there": (
+        ["init", "{ledger}", "--cap", "1", "--delta", "0.1", "--dataset", "x", "--site", "s",
+         "--officer-key", "{folder}/officer.key"],
+        2,
+        "never overwritten",
+    ),
+    "no file to verify": (["verify", "{folder}/absent"], 2, "No such file"),
+    "not a ledger file": (["verify", "{folder}/officer.key"], 5, "entry 1|tail"),
+    "a head of another shape": (["verify", "{folder}/officer.key", "--head", "7"], 2, "SEQ:HASH"),
+    "a cap of zero": (
+        ["cap", "{ledger}#site-1", "--cap", "0", "--officer-key", "{folder}/officer.key"],
+        2,
+        "above 0",
+    ),
+    "no such command": (["burn", "{ledger}"], 2, "burn"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line_and_its_code(mistake, tmp_path, coterie):
+    arguments, code, expected = MISTAKES[mistake]
+    ledger = made(coterie, tmp_path, cap=20)
+    before = sorted(tmp_path.iterdir())
+    filled = [each.format(ledger=ledger, folder=tmp_path) for each in arguments]
+    answer = coterie("ledger", *filled)
+    assert answer.code == code, answer.err
+    assert len(answer.err.splitlines()) == 1
+    assert any(each in answer.err for each in expected.split("|")), answer.err
+    assert sorted(tmp_path.iterdir()) == before

@@ -13,6 +13,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from client.ledger import Ledger
+from client.policy import PolicyRefusedError, check_policy
 from client.site import Site
 from client.train import Trainer
 from common import messages
@@ -95,6 +96,7 @@ def _check_terms(site: Site, instruction: Instruction, *, allow_unprotected: boo
     none = config.privacy.mode is PrivacyMode.none
     if (none or config.privacy.noise is NoiseSource.seeded) and not allow_unprotected:
         raise VerificationError("instruction: it would protect nothing, and is refused here")
+    check_policy(site.policy, config)
     if not none:
         _check_price(site, instruction)
 
@@ -160,6 +162,8 @@ def _warm_trainer(trainers: dict[str, Trainer], config: Config) -> Trainer:
 def _refuse(message: Message, error: Exception) -> Message:
     if isinstance(error, _BudgetExhaustedError):
         code = messages.BUDGET_EXHAUSTED
+    elif isinstance(error, PolicyRefusedError):
+        code = messages.AGAINST_POLICY
     elif isinstance(error, CoterieError):
         code = messages.INVALID_INSTRUCTION
     else:

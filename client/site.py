@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from client.ledger import Ledger
+from common.config import NodeConfig
 from common.data import Records
 from common.privacy.accounting import Event
 
@@ -20,6 +21,8 @@ class Site:
     """The class names its labels index, in order: the site's own, whatever an instruction says."""
     ledger: Ledger | None
     """None in a simulation without privacy only: nothing can be charged for what is unlimited."""
+    policy: NodeConfig = field(default_factory=NodeConfig)
+    """What this site never does."""
 
     @property
     def charges(self) -> dict[tuple[str, int], Event]:

@@ -8,7 +8,7 @@ fields that change only speed stand in `EngineConfig`.
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import reduce
 from typing import Any
@@ -212,6 +212,28 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class NodeConfig:
+    """A site's policy: it holds instructions against its own; a coordinator's is not read."""
+
+    min_noise_multiplier: float = 0.0
+    """Floor of sigma."""
+    max_epsilon: float | None = None
+    """Cap of one run, at the run's delta; the ledger's cap is of all runs. None: no limit."""
+    max_clip_norm: float | None = None
+    """Cap of the clip bound. None: no limit."""
+    max_rounds: int | None = None
+    """Rounds of one run. None: no limit."""
+    max_steps: int | None = None
+    """Private steps of one run. None: no limit."""
+    models: list[str] = field(default_factory=list)
+    """Models that may be trained, by `model.name`. Empty: any."""
+    tasks: list[TaskName] = field(default_factory=list)
+    """Tasks that may be trained. Empty: any."""
+    tunings: list[TuningMethod] = field(default_factory=list)
+    """Ways of tuning that may be used. Empty: any."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One run. Hydra groups fill it; see `conf/`."""
 
@@ -223,6 +245,7 @@ class Config:
     federation: FederationConfig = MISSING
     engine: EngineConfig = MISSING
     evaluation: EvaluationConfig = MISSING
+    node: NodeConfig = MISSING
     seed: int = 0
     """Seed of public things only: partition, initialisation, cohort. Never of noise or coins."""
     run_dir: str = ""
@@ -253,6 +276,7 @@ def _open_schema() -> DictConfig:
             FederationConfig(),
             EngineConfig(),
             EvaluationConfig(),
+            NodeConfig(),
         )
     )
     nodes = [schema]
@@ -337,11 +361,11 @@ def config_hash(config: Config) -> str:
 
 def field_names(schema: type = Config, prefix: str = "") -> Iterator[str]:
     """Every dotted name that may stand left of `=` on a command line."""
-    for field in fields(schema):
-        name = f"{prefix}{field.name}"
+    for each in fields(schema):
+        name = f"{prefix}{each.name}"
         yield name
-        if isinstance(field.type, type) and is_dataclass(field.type):
-            yield from field_names(field.type, f"{name}.")
+        if isinstance(each.type, type) and is_dataclass(each.type):
+            yield from field_names(each.type, f"{name}.")
 
 
 def _leaf_names(node: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -414,6 +438,7 @@ _Rule = tuple[str, Callable[[Any], bool]]
 
 _POSITIVE: _Rule = ("a finite number above 0", _positive)
 _COUNT: _Rule = ("at least 1", lambda value: bool(value >= 1))
+_LIMIT: _Rule = ("above 0, or null for no limit", lambda value: value is None or _positive(value))
 _OPEN_SHARE: _Rule = ("above 0 and at most 1", lambda value: bool(0 < value <= 1))
 _PUBLIC_SHARE: _Rule = ("at least 0 and below 1", lambda value: bool(0 <= value < 1))
 
@@ -425,6 +450,11 @@ _RULES: dict[str, _Rule] = {
     "privacy.delta": ("between 0 and 1, both excluded", lambda value: bool(0 < value < 1)),
     "privacy.clip_norm": _POSITIVE,
     "privacy.sample_rate": _OPEN_SHARE,
+    "node.min_noise_multiplier": ("a finite number, 0 or more", lambda v: 0 <= v < math.inf),
+    "node.max_epsilon": _LIMIT,
+    "node.max_clip_norm": _LIMIT,
+    "node.max_rounds": _LIMIT,
+    "node.max_steps": _LIMIT,
     "privacy.noise_multiplier": (
         "a finite number above 0, or null to solve it",
         lambda value: value is None or _positive(value),

@@ -25,11 +25,12 @@ FLOAT_BYTES = 4
 MAX_CHARGED = 3 * 10_000
 """Numbers of a charged history: three for each distinct event."""
 
-INVALID_INSTRUCTION, BUDGET_EXHAUSTED, LOCAL_FAILURE = 601, 602, 603
+INVALID_INSTRUCTION, BUDGET_EXHAUSTED, LOCAL_FAILURE, AGAINST_POLICY = 601, 602, 603, 604
 REFUSALS = {
     INVALID_INSTRUCTION: "invalid instruction",
     BUDGET_EXHAUSTED: "budget exhausted",
     LOCAL_FAILURE: "local failure",
+    AGAINST_POLICY: "against the site's policy",
 }
 """Every reason a site gives for not answering. Fixed texts: exception texts never leave."""
 

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import platform
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -137,7 +138,7 @@ def build_report(run_plan: RunPlan, lines: list[RoundLine], facts: RunFacts) -> 
         "engine": config.engine.name.name,
         "privacy": _privacy_section(run_plan, max(prices.values(), key=lambda price: price.pld)),
         "sites": [
-            _site_section(name, charged[name], prices[name], run_plan, _last_books(lines, name))
+            _site_section(name, prices[name], run_plan, lines)
             for name in sorted(charged, key=_natural)
         ],
         "evaluation": dict(lines[-1].metrics),
@@ -181,9 +182,10 @@ def _privacy_section(run_plan: RunPlan, worst: Epsilons) -> dict[str, Any]:
 
 
 def _site_section(
-    name: str, rounds: int, price: Epsilons, run_plan: RunPlan, books: SiteLine | None
+    name: str, price: Epsilons, run_plan: RunPlan, lines: list[RoundLine]
 ) -> dict[str, Any]:
     """`epsilon` is of the whole ledger where it lasts; without one there is no cap."""
+    rounds, books = sum(name in line.asked for line in lines), _last_books(lines, name)
     return {
         "name": name,
         "epsilon": number(price.pld),
@@ -191,6 +193,9 @@ def _site_section(
         "rounds": rounds,
         "steps": rounds * run_plan.event.steps,
         "ledger_head": books["head"] if books else "",
+        "not_answered": {
+            str(line.round): line.refused[name] for line in lines if name in line.refused
+        },
     }
 
 
@@ -256,6 +261,9 @@ def show_report(content: dict[str, Any], run_dir: Path, console: Console) -> Non
         cap = str(site["cap"])
         table.add_row(site["name"], str(site["rounds"]), str(site["steps"]), price, cap)
     console.print(table)
+    for site in content["sites"]:
+        for reason, count in Counter(site.get("not_answered", {}).values()).items():
+            console.print(f"{site['name']}: {reason} ({count} rounds)", highlight=False)
     metrics = _metrics(content["evaluation"])
     console.print(f"{metrics} on {content['evaluation_records']} public records", highlight=False)
     if "baseline" in content:

@@ -93,7 +93,7 @@ def run_simulation(config: Config, console: Console) -> Path:
         records = dict(zip(names, sites, strict=True))
         ledgers = _ledgers(store, config, records) if store else {}
         opened = [
-            Site(name, held, tuple(config.data.labels), ledgers.get(name))
+            Site(name, held, tuple(config.data.labels), ledgers.get(name), config.node)
             for name, held in records.items()
         ]
         grid = LocalGrid(

@@ -15,7 +15,7 @@ from client.app import client_app
 from client.site import Site
 from common import messages, parameters
 from common.canonical import canonical_json, digest
-from common.config import NoiseSource, PrivacyMode, config_hash, to_canonical
+from common.config import NodeConfig, NoiseSource, PrivacyMode, config_hash, to_canonical
 from common.data import Records
 from common.errors import ConfigError, FederationError, PrivacyRefusedError
 from common.messages import Instruction
@@ -358,6 +358,14 @@ def test_a_round_that_was_answered_is_prepared_and_released_in_the_ledger(instru
     assert [*update.books.charged] == [round_event(instruction.config)]
 
 
+def test_what_the_policy_forbids_is_refused_before_data_are_touched(instruction):
+    site = replace(unreadable_site(), policy=NodeConfig(min_noise_multiplier=2.5))
+    reply = ask(app_of(site), instruction)
+    assert refusal(reply) == (messages.AGAINST_POLICY, "against the site's policy")
+    assert site.charges == {}
+    assert b"2.5" not in wire(reply)
+
+
 def test_a_site_without_a_ledger_answers_no_private_instruction(instruction):
     site = replace(site_of(), ledger=None)
     assert refusal(ask(app_of(site), instruction)) == INVALID
@@ -435,6 +443,7 @@ def test_refusals_are_fixed_and_tell_the_codes_of_flower_apart():
         601: "invalid instruction",
         602: "budget exhausted",
         603: "local failure",
+        604: "against the site's policy",
     }
 
 

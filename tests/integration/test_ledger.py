@@ -7,8 +7,11 @@ import sys
 import pytest
 
 from client.ledger import Store
+from client.site import Site
 from common import cli
+from common.config import NodeConfig
 from common.privacy.verification import verify
+from simulations import run
 
 EPSILON = 8.0
 
@@ -122,6 +125,28 @@ def test_what_protects_nothing_is_refused_on_lasting_books(
     assert answer.code == 3
     assert "books that last take private runs only" in answer.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_site_that_refuses_by_policy_is_left_out_and_the_run_goes_on(
+    tmp_path, tiny_overrides, coterie, monkeypatch
+):
+    strict = NodeConfig(min_noise_multiplier=100.0)
+
+    def opened(name, *rest):
+        return Site(name, *rest[:-1], strict if name == "site-2" else rest[-1])
+
+    monkeypatch.setattr(run, "Site", opened)
+    three = ["federation.sites=3", "federation.quorum=0.6", f"run_dir={tmp_path / 'run'}"]
+    answer = coterie("simulate", *tiny_overrides, *three, "--json")
+    assert answer.code == 0, answer.err
+    sites = {site["name"]: site for site in answer.json["sites"]}
+    refused = dict.fromkeys(("1", "2"), "against the site's policy")
+    assert sites["site-2"]["not_answered"] == refused
+    assert sites["site-1"]["not_answered"] == sites["site-3"]["not_answered"] == {}
+    with Store(tmp_path / "run" / "ledgers" / "sites.db") as store:
+        assert [len(store.ledger(name).books.reservations) for name in sites] == [2, 0, 2]
+    assert "against the site" in (tmp_path / "run" / "report.html").read_text()
+    assert "sigma" not in answer.out.split('"sites"')[1].split('"evaluation"')[0]
 
 
 MISTAKES = {

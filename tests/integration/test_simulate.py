@@ -66,7 +66,9 @@ def test_report_has_every_field_of_the_contract(finished):
     assert {"total_s", "train_s", "overhead_s"} == set(report["timing"])
     assert {"bytes_up", "bytes_down"} == set(report["communication"])
     for site in report["sites"]:
-        assert {"name", "epsilon", "cap", "rounds", "steps", "ledger_head"} == set(site)
+        told = {"name", "epsilon", "cap", "rounds", "steps", "ledger_head", "not_answered"}
+        assert told == set(site)
+        assert site["not_answered"] == {}
         assert site["cap"] == 8.0
         assert int(site["ledger_head"].split(":")[0]) == 8  # genesis, plan, two rounds of three
         assert site["steps"] == 4

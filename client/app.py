@@ -81,7 +81,9 @@ def _answer(site: Site, trainer: Trainer, instruction: Instruction) -> Update:
     # 7. Release: the parameters after the noise, and what they cost.
     released = np.frombuffer(ledger.release(reservation), dtype=vector.dtype)
     books = ledger.books
-    return update(released, SiteBooks(books.head, books.cap, coalesce(books.charges())))
+    return update(
+        released, SiteBooks(books.head, books.cap, books.spent(), coalesce(books.charges()))
+    )
 
 
 def _check_terms(site: Site, instruction: Instruction, *, allow_unprotected: bool) -> None:

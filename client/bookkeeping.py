@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from client.ledger import Ledger, Store, Terms, generate_key, read_private_key
+from client.keys import generate_key, read_private_key
+from client.ledger import Ledger, Store, Terms, check_terms
 from common.cli import Invocation, emit_json, run_typer
 from common.durable import write_atomic
 from common.errors import ConfigError
@@ -52,7 +53,9 @@ def ledger(invocation: Invocation) -> None:
         Example: coterie ledger init books.db --cap 8 --delta 1e-5 --dataset notes
         --site ward-1 --officer-key officer.key
         """
-        _check_terms(cap, delta)
+        check_terms(cap, delta)
+        if ledger.exists():
+            raise ConfigError(f"{ledger}: exists already; a ledger is never overwritten")
         public = _officer(officer_key)
         with Store.create(ledger) as store, store.together():
             for name in site:
@@ -87,6 +90,7 @@ def ledger(invocation: Invocation) -> None:
     def verify(
         file: Annotated[Path, typer.Argument(help="An exported ledger.")],
         key: Annotated[str, typer.Option(help="The site's public key, as it was enrolled.")] = "",
+        officer: Annotated[str, typer.Option(help="The officer's public key.")] = "",
         head: Annotated[str, typer.Option(help="SEQ:HASH that the ledger must contain.")] = "",
         prv: Annotated[bool, typer.Option(help="Also price it with Opacus (slow).")] = False,
     ) -> None:
@@ -96,7 +100,11 @@ def ledger(invocation: Invocation) -> None:
         """
         content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
         verdict = verify_export(
-            content, key=key or None, head=Head.parse(head) if head else None, prv=prv
+            content,
+            key=key or None,
+            officer=officer or None,
+            head=Head.parse(head) if head else None,
+            prv=prv,
         )
         if invocation.json:
             emit_json(_verdict_object(verdict))
@@ -113,20 +121,13 @@ def ledger(invocation: Invocation) -> None:
         Example: coterie ledger cap books.db#ward-1 --cap 10 --officer-key officer.key
         """
         with _one(ledger) as one:
-            _check_terms(cap, one.books.delta)
+            check_terms(cap, one.books.delta)
             signature = chain.sign_cap(read_private_key(officer_key), cap=cap, after=one.head)
             one.append(Kind.CAP_CHANGE, {"cap": cap, "officer_signature": signature})
             head = one.head
         _answer(invocation, {"site": one.site, "cap": cap, "head": str(head)})
 
     run_typer([init, show, export, verify, cap], invocation)
-
-
-def _check_terms(cap: float, delta: float) -> None:
-    if not 0 < cap < float("inf"):
-        raise ConfigError(f"--cap={cap}: must be a finite number above 0")
-    if not 0 < delta < 1:
-        raise ConfigError(f"--delta={delta}: must be between 0 and 1, both excluded")
 
 
 def _officer(given: str) -> str:
@@ -155,10 +156,13 @@ def _one(argument: str) -> Iterator[Ledger]:
 
 
 def _state(books: Books) -> dict[str, Any]:
-    spent = books.spent_pld()
     return {
         "dataset": books.genesis["dataset"],
-        "epsilon": {"pld": number(spent), "rdp": number(books.spent_rdp())},
+        "epsilon": {
+            "proved": number(books.spent()),
+            "pld": number(books.spent_pld()),
+            "rdp": number(books.spent_rdp()),
+        },
         "cap": books.cap,
         "delta": books.delta,
         "admission": books.admission(),
@@ -178,7 +182,7 @@ def _show(states: dict[str, dict[str, Any]], console: Console) -> None:
     for column in ("site", "of its cap", "epsilon", "rounds", "lost", "left", "head"):
         table.add_column(column, no_wrap=column != "site")
     for name, state in states.items():
-        spent, cap = state["epsilon"]["pld"], state["cap"]
+        spent, cap = state["epsilon"]["proved"], state["cap"]
         left = sum(plan["rounds_left"] for plan in state["plans"])
         table.add_row(
             name,
@@ -208,8 +212,12 @@ def _verdict_object(verdict: Verified) -> dict[str, Any]:
     return {
         "ok": True,
         "site": verdict.books.genesis["site"],
+        "dataset": verdict.books.genesis["dataset"],
+        "officer_key": verdict.books.genesis["officer_key"],
         "entries": verdict.books.head.seq,
+        "admission": verdict.books.admission(),
         "epsilon": {
+            "proved": number(verdict.books.spent()),
             "pld": number(verdict.epsilon_pld),
             "rdp": number(verdict.epsilon_rdp),
             **({} if prv is None else {"prv": number(prv)}),
@@ -218,6 +226,7 @@ def _verdict_object(verdict: Verified) -> dict[str, Any]:
         "delta": verdict.books.delta,
         "head": str(verdict.books.head),
         "key_pinned": verdict.key_pinned,
+        "officer_pinned": verdict.officer_pinned,
         "head_pinned": verdict.head_pinned,
     }
 
@@ -225,9 +234,10 @@ def _verdict_object(verdict: Verified) -> dict[str, Any]:
 def _show_verdict(verdict: Verified, file: Path, console: Console) -> None:
     books = verdict.books
     console.print(
-        f"{file}: nothing wrong in {books.head.seq} entries of {books.genesis['site']}; "
-        f"epsilon {shown(verdict.epsilon_pld)} (RDP {shown(verdict.epsilon_rdp)}) of cap "
-        f"{books.cap:g} at delta {books.delta:g}; head {books.head}",
+        f"{file}: nothing wrong in {books.head.seq} entries of {books.genesis['site']}, dataset "
+        f"{books.genesis['dataset']}; epsilon {shown(books.spent())} (PLD "
+        f"{shown(verdict.epsilon_pld)}, RDP {shown(verdict.epsilon_rdp)}) of cap {books.cap:g} at "
+        f"delta {books.delta:g}; head {books.head}; officer {books.genesis['officer_key']}",
         highlight=False,
         soft_wrap=True,
     )
@@ -235,6 +245,8 @@ def _show_verdict(verdict: Verified, file: Path, console: Console) -> None:
         console.print(
             "key not pinned: the file says itself whose it is; give --key", style="yellow"
         )
+    if not verdict.officer_pinned:
+        console.print("officer not pinned: whose cap it is, the site says; give --officer")
     if not verdict.head_pinned:
         console.print("head not pinned: a cut-off end would not show; give --head", style="yellow")
 

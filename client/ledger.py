@@ -11,18 +11,18 @@ again: only these may be sent a second time.
 
 import fcntl
 import hashlib
+import math
 import os
 import sqlite3
-import stat
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-from common.errors import ConfigError, VerificationError
+from client.keys import generate_key, read_private_key
+from common.errors import ConfigError, CoterieError, VerificationError
 from common.privacy import chain
 from common.privacy.accounting import Event
 from common.privacy.books import Books, filter_order
@@ -40,6 +40,9 @@ CREATE TABLE IF NOT EXISTS prepared (
     site TEXT NOT NULL, seq INTEGER NOT NULL, content BLOB NOT NULL, PRIMARY KEY (site, seq)
 );
 CREATE TRIGGER IF NOT EXISTS entry_is_not_edited BEFORE UPDATE ON entry
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS entry_is_not_replaced BEFORE INSERT ON entry
+    WHEN EXISTS (SELECT 1 FROM entry WHERE site = NEW.site AND seq >= NEW.seq)
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS entry_is_not_deleted BEFORE DELETE ON entry
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
@@ -62,34 +65,47 @@ class Terms:
 
 
 class Store:
-    """A ledger file with its key, open for writing. Any number of processes may hold one."""
+    """A ledger file with its key, open for writing.
+
+    Any number of processes may hold one, each its own: a store does not survive a fork. Threads
+    may share one, and take turns, a transaction at a time.
+    """
 
     def __init__(self, path: Path) -> None:
         """Opens the file. Raises: ConfigError if it is not there, or its key is not private."""
         if not path.is_file():
             raise ConfigError(f"{path}: no such ledger; make one with `coterie ledger init {path}`")
-        self.path = path
-        self.key = _read_key(path)
-        # Whoever writes shares this lock; who gets it alone knows that nobody else is alive.
-        self._lock = os.open(f"{path}{LOCK_SUFFIX}", os.O_RDWR | os.O_CREAT, 0o600)
-        self._connection = _connect(path)
+        self.path = path.resolve()  # one lock file, by whatever link it was reached
+        self.key = read_private_key(Path(f"{path}{KEY_SUFFIX}"))
         self._ledgers: dict[str, Ledger] = {}
         self._inside = False
         """Whether a transaction is open."""
-        self._recover()
+        self._process, self._turn, self._closed = os.getpid(), threading.RLock(), False
+        self._connection = _connect(self.path)
+        # Whoever writes shares this lock; who gets it alone knows that nobody else is alive.
+        self._lock = os.open(f"{self.path}{LOCK_SUFFIX}", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            self._recover()
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def create(cls, path: Path) -> "Store":
         """A new, empty file beside a new key. Raises: ConfigError if there is one."""
-        if path.exists():
+        if path.exists() or path.is_symlink():
             raise ConfigError(f"{path}: exists already; a ledger is never overwritten")
         path.parent.mkdir(parents=True, exist_ok=True)
-        key = Ed25519PrivateKey.generate()
-        _write_key(Path(f"{path}{KEY_SUFFIX}"), key)
-        connection = _connect(path)
-        connection.executescript(_SCHEMA)
-        connection.close()
-        return cls(path)
+        generate_key(Path(f"{path}{KEY_SUFFIX}"))
+        try:
+            connection = _connect(path)
+            connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            connection.close()
+            return cls(path)
+        except BaseException:
+            for suffix in ("", "-wal", "-shm", LOCK_SUFFIX, KEY_SUFFIX):
+                Path(f"{path}{suffix}").unlink(missing_ok=True)
+            raise
 
     def __enter__(self) -> "Store":
         return self
@@ -99,53 +115,69 @@ class Store:
 
     def close(self) -> None:
         """Lets go of the file."""
-        self._connection.close()
-        os.close(self._lock)
+        if not self._closed:
+            self._closed = True
+            self._connection.close()
+            os.close(self._lock)
 
     def sites(self) -> list[str]:
         """Sites with a chain here."""
+        return [site for (site,) in self.read("SELECT DISTINCT site FROM entry ORDER BY site")]
+
+    def read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """Rows of the file. Raises: VerificationError if it is not a ledger's."""
+        self._check_process()
         try:
-            rows = self._connection.execute("SELECT DISTINCT site FROM entry ORDER BY site")
+            return self._connection.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise VerificationError(f"{self.path}: is not a ledger file ({error})") from error
-        return [site for (site,) in rows]
 
     def open(self, site: str, terms: Terms) -> "Ledger":
-        """A new chain. Raises: ConfigError if the site has one."""
-        if site in self.sites():
+        """A new chain. Raises: ConfigError if the site has one, or the terms are none."""
+        if self._holds(site):
             raise ConfigError(f"{self.path}#{site}: has a ledger already")
-        self._ledgers[site] = ledger = Ledger(self, site)
+        ledger = Ledger(self, site)
         ledger.append(Kind.GENESIS, _genesis(site, terms, chain.public_hex(self.key)))
+        self._ledgers[site] = ledger
         return ledger
 
     def ledger(self, site: str) -> "Ledger":
         """The chain of a site. Raises: ConfigError if it has none; VerificationError."""
-        if site not in self._ledgers:
-            if site not in self.sites():
-                known = ", ".join(self.sites()) or "none"
-                raise ConfigError(f"{self.path}#{site}: no such site; it holds {known}")
-            self._ledgers[site] = Ledger(self, site)
-        return self._ledgers[site]
+        if not self._holds(site):
+            known = ", ".join(self.sites()) or "none"
+            raise ConfigError(f"{self.path}#{site}: no such site; it holds {known}")
+        return self._ledgers.setdefault(site, Ledger(self, site))
+
+    def _holds(self, site: str) -> bool:
+        return bool(self.read("SELECT 1 FROM entry WHERE site = ? LIMIT 1", site))
+
+    def _check_process(self) -> None:
+        """After a fork, SQLite and the lock are the parent's: a child could write to nowhere."""
+        if os.getpid() != self._process:
+            raise VerificationError(f"{self.path}: was opened by another process; open it anew")
 
     @contextmanager
     def together(self) -> Iterator[sqlite3.Connection]:
         """One transaction, one fsync, for everything appended inside; nested ones join it."""
-        if self._inside:
-            yield self._connection
-            return
-        self._connection.execute("BEGIN IMMEDIATE")
-        self._inside, before = True, self._connection.total_changes
-        try:
-            yield self._connection
-            self._connection.execute("COMMIT")
-        except BaseException:
-            if self._connection.total_changes != before:  # else no ledger saw anything new
-                for ledger in self._ledgers.values():
-                    ledger.forget()
-            self._connection.rollback()
-            raise
-        finally:
-            self._inside = False
+        self._check_process()
+        with self._turn:
+            if self._inside:
+                yield self._connection
+                return
+            _begin(self._connection, self.path)
+            self._inside, before = True, self._connection.total_changes
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException as error:
+                # A refusal before anything was written left no ledger ahead of the disk.
+                if not isinstance(error, CoterieError) or before != self._connection.total_changes:
+                    for ledger in self._ledgers.values():
+                        ledger.forget()
+                self._connection.rollback()
+                raise
+            finally:
+                self._inside = False
 
     def _recover(self) -> None:
         """Declares lost what nobody can finish any more; its charge stays."""
@@ -233,8 +265,7 @@ class Ledger:
     def reserve(self, run: str, round_number: int, event: Event) -> int:
         """Charges one attempt at a round, before its data are touched; returns its number."""
         with self._store.together() as connection:
-            tried = self.books.reservations.values()
-            attempt = 1 + sum((r.run, r.round) == (run, round_number) for r in tried)
+            attempt = 1 + len(self.books.attempts.get((run, round_number), []))
             entry = self.append(
                 Kind.RESERVE,
                 {
@@ -244,13 +275,18 @@ class Ledger:
                     "event": event_body(event),
                 },
             )
-            connection.execute("DELETE FROM prepared WHERE site = ?", (self.site,))
+            done = self.books.open_reservations("released", "lost")
+            connection.executemany(
+                "DELETE FROM prepared WHERE site = ? AND seq = ?", [(self.site, at) for at in done]
+            )
         return entry.seq
 
     def prepare(self, reservation: int, content: bytes, measured: Measurements) -> None:
         """Fixes what a round may release: these bytes and no others.
 
-        Args: measured: of noise and coins only.
+        Args: measured: judged by the meters already. Only the number of steps is kept: whoever
+        knows all records but one could tell from an exact energy of the noise whether that one
+        was there.
         """
         with self._store.together() as connection:
             self.append(
@@ -259,9 +295,6 @@ class Ledger:
                     "reservation": reservation,
                     "update": hashlib.sha256(content).hexdigest(),
                     "steps": measured.round_steps,
-                    "noise_ratio": measured.noise_ratio,
-                    "noise_deviation": measured.noise_deviation,
-                    "coin_deviation": measured.coin_deviation,
                 },
             )
             connection.execute(
@@ -273,40 +306,44 @@ class Ledger:
 
         Raises: VerificationError if they are not what was prepared.
         """
-        found = self._store._connection.execute(
-            "SELECT content FROM prepared WHERE site = ? AND seq = ?", (self.site, reservation)
-        ).fetchone()
+        rows = self._store.read(
+            "SELECT content FROM prepared WHERE site = ? AND seq = ?", self.site, reservation
+        )
         planned = self.books.reservations.get(reservation)
-        if planned is None or found is None:
+        if planned is None or not rows:
             raise VerificationError(f"reservation {reservation}: nothing is prepared for it")
-        if hashlib.sha256(found[0]).hexdigest() != planned.update:
+        content = rows[0][0]
+        if not isinstance(content, bytes) or hashlib.sha256(content).hexdigest() != planned.update:
             raise VerificationError(
                 f"reservation {reservation}: its update is not what was prepared"
             )
         if planned.state != "released":
             self.append(Kind.RELEASE, {"reservation": reservation})
-        return bytes(found[0])
+        return content
 
     def lose(self, reservation: int) -> None:
         """Gives up a round that failed; its charge stays."""
         self.append(Kind.LOST, {"reservation": reservation, "reason": "failure"})
 
     def export(self) -> str:
-        """The chain as a file that anybody can verify."""
+        """The chain as a file that anybody can verify. Raises: VerificationError."""
         books = self.books
+        if chain.public_hex(self._store.key) != books.site_key:
+            raise VerificationError(f"{self._store.path}#{self.site}: its key is another site's")
         claims = {"epsilon_pld": books.spent_pld(), "epsilon_rdp": books.spent_rdp()}
-        return chain.export(self.entries(), claims, self._store.key)
+        # Others may append meanwhile: what is claimed is of these entries.
+        return chain.export(self.entries()[: books.head.seq], claims, self._store.key)
 
     def _entries(self, *, after: int) -> Iterator[Entry]:
-        rows = self._store._connection.execute(
-            "SELECT seq, line FROM entry WHERE site = ? AND seq > ? ORDER BY seq",
-            (self.site, after),
+        rows = self._store.read(
+            "SELECT seq, line FROM entry WHERE site = ? AND seq > ? ORDER BY seq", self.site, after
         )
-        for seq, line in rows.fetchall():
-            yield chain.read_entry(line, seq)
+        for seq, line in rows:
+            yield chain.read_entry(str(line), seq)
 
 
 def _genesis(site: str, terms: Terms, site_key: str) -> dict[str, Any]:
+    check_terms(terms.cap, terms.delta)
     return {
         "version": chain.VERSION,
         "site": site,
@@ -322,6 +359,21 @@ def _genesis(site: str, terms: Terms, site_key: str) -> dict[str, Any]:
     }
 
 
+def check_terms(cap: float, delta: float) -> None:
+    """Raises: ConfigError for a cap or delta that bounds nothing."""
+    if not 0 < cap < math.inf:
+        raise ConfigError(f"cap={cap}: must be a finite number above 0")
+    if not 0 < delta < 1:
+        raise ConfigError(f"delta={delta}: must be between 0 and 1, both excluded")
+
+
+def _begin(connection: sqlite3.Connection, path: Path) -> None:
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        raise ConfigError(f"{path}: another process holds it ({error}); try again") from error
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     try:
         connection = sqlite3.connect(
@@ -332,40 +384,3 @@ def _connect(path: Path) -> sqlite3.Connection:
     except sqlite3.Error as error:
         raise VerificationError(f"{path}: is not a ledger file ({error})") from error
     return connection
-
-
-def _write_key(path: Path, key: Ed25519PrivateKey) -> None:
-    """Never over another key: with it, a chain could not be continued."""
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError as error:
-        raise ConfigError(f"{path}: exists already; a key is never overwritten") from error
-    with os.fdopen(handle, "w", encoding="ascii") as file:
-        file.write(key.private_bytes_raw().hex() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_key(path: Path) -> Ed25519PrivateKey:
-    return read_private_key(Path(f"{path}{KEY_SUFFIX}"))
-
-
-def read_private_key(path: Path) -> Ed25519PrivateKey:
-    """A key file of ours. Raises: ConfigError if others may read it, or it is none."""
-    try:
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise ConfigError(f"{path}: others may read this key; run chmod 600 on it")
-        return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text("ascii").strip()))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path}: the key is not there; a ledger is written with its key"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: holds no key") from error
-
-
-def generate_key(path: Path) -> Ed25519PrivateKey:
-    """A new key, in a file only its owner may read. Raises: ConfigError if there is one."""
-    key = Ed25519PrivateKey.generate()
-    _write_key(path, key)
-    return key

@@ -56,6 +56,8 @@ class SiteBooks:
     """The end of its chain, after this release."""
     cap: float
     """Epsilon it will not exceed, at its ledger's delta."""
+    spent: float
+    """Epsilon of what was charged, by whichever accountant its ledger may use."""
     charged: tuple[Event, ...]
     """Everything ever charged to its records, equal events joined."""
 
@@ -122,19 +124,24 @@ def pack_update(update: Update) -> RecordDict:
 
 def _pack_books(books: SiteBooks | None) -> dict[str, str | float | list[float]]:
     if books is None:
-        return {"ledger-head": "", "cap": 0.0, "charged": []}
+        return {"ledger-head": "", "cap": 0.0, "spent": 0.0, "charged": []}
     charged = [
         value
         for event in books.charged
         for value in (event.noise_multiplier, event.sample_rate, float(event.steps))
     ]
-    return {"ledger-head": str(books.head), "cap": books.cap, "charged": charged}
+    return {
+        "ledger-head": str(books.head),
+        "cap": books.cap,
+        "spent": books.spent,
+        "charged": charged,
+    }
 
 
 def read_update(message: Message) -> Update:
     """Parses an update. Raises: VerificationError, never anything else."""
     names = {"run-id", "round", "layout-digest", "noise-multiplier", "sample-rate", "steps"}
-    facts = _facts(message, names | {"ledger-head", "cap", "charged"})
+    facts = _facts(message, names | {"ledger-head", "cap", "spent", "charged"})
     try:
         books = _read_books(facts)
         charge = Event(
@@ -157,16 +164,21 @@ def read_update(message: Message) -> Update:
 def _read_books(facts: ConfigRecord) -> SiteBooks | None:
     """Raises: VerificationError, or ConfigError for a number no accountant prices."""
     head, cap = _text(facts, "ledger-head"), _number(facts, "cap")
+    spent = _number(facts, "spent")
     charged = _numbers(facts, "charged")
     if len(charged) % 3 or len(charged) > MAX_CHARGED:
         raise VerificationError("message: charged must be a list of events")
-    if not head and not cap and not charged:
+    if not head and not cap and not spent and not charged:
         return None
-    if not 0 < cap < math.inf or not all(steps.is_integer() for steps in charged[2::3]):
+    if (
+        not 0 < cap < math.inf
+        or not 0 <= spent <= cap
+        or not all(steps.is_integer() for steps in charged[2::3])
+    ):
         raise VerificationError("message: the site's books are malformed")
     triples = zip(charged[::3], charged[1::3], charged[2::3], strict=True)
     events = tuple(Event(sigma, rate, int(steps)) for sigma, rate, steps in triples)
-    return SiteBooks(Head.parse(head), cap, events)
+    return SiteBooks(Head.parse(head), cap, spent, events)
 
 
 def pack_vector(vector: Vector) -> ArrayRecord:

@@ -25,7 +25,6 @@ from common.privacy.accounting import (
     Event,
     check_agreement,
     epsilon_object,
-    epsilon_pld,
     epsilons,
     number,
     shown,
@@ -40,6 +39,10 @@ REPORT_FIELDS = {
     *("timing", "communication", "versions", "config_hash", "seed"),
 }
 """What every report.json holds."""
+LATE = (
+    " Settings of a later run on the same books could follow what an earlier one released: the bound "
+    "is the ledger's, by a Renyi filter, and PLD would hold for settings fixed in advance."
+)
 NO_RUN = "holds no finished run (report.json and metrics.jsonl)"
 SELECTION_REASONS = {
     DataSource.bbc_news: "the default hyperparameters were chosen by earlier runs on these "
@@ -55,6 +58,7 @@ class SiteLine(TypedDict):
 
     head: str
     cap: float
+    spent: float
     charged: list[list[float]]
     """[sigma, q, steps] of each distinct event ever charged."""
 
@@ -94,10 +98,7 @@ def round_line(
     most = max(_rounds_charged(asked).values())
     epsilon = run_plan.epsilon_by_round[most - 1]
     if run_plan.config.ledger:  # other runs are in its books, too
-        spent = (
-            epsilon_pld(b.charged, run_plan.config.privacy.delta) for b in outcome.books.values()
-        )
-        epsilon = max([epsilon, *spent])
+        epsilon = max([epsilon, *(books.spent for books in outcome.books.values())])
     return RoundLine(
         round=outcome.round,
         private=is_private(run_plan.config),
@@ -112,6 +113,7 @@ def round_line(
             name: SiteLine(
                 head=str(books.head),
                 cap=books.cap,
+                spent=books.spent,
                 charged=[[e.noise_multiplier, e.sample_rate, e.steps] for e in books.charged],
             )
             for name, books in outcome.books.items()
@@ -136,7 +138,11 @@ def build_report(run_plan: RunPlan, lines: list[RoundLine], facts: RunFacts) -> 
         "tuning": config.tuning.method.name,
         "rounds": len(lines),
         "engine": config.engine.name.name,
-        "privacy": _privacy_section(run_plan, max(prices.values(), key=lambda price: price.pld)),
+        "privacy": _privacy_section(
+            run_plan,
+            max(prices.values(), key=lambda price: price.pld),
+            bound=max(_bound(prices[name], lines, name) for name in prices),
+        ),
         "sites": [
             _site_section(name, prices[name], run_plan, lines)
             for name in sorted(charged, key=_natural)
@@ -162,7 +168,7 @@ def build_report(run_plan: RunPlan, lines: list[RoundLine], facts: RunFacts) -> 
     }
 
 
-def _privacy_section(run_plan: RunPlan, worst: Epsilons) -> dict[str, Any]:
+def _privacy_section(run_plan: RunPlan, worst: Epsilons, *, bound: float) -> dict[str, Any]:
     config = run_plan.config
     return {
         "mode": config.privacy.mode.name,
@@ -170,8 +176,9 @@ def _privacy_section(run_plan: RunPlan, worst: Epsilons) -> dict[str, Any]:
         "relation": RELATION,
         "delta": config.privacy.delta,
         "epsilon": epsilon_object(worst),
+        "bound": number(bound),
         "private": is_private(config),
-        "private_reason": _private_reason(run_plan),
+        "private_reason": _private_reason(run_plan) + (LATE if bound > worst.pld else ""),
         "scope": "ledger" if config.ledger else "this_run",
         "selection_charged": False,
         "selection_reason": SELECTION_REASONS[config.data.source],
@@ -184,11 +191,13 @@ def _privacy_section(run_plan: RunPlan, worst: Epsilons) -> dict[str, Any]:
 def _site_section(
     name: str, price: Epsilons, run_plan: RunPlan, lines: list[RoundLine]
 ) -> dict[str, Any]:
-    """`epsilon` is of the whole ledger where it lasts; without one there is no cap."""
+    """`epsilon` is of the whole ledger, where it lasts, and by the accountant that this ledger may
+    use; without one there is no cap.
+    """
     rounds, books = sum(name in line.asked for line in lines), _last_books(lines, name)
     return {
         "name": name,
-        "epsilon": number(price.pld),
+        "epsilon": number(_bound(price, lines, name)),
         "cap": books["cap"] if books else "inf",
         "rounds": rounds,
         "steps": rounds * run_plan.event.steps,
@@ -312,6 +321,12 @@ def _price(run_plan: RunPlan, lines: list[RoundLine], name: str) -> Epsilons:
     for price in priced:
         check_agreement(price)
     return max(priced, key=lambda price: price.pld)
+
+
+def _bound(price: Epsilons, lines: list[RoundLine], name: str) -> float:
+    """Epsilon of a site that holds: PLD, or more where plans followed outputs (Renyi filter)."""
+    books = _last_books(lines, name)
+    return max(price.pld, books["spent"] if books else 0.0)
 
 
 def _last_books(lines: list[RoundLine], name: str) -> SiteLine | None:

@@ -23,7 +23,8 @@ from rich.progress import (
 
 from client.app import client_app
 from client.commitment import dataset_root
-from client.ledger import Ledger, Store, Terms, generate_key
+from client.keys import generate_key
+from client.ledger import Ledger, Store, Terms
 from client.site import Site
 from common.cli import Invocation, emit_json
 from common.composition import run_job, sweep_index

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from common.canonical import canonical_json
 from common.errors import ConfigError, VerificationError
-from common.privacy.accounting import Event
+from common.privacy.accounting import MAX_SIGMA, MIN_SIGMA, Event
 
 VERSION = 1
 """Of the format. Another one is not guessed at."""
@@ -32,6 +32,9 @@ NOTHING = "0" * 64
 """What stands before the first entry."""
 NONCE_BYTES = 16
 """Secret bits inside each hash: a digest tells nothing about a content that could be guessed."""
+MANY, MAX_ORDER, MIN_RATE = 10**6, 256, 1e-6
+"""Steps of an event and rounds of a plan, Renyi orders, Poisson rates: what accountants can price
+in seconds. A release that would cost nothing (no step, rate zero) is none of ours."""
 MAX_LINE = 1 << 16
 """Characters of a line: far above any entry of ours."""
 _ENTRY, _TAIL, _CAP = b"coterie ledger entry\n", b"coterie ledger tail\n", b"coterie ledger cap\n"
@@ -86,11 +89,32 @@ def _event(value: Any) -> bool:
     if not isinstance(value, dict) or set(value) != {"noise_multiplier", "sample_rate", "steps"}:
         return False
     sigma, rate, steps = value["noise_multiplier"], value["sample_rate"], value["steps"]
-    return _positive(sigma) and _real(rate) and 0 <= rate <= 1 and _count(steps)
+    priced = _real(sigma) and _real(rate) and _count(steps)
+    return priced and MIN_SIGMA <= sigma <= MAX_SIGMA and MIN_RATE <= rate <= 1 <= steps <= MANY
 
 
+def _key(value: Any) -> bool:
+    """A public key under which not every signature holds."""
+    if not _hash(value):
+        return False
+    point = bytes.fromhex(value)
+    return (point[:-1] + bytes([point[-1] & 0x7F])).hex() not in _SMALL_ORDER
+
+
+_PLAIN_NAME = re.compile("[a-z_]{1,30}")
+"""Names that may be repeated to a terminal."""
 _Check = Callable[[Any], bool]
-_hash, _key, _signature = _hex(32), _hex(32), _hex(64)
+_hash, _signature = _hex(32), _hex(64)
+_SMALL_ORDER = {
+    "00" * 32,
+    "01" + "00" * 31,
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+    "ec" + "ff" * 30 + "7f",
+    "ed" + "ff" * 30 + "7f",
+    "ee" + "ff" * 30 + "7f",
+}
+"""Encodings, without their sign bit, of the points of order 8 or less (libsodium's list)."""
 _MODE = _one_of("plan", "filter")
 BODIES: dict[Kind, dict[str, _Check]] = {
     Kind.GENESIS: {
@@ -102,7 +126,7 @@ BODIES: dict[Kind, dict[str, _Check]] = {
         "relation": _one_of("add_or_remove_one"),
         "cap": _positive,
         "delta": _positive,
-        "filter_order": _count,
+        "filter_order": lambda value: _count(value) and 2 <= value <= MAX_ORDER,  # noqa: PLR2004
         "site_key": _key,
         "officer_key": _key,
     },
@@ -111,8 +135,8 @@ BODIES: dict[Kind, dict[str, _Check]] = {
         "plan": _hash,
         "model": _text,
         "event": _event,
-        "rounds": _count,
-        "spare_rounds": _count,
+        "rounds": lambda value: _count(value) and 1 <= value <= MANY,
+        "spare_rounds": lambda value: _count(value) and value <= MANY,
         "admission": _MODE,
     },
     Kind.CLOSE: {"run": _text},
@@ -121,9 +145,6 @@ BODIES: dict[Kind, dict[str, _Check]] = {
         "reservation": _count,
         "update": _hash,
         "steps": _count,
-        "noise_ratio": _real,
-        "noise_deviation": _real,
-        "coin_deviation": _real,
     },
     Kind.RELEASE: {"reservation": _count},
     Kind.LOST: {
@@ -238,6 +259,7 @@ def read_entry(line: str, number: int) -> Entry:
         and _hash(fields["prev"])
         and _signature(fields["signature"])
         and isinstance(fields["body"], dict)
+        and isinstance(fields["kind"], str)
         and fields["kind"] in Kind.__members__
     )
     if not well_formed:
@@ -259,9 +281,8 @@ def check_body(number: int, kind: Kind, body: Mapping[str, Any]) -> None:
         name for name, holds in checks.items() if not holds(body[name])
     ]
     if wrong:
-        raise VerificationError(
-            f"entry {number} ({kind.value}): {', '.join(wrong)}: not as it must be"
-        )
+        names = ", ".join(name if _PLAIN_NAME.fullmatch(name) else "a field" for name in wrong)
+        raise VerificationError(f"entry {number} ({kind.value}): {names}: not as it must be")
 
 
 def check_signature(entry: Entry, key: str) -> None:
@@ -293,14 +314,14 @@ def head_is_signed(key: str, signature: str, head: Head) -> bool:
     return _signed(key, signature, _HEAD + str(head).encode())
 
 
-def prove_rotation(new: Ed25519PrivateKey, old_key: str) -> str:
-    """The new key's consent to follow the old one."""
-    return new.sign(_ROTATION + bytes.fromhex(old_key)).hex()
+def prove_rotation(new: Ed25519PrivateKey, old_key: str, *, after: Head) -> str:
+    """The new key's consent to follow the old one, at this place of this chain only."""
+    return new.sign(_ROTATION + f"{old_key} {after}".encode()).hex()
 
 
-def rotation_is_proved(new_key: str, proof: str, old_key: str) -> bool:
-    """Whether the new key's owner agreed to follow the old key."""
-    return _signed(new_key, proof, _ROTATION + bytes.fromhex(old_key))
+def rotation_is_proved(new_key: str, proof: str, old_key: str, *, after: Head) -> bool:
+    """Whether the new key's owner agreed to follow the old key here."""
+    return _signed(new_key, proof, _ROTATION + f"{old_key} {after}".encode())
 
 
 def public_hex(key: Ed25519PrivateKey) -> str:

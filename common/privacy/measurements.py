@@ -1,4 +1,8 @@
-"""What a site's meters say of its noise and coins: it stands in the ledger, and may be seen."""
+"""What a site's meters say of its noise and coins.
+
+It stays at the site. Whoever knows all records but one, and a release, can compute the noise for
+either case, that record there or not; the exact energy of the true noise would tell which it is.
+"""
 
 from dataclasses import dataclass
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from common.errors import PrivacyRefusedError, VerificationError
 from common.privacy.accounting import epsilon_prv
 from common.privacy.books import Books
-from common.privacy.chain import Export, Head, read_export
+from common.privacy.chain import EMPTY, Export, Head, read_export
 
 TOLERANCE = 1e-6
 """By how much a claimed epsilon may be below ours before it is an under-count."""
@@ -22,20 +22,28 @@ class Verified:
     """Only if it was asked for, and Opacus's accountant can price the history."""
     key_pinned: bool
     """False: the file says itself whose it is. Anybody can write such a file."""
+    officer_pinned: bool
+    """False: the cap may be the site's own invention."""
     head_pinned: bool
     """False: entries after the tail's head may have been cut off."""
 
 
 def verify(
-    content: bytes, *, key: str | None = None, head: Head | None = None, prv: bool = False
+    content: bytes,
+    *,
+    key: str | None = None,
+    officer: str | None = None,
+    head: Head | None = None,
+    prv: bool = False,
 ) -> Verified:
     """Checks an export from its first byte to its last, and prices it again.
 
     Guarantee: every byte was signed by the site; entries follow each other; every release was
     reserved and charged at its plan's price, within the cap; what the site claims to have spent
     is not less than it did.
-    Args: key: the site's first public key, in hex, as the officer enrolled it; head: one that
-    somebody else remembers, which the chain must contain.
+    Args: key: the site's first public key, in hex, as the officer enrolled it; officer: the
+    officer's, without which the site could have written terms of its own; head: one that somebody
+    else remembers, which the chain must contain.
     Raises: VerificationError naming the entry at fault.
     """
     export = read_export(content)
@@ -45,6 +53,8 @@ def verify(
         raise VerificationError("tail: does not name the last entry; entries are missing")
     if key is not None and books.genesis["site_key"] != key:
         raise VerificationError("entry 1 (GENESIS): is of another site's key than the one given")
+    if officer is not None and books.genesis["officer_key"] != officer:
+        raise VerificationError("entry 1 (GENESIS): names another officer than the one given")
     if head is not None and not books.contains(head):
         raise VerificationError(
             f"entry {head.seq}: is not the one whose head was given; this is a fork, or a copy "
@@ -59,7 +69,8 @@ def verify(
         rdp,
         epsilon_prv(books.charges(), books.delta) if prv else None,
         key is not None,
-        head is not None,
+        officer is not None,
+        head is not None and head != EMPTY,
     )
 
 

@@ -177,6 +177,7 @@ def test_update_holds_nothing_but_the_allow_list(instruction, start):
         "steps": 2,
         "ledger-head": str(site.ledger.head),
         "cap": 100.0,
+        "spent": site.ledger.books.spent(),
         "charged": [2.0, 0.5, 2.0],
     }
 

@@ -440,7 +440,7 @@ MUTATIONS = {
         edit(
             Books.admits,
             ("[*self.commitments(), more]", "[more]"),
-            ("[*(plan.whole for plan in self.plans.values()), *self.misc, more]", "[more]"),
+            ("[*self._whole_plans(), more]", "[more]"),
         ),
         check_accounts_compose,
         "accounts-compose:",

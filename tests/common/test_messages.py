@@ -59,7 +59,7 @@ def update(**changes):
         "layout_digest": "d" * 64,
         "charge": Event(1.5, 0.25, 4),
         "vector": VALUES,
-        "books": SiteBooks(Head(7, "a" * 64), 8.0, (Event(1.5, 0.25, 12),)),
+        "books": SiteBooks(Head(7, "a" * 64), 8.0, 2.5, (Event(1.5, 0.25, 12),)),
     }
     return Update(**{**values, **changes})
 
@@ -128,6 +128,7 @@ def test_an_update_tells_nothing_beyond_the_agreed_facts():
         "steps": 4,
         "ledger-head": f"7:{'a' * 64}",
         "cap": 8.0,
+        "spent": 2.5,
         "charged": [1.5, 0.25, 12.0],
     }
 
@@ -143,6 +144,8 @@ BOOKS = {
     "cap below zero": {"cap": -1.0},
     "cap not finite": {"cap": math.inf},
     "cap not a number": {"cap": "8"},
+    "spent more than the cap": {"spent": 8.1},
+    "spent below zero": {"spent": -0.1},
     "part of an event": {"charged": [1.5, 0.25]},
     "half a step": {"charged": [1.5, 0.25, 0.5]},
     "steps below zero": {"charged": [1.5, 0.25, -1.0]},

@@ -44,7 +44,7 @@ def update_of(instruction, vector):
         instruction.layout_digest,
         round_event(instruction.config),
         np.asarray(vector, dtype=np.float32),
-        SiteBooks(Head(5, "a" * 64), 8.0, (round_event(instruction.config),)),
+        SiteBooks(Head(5, "a" * 64), 8.0, 2.5, (round_event(instruction.config),)),
     )
 
 

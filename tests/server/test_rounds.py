@@ -96,7 +96,7 @@ def update(node, message):
         instruction.layout_digest,
         charge,
         instruction.vector + np.float32(node),
-        SiteBooks(Head(5, "a" * 64), 8.0, (charge,)),
+        SiteBooks(Head(5, "a" * 64), 8.0, 2.5, (charge,)),
     )
     return Message(messages.pack_update(released), reply_to=message)
 

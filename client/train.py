@@ -14,7 +14,6 @@ from client.preflight import Verdict, preflight, refusal
 from client.private_step import ParameterGroup, plain_steps, private_steps, sgd
 from client.site import Site
 from common import parameters
-from common.allocation import keep_freed_memory
 from common.config import Config, NoiseSource, PrivacyMode
 from common.model import build_classifier, load_tokenizer
 from common.parameters import Layout, Vector
@@ -36,7 +35,6 @@ class Trainer:
     """A model built once from a config, and the steps any site can take on it."""
 
     def __init__(self, config: Config) -> None:
-        keep_freed_memory()
         self._config = config
         self._task = TASKS[config.task.name]
         self._tokenizer = load_tokenizer(config.model)

@@ -40,8 +40,8 @@ REPORT_FIELDS = {
 }
 """What every report.json holds."""
 LATE = (
-    " Settings of a later run on the same books could follow what an earlier one released: the bound "
-    "is the ledger's, by a Renyi filter, and PLD would hold for settings fixed in advance."
+    " Settings of a later run on the same books could follow what an earlier one released: the "
+    "bound is the ledger's, by a Renyi filter; PLD would hold for settings fixed in advance."
 )
 NO_RUN = "holds no finished run (report.json and metrics.jsonl)"
 SELECTION_REASONS = {

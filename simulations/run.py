@@ -26,6 +26,7 @@ from client.commitment import dataset_root
 from client.keys import generate_key
 from client.ledger import Ledger, Store, Terms
 from client.site import Site
+from common.allocation import keep_freed_memory
 from common.cli import Invocation, emit_json
 from common.composition import run_job, sweep_index
 from common.config import Config, PrivacyMode, Split, check_delta, to_canonical
@@ -198,7 +199,8 @@ def _server_context(config: Config) -> Context:
 
 
 def _configure_process(config: Config) -> None:
-    """Threads, and quiet libraries: what they report at INFO is in our own table."""
+    """Threads, memory, and quiet libraries: what they report at INFO is in our own table."""
+    keep_freed_memory()
     torch.set_num_threads(config.engine.threads or len(os.sched_getaffinity(0)))
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("flwr").setLevel(logging.WARNING)

@@ -75,6 +75,17 @@ def test_an_export_is_verified_by_a_process_without_torch(finished, tmp_path, co
     assert done.returncode == 0, done.stderr
     assert "nothing wrong in" in done.stdout
     assert "key not pinned" in done.stdout
+    with Store(finished / "ledgers" / "sites.db") as store:
+        genesis = store.ledger("site-2").books.genesis
+    pins = ["--key", genesis["site_key"], "--officer", genesis["officer_key"]]
+    answer = coterie("ledger", "verify", tmp_path / "two", *pins, "--json")
+    assert answer.json["key_pinned"]
+    assert answer.json["officer_pinned"]
+    assert not answer.json["head_pinned"]
+    swapped = ["--key", genesis["site_key"], "--officer", genesis["site_key"]]
+    refused = coterie("ledger", "verify", tmp_path / "two", *swapped)
+    assert refused.code == 5
+    assert "names another officer" in refused.err
 
 
 def test_runs_on_lasting_books_compose_until_the_cap(tmp_path, tiny_overrides, coterie):

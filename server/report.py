@@ -98,7 +98,8 @@ def round_line(
     most = max(_rounds_charged(asked).values())
     epsilon = run_plan.epsilon_by_round[most - 1]
     if run_plan.config.ledger:  # other runs are in its books, too
-        epsilon = max([epsilon, *(books.spent for books in outcome.books.values())])
+        known = [epsilon, *(books.spent for books in outcome.books.values())]
+        epsilon = max([*known, *(float(line.epsilon) for line in before)])
     return RoundLine(
         round=outcome.round,
         private=is_private(run_plan.config),

@@ -79,6 +79,7 @@ def run_simulation(config: Config, console: Console) -> Path:
     # The plan comes before the first record is read; what needs the records is checked after.
     check_files(config.data)
     run_plan = make_plan(config)
+    _check_ledger(run_plan.config)
     model = build_classifier(config)
     show_plan(run_plan, size_of(model), estimate_seconds(config, model), console)
     splits = load_splits(config.data)
@@ -134,17 +135,26 @@ def _resolve(config: Config, splits: Splits, sites: list[Records]) -> Config:
     return replace(config, data=known)
 
 
-def _store(config: Config, run_dir: Path) -> Store | None:
-    """Where the sites' ledgers are: `ledger=PATH`, or a new file in the run folder.
+def _check_ledger(config: Config) -> None:
+    """Books that last take private runs only: others would release records without limit.
 
-    Without privacy there is nothing to charge, and on books that last it is refused: it would
-    release the records of a ledger without limit. Raises: ConfigError; PrivacyRefusedError.
+    Raises: PrivacyRefusedError; ConfigError if there are no such books.
     """
-    if config.ledger and not is_private(config):
+    if not config.ledger:
+        return
+    if not is_private(config):
         raise PrivacyRefusedError(
             f"ledger={config.ledger}: {not_private_reason(config)}; books that last take "
             "private runs only"
         )
+    Store(Path(config.ledger).expanduser()).close()
+
+
+def _store(config: Config, run_dir: Path) -> Store | None:
+    """Where the sites' ledgers are: `ledger=PATH`, or a new file in the run folder.
+
+    None without privacy, as there is nothing to charge.
+    """
     if config.ledger:
         return Store(Path(config.ledger).expanduser())
     if config.privacy.mode is PrivacyMode.none:

@@ -162,6 +162,20 @@ def test_a_site_that_refuses_by_policy_is_left_out_and_the_run_goes_on(
     assert "sigma" not in answer.out.split('"sites"')[1].split('"evaluation"')[0]
 
 
+def test_books_that_are_not_there_are_missed_before_anything_is_done(
+    tmp_path, tiny_overrides, coterie
+):
+    absent = tmp_path / "absent.db"
+    answer = coterie("simulate", *tiny_overrides, f"ledger={absent}", f"run_dir={tmp_path / 'run'}")
+    assert answer.code == 2
+    assert answer.err == (
+        f"coterie simulate: {absent}: no such ledger; "
+        f"make one with `coterie ledger init {absent}`\n"
+    )
+    assert answer.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 MISTAKES = {
     "no such ledger": (["show", "{folder}/absent.db"], 2, "coterie ledger init"),
     "no such site": (["show", "{ledger}#ward-9"], 2, "site-1, site-2"),

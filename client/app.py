@@ -111,6 +111,8 @@ def _check_price(site: Site, instruction: Instruction) -> None:
     if not within([whole], epsilon=config.privacy.epsilon, delta=config.privacy.delta):
         raise _BudgetExhaustedError(f"the run would exceed epsilon {config.privacy.epsilon:g}")
     books = _ledger(site).books
+    if config.privacy.delta < books.delta:  # the ledger can prove nothing at a smaller one
+        raise VerificationError(f"instruction: its delta is below the ledger's, {books.delta:g}")
     plan = books.plans.get(instruction.run_id)
     if plan is None and not books.admits(whole, books.admission()):
         raise _BudgetExhaustedError(f"the run would exceed the site's cap, {books.cap:g}")

@@ -16,12 +16,14 @@ from common.config import Config, config_hash, from_canonical, to_canonical
 from common.errors import ConfigError, VerificationError
 from common.parameters import Vector
 from common.privacy.accounting import Event
-from common.privacy.chain import Head
+from common.privacy.chain import MIN_RATE, Head
 
 VECTOR, FACTS, WEIGHT = "vector", "facts", "weight"
 MAX_VECTOR_BYTES = 2**31 - 1
 """Larger payloads do not fit a protobuf frame, so no honest peer sends them."""
 FLOAT_BYTES = 4
+MAX_STEPS = 10**9
+"""Of one event of a charged history: what accountants can price."""
 MAX_CHARGED = 3 * 10_000
 """Numbers of a charged history: three for each distinct event."""
 
@@ -173,7 +175,8 @@ def _read_books(facts: ConfigRecord) -> SiteBooks | None:
     if (
         not 0 < cap < math.inf
         or not 0 <= spent <= cap
-        or not all(steps.is_integer() for steps in charged[2::3])
+        or not all(steps.is_integer() and steps <= MAX_STEPS for steps in charged[2::3])
+        or not all(rate >= MIN_RATE for rate in charged[1::3])
     ):
         raise VerificationError("message: the site's books are malformed")
     triples = zip(charged[::3], charged[1::3], charged[2::3], strict=True)

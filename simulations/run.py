@@ -172,6 +172,11 @@ def _ledgers(store: Store, config: Config, sites: dict[str, Records]) -> dict[st
         if config.ledger:
             ledgers = {name: store.ledger(name) for name in sites}
             for name, ledger in ledgers.items():
+                if config.privacy.delta < ledger.books.delta:
+                    raise ConfigError(
+                        f"privacy.delta={config.privacy.delta:g}: must be at least "
+                        f"{ledger.books.delta:g}, that of {config.ledger}#{name}"
+                    )
                 ledger.bind(roots[name])
             return ledgers
         officer = public_hex(generate_key(store.path.with_name("officer.key")))

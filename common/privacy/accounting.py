@@ -27,6 +27,8 @@ REPORT_INTERVAL = 1e-4
 """PLD discretisation of reported numbers."""
 FINE_INTERVAL = 1e-5
 """PLD discretisation for very long histories, where even the report's grid drifts upwards."""
+HOPELESS = 300.0
+"""An epsilon by RDP beyond which no grid is asked: it would take minutes and gigabytes."""
 SIGMA_DIGITS = 4
 """Decimals of a solved noise multiplier, rounded up."""
 MIN_SIGMA, MAX_SIGMA = 1e-3, 1e6
@@ -85,6 +87,9 @@ Event(noise_multiplier=2.0, sample_rate=0.1, steps=1))
 def epsilon_pld(events: Iterable[Event], delta: float, interval: float = REPORT_INTERVAL) -> float:
     """Upper bound of epsilon from privacy loss distributions; inf where nothing is private.
 
+    That of RDP where it is hopeless: others choose what is priced here, and must not choose
+    how long it takes.
+
     >>> rounds = [Event(1.0, 0.02, 20)] * 5
     >>> round(epsilon_pld(rounds, 1e-5), 3), round(epsilon_pld(rounds[:1], 1e-5), 3)
     (1.427, 0.897)
@@ -95,7 +100,8 @@ def epsilon_pld(events: Iterable[Event], delta: float, interval: float = REPORT_
     _check_delta(delta)
     if not history or _unprotected(history):
         return math.inf if history else 0.0
-    return _epsilon_pld(history, delta, interval)
+    above = _epsilon_rdp(history, delta, None)
+    return above if above > HOPELESS else _epsilon_pld(history, delta, interval)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -135,6 +141,8 @@ def epsilon_prv(events: Iterable[Event], delta: float) -> float | None:
     _check_delta(delta)
     if not history or _unprotected(history):
         return math.inf if history else 0.0
+    if _epsilon_rdp(history, delta, None) > HOPELESS:
+        return None
     from opacus.accountants import PRVAccountant  # noqa: PLC0415 - imports torch: seconds
 
     accountant = PRVAccountant()

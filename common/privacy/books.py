@@ -22,8 +22,6 @@ from common.privacy import chain
 from common.privacy.accounting import Event, epsilon_pld, epsilon_rdp, within
 from common.privacy.chain import Entry, Head, Kind
 
-HOPELESS = 100.0
-"""An epsilon by RDP beyond which PLD is not asked: its grid would take minutes and gigabytes."""
 MOST_STEPS = 10**7
 """Steps of a whole plan."""
 
@@ -117,9 +115,8 @@ class Books:
         return self._filtered(self.charges()) if self.filtered else self.spent_pld()
 
     def spent_pld(self) -> float:
-        """Epsilon of what was charged, by PLD; by RDP, which is larger, where that is hopeless."""
-        spent = self.spent_rdp()
-        return spent if spent > HOPELESS else epsilon_pld(self.charges(), self.delta)
+        """Epsilon of what was charged, by PLD; by RDP where PLD's grid has drifted above it."""
+        return min(self.spent_rdp(), epsilon_pld(self.charges(), self.delta))
 
     def spent_rdp(self) -> float:
         """Epsilon of what was charged, by RDP."""
@@ -187,11 +184,9 @@ class Books:
         return [*(plan.whole for plan in self.plans.values()), *self.misc]
 
     def _affordable(self, events: list[Event]) -> bool:
-        """Whether PLD puts a history under the cap; RDP, always larger, spares most questions."""
-        above = epsilon_rdp(events, self.delta)
-        if above <= self.cap or above > max(HOPELESS, 20 * self.cap):
-            return above <= self.cap
-        return within(events, epsilon=self.cap, delta=self.delta)
+        """Whether RDP or PLD, upper bounds both, put a history under the cap."""
+        cheap = epsilon_rdp(events, self.delta) <= self.cap
+        return cheap or within(events, epsilon=self.cap, delta=self.delta)
 
     def _filtered(self, events: Iterable[Event]) -> float:
         """Epsilon at the one order fixed at the start, where sums form a Renyi filter."""

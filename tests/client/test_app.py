@@ -367,6 +367,19 @@ def test_what_the_policy_forbids_is_refused_before_data_are_touched(instruction)
     assert b"2.5" not in wire(reply)
 
 
+def test_a_delta_below_the_ledgers_is_refused(instruction):
+    site = replace(site_of(), ledger=ledger_of(delta=2e-3))
+    assert refusal(ask(app_of(site), instruction)) == INVALID
+    assert site.charges == {}
+
+
+def test_what_a_coordinator_asks_never_takes_gigabytes_to_price(instruction):
+    """PLD of this would: an epsilon in the thousands, on a grid of a ten thousandth."""
+    dear = changed(instruction, "privacy", noise_multiplier=0.05, epsilon=2e5)
+    dear = changed(dear, "federation", local_steps=10_000)
+    assert refusal(ask(app_of(site_of()), dear)) == EXHAUSTED
+
+
 def test_a_site_without_a_ledger_answers_no_private_instruction(instruction):
     site = replace(site_of(), ledger=None)
     assert refusal(ask(app_of(site), instruction)) == INVALID

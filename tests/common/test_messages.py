@@ -147,6 +147,8 @@ BOOKS = {
     "spent more than the cap": {"spent": 8.1},
     "spent below zero": {"spent": -0.1},
     "part of an event": {"charged": [1.5, 0.25]},
+    "more steps than can be priced": {"charged": [1.5, 0.25, 1e300]},
+    "a rate nobody can price": {"charged": [1.5, 1e-320, 1.0]},
     "half a step": {"charged": [1.5, 0.25, 0.5]},
     "steps below zero": {"charged": [1.5, 0.25, -1.0]},
     "rate above one": {"charged": [1.5, 1.25, 1.0]},

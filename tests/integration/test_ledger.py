@@ -176,6 +176,18 @@ def test_books_that_are_not_there_are_missed_before_anything_is_done(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_delta_below_the_ledgers_is_refused(tmp_path, tiny_overrides, coterie):
+    """The report would quote, at the run's delta, what the ledger proves at its own."""
+    ledger = made(coterie, tmp_path, cap=20)
+    answer = coterie(
+        "simulate", *tiny_overrides, "privacy.delta=1e-4", f"ledger={ledger}",
+        f"run_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert answer.code == 2
+    assert "privacy.delta=0.0001: must be at least 0.001" in answer.err
+    assert not (tmp_path / "run").exists()
+
+
 MISTAKES = {
     "no such ledger": (["show", "{folder}/absent.db"], 2, "coterie ledger init"),
     "no such site": (["show", "{ledger}#ward-9"], 2, "site-1, site-2"),

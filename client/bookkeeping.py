@@ -1,5 +1,6 @@
 """`coterie ledger`: a site's books, as the people who answer for them need them."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ def ledger(invocation: Invocation) -> None:
 
 def _officer(given: str) -> str:
     """The public key given, or that of a key made now in the file given."""
-    if len(given) == 64 and all(digit in "0123456789abcdef" for digit in given):  # noqa: PLR2004
+    if re.fullmatch("[0-9a-f]{64}", given):
         return given
     path = Path(given)
     return chain.public_hex(read_private_key(path) if path.exists() else generate_key(path))
@@ -242,13 +243,11 @@ def _show_verdict(verdict: Verified, file: Path, console: Console) -> None:
         soft_wrap=True,
     )
     if not verdict.key_pinned:
-        console.print(
-            "key not pinned: the file says itself whose it is; give --key", style="yellow"
-        )
+        console.print("key not pinned: the file says itself whose it is; give --key")
     if not verdict.officer_pinned:
         console.print("officer not pinned: whose cap it is, the site says; give --officer")
     if not verdict.head_pinned:
-        console.print("head not pinned: a cut-off end would not show; give --head", style="yellow")
+        console.print("head not pinned: a cut-off end would not show; give --head")
 
 
 def _answer(invocation: Invocation, content: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ class Fork(Function):
     @_uncaptured
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None]:
         """Runs when all who use the output have run."""
-        total = ctx.branches.total
+        total, ctx.branches.total = ctx.branches.total, None  # not held until the pass is over
         if total is None:
             return g, None
         total = total.view(ctx.shape).to(ctx.dtype)

@@ -32,11 +32,11 @@ NOTHING = "0" * 64
 """What stands before the first entry."""
 NONCE_BYTES = 16
 """Secret bits inside each hash: a digest tells nothing about a content that could be guessed."""
-MANY, MAX_ORDER, MIN_RATE = 10**6, 256, 1e-6
+MANY, MIN_ORDER, MAX_ORDER, MIN_RATE = 10**6, 2, 256, 1e-6
 """Steps of an event and rounds of a plan, Renyi orders, Poisson rates: what accountants can price
 in seconds. A release that would cost nothing (no step, rate zero) is none of ours."""
-MAX_LINE = 1 << 16
-"""Characters of a line: far above any entry of ours."""
+MAX_LINE, MAX_TEXT = 1 << 16, 200
+"""Characters of a line, far above any entry of ours, and of a name in it."""
 _ENTRY, _TAIL, _CAP = b"coterie ledger entry\n", b"coterie ledger tail\n", b"coterie ledger cap\n"
 _HEAD, _ROTATION = b"coterie ledger head\n", b"coterie ledger key\n"
 """What a signature is for: one of each kind can never stand for one of another."""
@@ -61,7 +61,7 @@ class Kind(Enum):
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()  # noqa: PLR2004
+    return isinstance(value, str) and 0 < len(value) <= MAX_TEXT and value.isprintable()
 
 
 def _hex(size: int) -> Callable[[Any], bool]:
@@ -126,7 +126,7 @@ BODIES: dict[Kind, dict[str, _Check]] = {
         "relation": _one_of("add_or_remove_one"),
         "cap": _positive,
         "delta": _positive,
-        "filter_order": lambda value: _count(value) and 2 <= value <= MAX_ORDER,  # noqa: PLR2004
+        "filter_order": lambda value: _count(value) and MIN_ORDER <= value <= MAX_ORDER,
         "site_key": _key,
         "officer_key": _key,
     },

@@ -17,7 +17,9 @@ from common.data import Records
 
 
 def dataset_root(records: Records, key: Ed25519PrivateKey) -> str:
-    """SHA-256 root, in hex, over the records and their labels, keyed by the site's key."""
+    """SHA-256 root, in hex, over the records, their labels and their persons, if they name any;
+    keyed by the site's key.
+    """
     secret = HKDF(hashes.SHA256(), 32, None, b"coterie dataset commitment").derive(
         key.private_bytes_raw()
     )
@@ -29,6 +31,9 @@ def dataset_root(records: Records, key: Ed25519PrivateKey) -> str:
 
 
 def _leaves(records: Records, secret: bytes) -> Iterator[bytes]:
-    for text, label in zip(records.texts, records.labels.tolist(), strict=True):
-        content = canonical_json([text, label]).encode(errors="surrogatepass")
+    columns = [records.texts, records.labels.tolist()]
+    if records.persons is not None:
+        columns.append(records.persons)
+    for fields in zip(*columns, strict=True):
+        content = canonical_json([*fields]).encode(errors="surrogatepass")
         yield hmac.digest(secret, b"\x00" + content, "sha256")

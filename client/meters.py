@@ -12,12 +12,12 @@ goes off only if an engine breaks its own guarantee. Statistical tests of DP cod
 | `noise-scale` | too little noise, too much, none, in one piece or all; another divisor |
 | `noise-correlation` | coordinates of one step that depend on each other |
 | `noise-reuse` | the noise of the step before, or of the piece before |
-| `sampler-rate` | too many records drawn, too few |
+| `sampler-rate` | too many records, or persons, drawn, too few |
 | `sampler-dispersion` | batches whose sizes vary too little, or too much |
-| `sampler-overlap` | steps that avoid, or repeat, the records of the step before |
-| `sampler-repeat` | a record twice in one step |
+| `sampler-overlap` | steps that avoid, or repeat, those drawn in the step before |
+| `sampler-repeat` | a record, or person, twice in one step |
 | `step-count` | a step, an empty one for example, that drew or released nothing |
-| `clip-bound` | a sum longer than its clipped gradients can make it |
+| `clip-bound` | a sum longer than its clipped gradients, or its persons, can make it |
 """
 
 import math
@@ -59,24 +59,28 @@ class Meters:
     """The meters of one site, told once what `mechanism` declares; they see all its rounds."""
 
     def __init__(self, mechanism: Mechanism) -> None:
-        self.noise = NoiseMeter(mechanism.noise_std, mechanism.divisor)
+        # Not from noise_std: noise that does not fit what is charged for it alarms, too.
+        charged = mechanism.event(1).noise_multiplier * mechanism.sensitivity
+        self.noise = NoiseMeter(charged, mechanism.divisor)
         self.sampler = SamplerMeter(mechanism.sample_rate)
-        self._clip_norm = mechanism.clip_norm
+        self._clip_norm, self._sensitivity = mechanism.clip_norm, mechanism.sensitivity
         self._drawn = self._noised = 0
 
     def open_round(self) -> None:
         """Before the first step of a round."""
         self._drawn, self._noised = self.sampler.steps, self.noise.steps
 
-    def check_sum(self, sums: dict[nn.Parameter, Tensor], *, records: int) -> None:
-        """A sum of B clipped gradients is no longer than B times the bound.
+    def check_sum(self, sums: dict[nn.Parameter, Tensor], *, records: int, units: int) -> None:
+        """A sum of B clipped gradients is no longer than B times the clip bound, and one of
+        `units` persons no longer than so many times what the noise is scaled to.
 
         Of one record this is the bound itself. Unclipped gradients that point apart can hide in
         a longer sum, so `Trainer.rehearse` takes a step on one made record far beyond the bound.
         Raises: PrivacyRefusedError naming `clip-bound`.
         """
+        bound = min(records * self._clip_norm, units * self._sensitivity)
         norm = torch.stack([total.norm() for total in sums.values()]).norm()
-        if not float(norm) <= records * self._clip_norm * (1 + SLACK):  # NaN alarms too
+        if not float(norm) <= bound * (1 + SLACK):  # NaN alarms too
             _alarm("clip-bound")
 
     def close_round(self, steps: int) -> Measurements:
@@ -193,7 +197,7 @@ class _Residuals:
 
 
 class SamplerMeter:
-    """Were records drawn independently, each with probability q? Over all steps it is shown.
+    """Were records, or persons, drawn independently, each with probability q? Over all steps.
 
     Batches of a fixed size vary too little, those of a shuffled pass never meet: both alarm,
     after some steps. What is remembered (sizes, the last sample) is private and stays here.
@@ -210,28 +214,28 @@ class SamplerMeter:
         self._spread = 0.0
         self._last: NDArray[np.int64] | None = None
 
-    def read(self, sample: NDArray[np.int64], *, records: int) -> None:
-        """The indices of one step's records, out of `records`."""
+    def read(self, sample: NDArray[np.int64], *, units: int) -> None:
+        """The indices of those drawn in one step, out of `units` records or persons."""
         self.steps += 1
         if len(np.unique(sample)) != len(sample):
             _alarm("sampler-repeat")
-        self._rate.toss(records, len(sample))
+        self._rate.toss(units, len(sample))
         self._rate.judge("sampler-rate")
-        self._read_dispersion(len(sample), records)
+        self._read_dispersion(len(sample), units)
         if self._last is not None:
             common = len(np.intersect1d(sample, self._last, assume_unique=True))
             self._overlap.toss(len(self._last), common)
             self._overlap.judge("sampler-overlap")
         self._last = sample
 
-    def _read_dispersion(self, drawn: int, records: int) -> None:
-        """A size becomes a standard Gaussian, exactly and for any number of records.
+    def _read_dispersion(self, drawn: int, units: int) -> None:
+        """A size becomes a standard Gaussian, exactly and for any number of records or persons.
 
         Source: randomised probability integral transform, Dunn & Smyth (1996),
         doi:10.1080/10618600.1996.10474708.
         """
-        below = special.bdtr(drawn - 1, records, self._sample_rate) if drawn else 0.0
-        at_most = special.bdtr(drawn, records, self._sample_rate)
+        below = special.bdtr(drawn - 1, units, self._sample_rate) if drawn else 0.0
+        at_most = special.bdtr(drawn, units, self._sample_rate)
         odds = below + (at_most - below) * float(self._dither.uniform(1)[0])
         self._spread += special.ndtri(np.clip(odds, NEVER, 1 - NEVER)) ** 2
         _judge(
@@ -242,7 +246,7 @@ class SamplerMeter:
 
     @property
     def deviation(self) -> float:
-        """Of the number of records drawn from declared, in standard deviations."""
+        """Of the number of those drawn from declared, in standard deviations."""
         return self._rate.deviation
 
 

@@ -4,7 +4,7 @@ Clipped sums come from a `client.clipping` engine; everything that touches rando
 clip bound or the divisor is here and comes from one `Mechanism`. What a step computes on the
 way (batch, norms, clipped sum) lives in these functions and does not escape.
 
-Shapes: B records of a physical batch, P trainable parameters.
+Shapes: N records, B of them in a physical batch, P trainable parameters.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from common.errors import PrivacyRefusedError
 from common.privacy.measurements import Measurements
 from common.privacy.mechanism import Mechanism
 from common.privacy.noise import Randomness
-from common.privacy.sampling import poisson_sample
+from common.privacy.sampling import poisson_sample, records_of
 
 NOISE_CHUNK = 1 << 16
 """Coordinates that are noised at a time: a chunk stays in the processor's cache."""
@@ -56,6 +56,7 @@ def private_steps(
     steps: int,
     physical_batch: int,
     meters: Meters | None = None,
+    owners: NDArray[np.int64] | None = None,
 ) -> Measurements:
     """Takes `steps` private steps on the engine's model, in place.
 
@@ -63,19 +64,23 @@ def private_steps(
     `mechanism`, post-processed by `optimizer`; the number of steps depends on nothing but
     `steps`; no gradient is left behind. An empty sample runs no model, and is a step like any.
     Args: loss_of: losses of records by index; records: N, private, used to draw and not released;
-    meters: those of earlier rounds here, told of the same mechanism.
+    meters: those of earlier rounds here, told of the same mechanism; owners: (N,) number of the
+    person each record is of, where the mechanism draws persons.
     Returns: what the meters saw: a function of noise and coins, never of records.
-    Raises: PrivacyRefusedError if a trainable parameter is not optimised, or a meter alarms.
+    Raises: PrivacyRefusedError if a trainable parameter is not optimised, a meter alarms, or a
+    person has more records than the mechanism bounds.
     """
     _check_all_optimised(engine, optimizer)
+    units = _units(mechanism, records, owners)
     meters = meters or Meters(mechanism)
     meters.open_round()
     try:
         for _ in range(steps):
-            sample = poisson_sample(records, sample_rate=mechanism.sample_rate, coins=randomness)
-            meters.sampler.read(sample, records=records)
-            sums = _clipped_sums(engine, loss_of, sample, mechanism.clip_norm, physical_batch)
-            meters.check_sum(sums, records=len(sample))
+            sample = poisson_sample(units, sample_rate=mechanism.sample_rate, coins=randomness)
+            meters.sampler.read(sample, units=units)
+            drawn = sample if owners is None else records_of(sample, owners)
+            sums = _clipped_sums(engine, loss_of, drawn, mechanism.clip_norm, physical_batch)
+            meters.check_sum(sums, records=len(drawn), units=len(sample))
             _release(sums, mechanism, randomness, meters.noise)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)  # an engine refuses gradients it did not make
@@ -102,6 +107,23 @@ def plain_steps(
             (loss_of(piece).sum() / mechanism.divisor).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def _units(mechanism: Mechanism, records: int, owners: NDArray[np.int64] | None) -> int:
+    """How many coins a step tosses: one a record, or one a person.
+
+    Raises: PrivacyRefusedError naming `person-cap`, if what is drawn is not what the mechanism
+    bounds. Records that were capped never raise it, whatever they are; the text tells no number.
+    """
+    most = mechanism.max_records_per_person
+    if owners is None and most is None:
+        return records
+    held = np.bincount(owners) if owners is not None and len(owners) else np.zeros(0, np.int64)
+    if owners is None or most is None or len(owners) != records or held.max(initial=0) > most:
+        raise PrivacyRefusedError(
+            "person-cap: the records are not capped as the mechanism declares"
+        )
+    return len(held)
 
 
 def _clipped_sums(

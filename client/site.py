@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from client.ledger import Ledger
 from common.config import NodeConfig
 from common.data import Records
@@ -31,8 +28,3 @@ class Site:
             return {}
         made = self.ledger.books.reservations.values()
         return {(r.run, r.round): r.event for r in made}
-
-    @property
-    def labels(self) -> Tensor:
-        """(N,) class index of each record."""
-        return torch.from_numpy(self.records.labels)

@@ -1,7 +1,7 @@
 """Local training: the warm model of one process, on which sites take turns."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from client.clipping.engines import ClippingEngine, LossOf
 from client.meters import Meters
+from client.persons import usable
 from client.preflight import Verdict, preflight, refusal
 from client.private_step import ParameterGroup, plain_steps, private_steps, sgd
 from client.site import Site
@@ -26,9 +27,20 @@ from common.tasks import TASKS
 log = logging.getLogger(__name__)
 
 REHEARSED = 2
-"""Made records of a rehearsed step."""
+"""Made records, or persons, of a rehearsed step; and records of a person who is there alone."""
 BEYOND = 1e6
 """A made record's loss is multiplied by this many clip bounds: its gradient is far too long."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What steps read of a site's records, those beyond a person's bound left out."""
+
+    inputs: Inputs
+    labels: Tensor
+    """(N,) class index of each record."""
+    owners: NDArray[np.int64] | None
+    """(N,) number of the person each record is of, where persons are drawn."""
 
 
 class Trainer:
@@ -54,8 +66,8 @@ class Trainer:
         self._engine: ClippingEngine | None = None
         self._meters: dict[str, Meters] = {}
         """What each site drew and added so far; private, and stays in this process."""
-        self._inputs: dict[str, Inputs] = {}
-        """Prepared inputs by site: a trainer is one per config, as what is prepared must be."""
+        self._held: dict[str, Held] = {}
+        """What is prepared, by site: a trainer is one per config, as what is prepared must be."""
         adapters = tuple(p for p in self._model.encoder.parameters() if p.requires_grad)
         if adapters:
             self._groups.append(ParameterGroup(adapters, config.tuning.adapter_learning_rate))
@@ -65,17 +77,20 @@ class Trainer:
     ) -> tuple[Vector, Measurements | None]:
         """The round's local steps at `site`, from the global parameters `vector`.
 
-        Guarantee: in `privacy.mode=record` the result is a post-processing of `vector` and of
-        `local_steps` runs of the config's mechanism on the site's records.
+        Guarantee: with privacy the result is a post-processing of `vector` and of `local_steps`
+        runs of the config's mechanism on the site's records, in `privacy.mode=person` on at most
+        `max_records_per_person` of each person.
         Returns: new parameters, and what the meters saw of noise and coins; None without privacy.
-        Raises: VerificationError if `vector` does not fit; PrivacyRefusedError.
+        Raises: VerificationError if `vector` does not fit; PrivacyRefusedError; ConfigError if
+        persons are to be protected and the records name none.
         """
         parameters.load(self._model, vector)
-        loss_of = self._loss_of(self._prepared(site), site.labels)
+        held = self._prepared(site)
+        loss_of = self._loss_of(held.inputs, held.labels)
         randomness = _randomness(self._config, site.name, round_number)
         measured = None
         if self._config.privacy.mode is PrivacyMode.none:
-            self._plain_steps(loss_of, randomness, len(site.records))
+            self._plain_steps(loss_of, randomness, len(held.labels))
         else:
             mechanism = mechanism_of(self._config)
             measured = self._private_steps(
@@ -83,7 +98,8 @@ class Trainer:
                 mechanism,
                 randomness,
                 groups=self._groups,
-                records=len(site.records),
+                records=len(held.labels),
+                owners=held.owners,
                 steps=self._config.federation.local_steps,
                 meters=self._meters.setdefault(site.name, Meters(mechanism)),
             )
@@ -101,7 +117,8 @@ class Trainer:
 
         Guarantee: what this model cannot do fails here, before anything is charged, the same at
         every site, and so tells nothing about records. The gradients of the made records are far
-        beyond the clip bound, and that of one alone is held against it.
+        beyond the clip bound, and that of one alone is held against it. Where persons are drawn,
+        one alone has the same record twice, if they may have two, and is held against theirs.
         Raises: ConfigError if the model cannot read its input; PrivacyRefusedError if it cannot
         be trained privately.
         """
@@ -109,16 +126,25 @@ class Trainer:
         if verdict.engine is None:
             raise refusal(self._config.model.name, verdict)
         still = [replace(group, learning_rate=0.0) for group in self._groups]
-        made, clip_norm = self._made(REHEARSED), self._config.privacy.clip_norm
-        for records in (REHEARSED, 1, 0):
-            self._private_steps(
-                lambda indices: made(indices) * (BEYOND * clip_norm),
-                Mechanism(1.0, clip_norm, 1.0, REHEARSED),
-                Randomness.from_entropy(),
-                groups=still,
-                records=records,
-                steps=1,
-            )
+        made, most = self._made(REHEARSED), self._config.privacy.max_records_per_person or 1
+        for units, each in ((REHEARSED, 1), (1, min(most, REHEARSED)), (0, 0)):
+            self._rehearse_step(made, still, np.repeat(np.arange(units), each))
+
+    def _rehearse_step(
+        self, made: LossOf, groups: list[ParameterGroup], owners: NDArray[np.int64]
+    ) -> None:
+        """A step on a made record for each of `owners`, the same one for the same owner."""
+        privacy = self._config.privacy
+        most = privacy.max_records_per_person
+        self._private_steps(
+            lambda indices: made(owners[indices]) * (BEYOND * privacy.clip_norm),
+            Mechanism(1.0, privacy.clip_norm, 1.0, REHEARSED, most),
+            Randomness.from_entropy(),
+            groups=groups,
+            records=len(owners),
+            owners=None if most is None else owners,
+            steps=1,
+        )
 
     def _private_steps(
         self,
@@ -128,6 +154,7 @@ class Trainer:
         *,
         groups: list[ParameterGroup],
         records: int,
+        owners: NDArray[np.int64] | None,
         steps: int,
         meters: Meters | None = None,
     ) -> Measurements:
@@ -144,6 +171,7 @@ class Trainer:
             steps=steps,
             physical_batch=self._config.engine.physical_batch,
             meters=meters,
+            owners=owners,
         )
 
     def _plain_steps(self, loss_of: LossOf, randomness: Randomness, records: int) -> None:
@@ -176,11 +204,20 @@ class Trainer:
 
         return loss_of
 
-    def _prepared(self, site: Site) -> Inputs:
-        """Tokenises and runs the frozen prefix, the first time a site trains."""
-        if site.name not in self._inputs and len(site.records):
-            self._inputs[site.name] = self._prepare(list(site.records.texts))
-        return self._inputs.get(site.name, {})
+    def _prepared(self, site: Site) -> Held:
+        """Caps persons, tokenises and runs the frozen prefix, the first time a site trains."""
+        if site.name in self._held:
+            return self._held[site.name]
+        records = usable(site.records, self._config.privacy)
+        persons = self._config.privacy.mode is PrivacyMode.person
+        held = Held(
+            self._prepare(list(records.texts)) if len(records) else {},
+            torch.from_numpy(records.labels),
+            records.owners() if persons else None,
+        )
+        if len(records):
+            self._held[site.name] = held
+        return held
 
     @torch.no_grad()
     def _prepare(self, texts: list[str]) -> Inputs:

@@ -40,9 +40,10 @@ class TuningMethod(Enum):
 
 
 class PrivacyMode(Enum):
-    """The unit the guarantee protects: one record, or nothing."""
+    """The unit the guarantee protects: one record, one person with all records, or nothing."""
 
     record = "record"
+    person = "person"
     none = "none"
 
 
@@ -114,6 +115,10 @@ class DataConfig:
     """Column that holds the text."""
     label_column: str = "label"
     """Column that holds the class name."""
+    person_column: str = ""
+    """Column that names the person a record is of (csv), by an id that is compared as it stands,
+    surrounding blanks apart. Empty: no persons are known.
+    """
     labels: list[str] = MISSING
     """Class names, in order. From the config and never from private data."""
     holdout_fraction: float = 0.2
@@ -156,7 +161,9 @@ class PrivacyConfig:
     """The guarantee. Every field here changes it."""
 
     mode: PrivacyMode = MISSING
-    """`record`: add or remove one record; `none`: no guarantee."""
+    """What is added or removed: one `record`, or one `person` with all of their records; `none`:
+    no guarantee.
+    """
     epsilon: float = MISSING
     """Bound of the whole run, over all rounds, per site. Dimensionless."""
     delta: float = MISSING
@@ -164,11 +171,22 @@ class PrivacyConfig:
     clip_norm: float = MISSING
     """L2 bound C of one record's gradient, over all trainable parameters."""
     sample_rate: float = MISSING
-    """Poisson rate q: each record enters each step with this probability, independently."""
+    """Poisson rate q: each record, or each person with all their records, enters each step with
+    this probability, independently.
+    """
     noise: NoiseSource = MISSING
     """`entropy` (private) or `seeded` (reproducible, NOT PRIVATE)."""
     noise_multiplier: float | None = None
-    """Sigma, in units of C. None: solved from epsilon, delta, q and the number of steps."""
+    """Sigma, in units of what one record (C) or one person (k C) can do to a sum. None: solved
+    from epsilon, delta, q and the number of steps.
+    """
+    max_records_per_person: int | None = None
+    """k: a site uses at most so many records of a person, in `person` mode only."""
+
+    @property
+    def unit(self) -> str:
+        """What neighbours differ in, as reports and ledgers call it: `person`, else `record`."""
+        return PrivacyMode.person.name if self.mode is PrivacyMode.person else "record"
 
 
 @dataclass(frozen=True)
@@ -231,6 +249,8 @@ class NodeConfig:
     """Tasks that may be trained. Empty: any."""
     tunings: list[TuningMethod] = field(default_factory=list)
     """Ways of tuning that may be used. Empty: any."""
+    units: list[PrivacyMode] = field(default_factory=list)
+    """Units a run may protect. Empty: any."""
 
 
 @dataclass(frozen=True)
@@ -392,6 +412,7 @@ def check_delta(delta: float, records: int, owner: str) -> None:
     """Refuses a delta at which publishing one whole record would still be called private.
 
     Args: records: N, the number of records the guarantee speaks about; owner: whose they are.
+    Of persons there are no more than records: below 1/N delta is below one over either number.
     Raises: ConfigError if delta >= 1/N.
     """
     if records > 0 and delta * records >= 1:
@@ -419,9 +440,33 @@ def _broken(config: Config) -> Iterator[str]:
     public = round(config.data.holdout_fraction + config.data.validation_fraction, 12)
     if public >= 1:
         yield f"data.holdout_fraction + data.validation_fraction={public}: must be below 1"
+    yield from _broken_of_persons(config)
     sites, declared = config.federation.sites, config.data.declared_records
     if declared is not None and 1 <= declared < sites:
         yield f"federation.sites={sites}: must be at most {declared}, the training records"
+
+
+def _broken_of_persons(config: Config) -> Iterator[str]:
+    """What stands and falls with `privacy=person`."""
+    data, most = config.data, config.privacy.max_records_per_person
+    person = config.privacy.mode is PrivacyMode.person
+    if person and (most is None or most < 1):
+        yield f"privacy.max_records_per_person={most}: must be at least 1 with privacy=person"
+    if not person and most is not None:
+        yield (
+            f"privacy.max_records_per_person={most}: must be left out with "
+            f"privacy={config.privacy.mode.name}; only privacy=person bounds persons"
+        )
+    if data.source is DataSource.bbc_news and (person or data.person_column):
+        setting = "privacy=person" if person else f"data.person_column={data.person_column}"
+        yield f"{setting}: data=bbc_news names no persons; give data=csv with data.person_column"
+    elif person and not data.person_column:
+        yield (
+            "data.person_column='': must name the column of person ids with privacy=person; "
+            "give it, or choose privacy=record"
+        )
+    elif data.person_column and data.person_column in (data.text_column, data.label_column):
+        yield f"data.person_column={data.person_column}: must be a column of its own"
 
 
 def _distinct_names(labels: list[str]) -> bool:

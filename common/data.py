@@ -1,10 +1,15 @@
-"""Records: where they come from, which are public, and what is refused."""
+"""Records: where they come from, which are public, and what is refused.
+
+Where a column names persons, whatever is done to one record depends on no other person's: a text
+is repeated only within a person, and a person is public with all records or with none. A rule
+that looked across would let one person's presence change what is done with another's records.
+"""
 
 import hashlib
 import importlib.util
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +27,8 @@ class Records:
     texts: tuple[str, ...]
     labels: NDArray[np.int64]
     """(N,) index into the config's `data.labels`."""
+    persons: tuple[str, ...] | None = field(default=None, repr=False)
+    """(N,) id of the person each record is of; None where nobody says. Never leaves a site."""
 
     def __len__(self) -> int:
         """N, the number of records."""
@@ -30,7 +37,22 @@ class Records:
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> "Records":
         """The records at `indices`, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return Records(tuple(self.texts[i] for i in chosen), self.labels[chosen])
+        persons = self.persons
+        return Records(
+            tuple(self.texts[i] for i in chosen),
+            self.labels[chosen],
+            None if persons is None else tuple(persons[i] for i in chosen),
+        )
+
+    def owners(self) -> NDArray[np.int64]:
+        """(N,) whose each record is, as a number: persons from 0 up, in the order of their ids.
+
+        Raises: ValueError if the records name no persons.
+        """
+        if self.persons is None:
+            raise ValueError("records name no persons")
+        number = {person: index for index, person in enumerate(sorted(set(self.persons)))}
+        return np.array([number[person] for person in self.persons], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -41,38 +63,35 @@ class Splits:
     validation: Records
     holdout: Records
     duplicates: int
-    """Records dropped because their text stood there before."""
+    """Records dropped because their text stood there before, or stands among the public ones;
+    with `data.test_path`, also those whose person stands there.
+    """
 
 
 def load_splits(config: DataConfig) -> Splits:
     """Reads and splits the records.
 
-    Guarantee: the three splits share no text; a record's split depends on its text and
-    `split_seed` only, so adding a record moves no other.
+    Guarantee: the three splits share no text and no person; a record's split depends on
+    `split_seed` and its text only, or its person's id, so adding a record moves no other.
     Raises: ConfigError if the source, a column or a label is not what the config says.
     """
     check_files(config)
     rows = _read_bbc_news(config) if config.source is DataSource.bbc_news else _read_csv(config)
-    records, duplicates = _deduplicate(rows)
+    records, read = _deduplicate(rows), len(rows)
     place = _places(records, config.split_seed)
     holdout_end = config.holdout_fraction
     validation_end = holdout_end + config.validation_fraction
     if config.test_path:
-        holdout, dropped = _deduplicate(_read_table(config, config.test_path, "data.test_path"))
-        public = set(holdout.texts)
-        keep = np.array([text not in public for text in records.texts])
-        duplicates += dropped + int((~keep).sum())
-        records, place = records.subset(np.flatnonzero(keep)), place[keep]
+        test = _read_table(config, config.test_path, "data.test_path")
+        holdout, read = _deduplicate(test), read + len(test)
         validation_end, holdout_end = config.validation_fraction, 0.0
     else:
         holdout = records.subset(np.flatnonzero(place < holdout_end))
     inside = (place >= holdout_end) & (place < validation_end)
-    return Splits(
-        train=records.subset(np.flatnonzero(place >= validation_end)),
-        validation=records.subset(np.flatnonzero(inside)),
-        holdout=holdout,
-        duplicates=duplicates,
-    )
+    validation = _apart(records.subset(np.flatnonzero(inside)), holdout)
+    train = _apart(records.subset(np.flatnonzero(place >= validation_end)), holdout, validation)
+    kept = len(train) + len(validation) + len(holdout)
+    return Splits(train, validation, holdout, duplicates=read - kept)
 
 
 def check_files(config: DataConfig) -> None:
@@ -83,15 +102,32 @@ def check_files(config: DataConfig) -> None:
 
 
 def _places(records: Records, seed: int) -> NDArray[np.float64]:
-    """(N,) where each text falls in [0, 1), by hash: independent of order and of other texts."""
-    hashes = [hashlib.sha256(f"{seed}:{text}".encode()).digest()[:8] for text in records.texts]
+    """(N,) where each text, or person, falls in [0, 1), by hash: whatever the order and others."""
+    names = records.texts if records.persons is None else records.persons
+    hashes = [hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8] for name in names]
     return np.array([int.from_bytes(h, "big") / 2**64 for h in hashes])
 
 
-def _deduplicate(rows: Records) -> tuple[Records, int]:
-    """First occurrence of every text: a repeated record would be protected at a worse epsilon."""
-    first = list({text: index for index, text in reversed(list(enumerate(rows.texts)))}.values())
-    return rows.subset(sorted(first)), len(rows) - len(first)
+def _deduplicate(rows: Records) -> Records:
+    """First occurrence of every text: a repeated record would be protected at a worse epsilon.
+
+    With persons, of every text of a person: two persons may have written the same.
+    """
+    keys = rows.texts if rows.persons is None else [*zip(rows.persons, rows.texts, strict=True)]
+    first = {key: index for index, key in reversed(list(enumerate(keys)))}
+    return rows.subset(sorted(first.values()))
+
+
+def _apart(records: Records, *public: Records) -> Records:
+    """The records whose text, and person, stand in none of the public ones: those are fixed."""
+    texts = {text for part in public for text in part.texts}
+    persons = {person for part in public for person in part.persons or ()}
+    owners = records.persons or records.texts  # a text is no person: nothing is dropped for it
+    apart = [
+        text not in texts and owner not in persons
+        for text, owner in zip(records.texts, owners, strict=True)
+    ]
+    return records.subset(np.flatnonzero(apart))
 
 
 def _read_bbc_news(config: DataConfig) -> Records:
@@ -122,6 +158,7 @@ def _read_table(config: DataConfig, path: str, name: str) -> Records:
     columns = {
         "data.text_column": config.text_column,
         "data.label_column": config.label_column,
+        **({"data.person_column": config.person_column} if config.person_column else {}),
     }
     table = _open_csv(path, name)
     for setting, column in columns.items():
@@ -133,6 +170,7 @@ def _read_table(config: DataConfig, path: str, name: str) -> Records:
             )
     texts = table[config.text_column]
     labels = table[config.label_column]
+    persons = _persons(table, config, name, path)
     index = {label: position for position, label in enumerate(config.labels)}
     for row, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):
         if not text.strip():
@@ -144,7 +182,21 @@ def _read_table(config: DataConfig, path: str, name: str) -> Records:
     return Records(
         tuple(" ".join(text.split()) for text in texts),
         np.array([index[label] for label in labels], dtype=np.int64),
+        persons,
     )
+
+
+def _persons(
+    table: pd.DataFrame, config: DataConfig, name: str, path: str
+) -> tuple[str, ...] | None:
+    """The ids of a table's persons; no message repeats one. Raises: ConfigError if one is empty."""
+    if not config.person_column:
+        return None
+    persons = tuple(str(person).strip() for person in table[config.person_column])
+    if "" in persons:
+        row = persons.index("") + 1
+        raise ConfigError(f"{name}={path}: row {row} has an empty {config.person_column}")
+    return persons
 
 
 def _open_csv(path: str, name: str) -> pd.DataFrame:

@@ -1,10 +1,16 @@
-"""Partition: how a simulation deals one dataset to many sites."""
+"""Partition: how a simulation deals one dataset to many sites.
+
+Where records name persons, persons are dealt, each with all of their records: the bound of a
+person at two sites would be the sum of two. Of what a person has written the most frequent label
+stands for them where labels are skewed.
+"""
 
 import warnings
 
 import numpy as np
 from datasets import Dataset
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
+from numpy.typing import NDArray
 
 from common.config import FederationConfig, Partition
 from common.data import Records
@@ -14,32 +20,54 @@ from common.errors import ConfigError
 def deal(records: Records, config: FederationConfig, *, seed: int) -> list[Records]:
     """The records of each site: disjoint, all of them dealt, the same for the same seed.
 
-    Raises: ConfigError if there are more sites than records, or no such Dirichlet deal exists.
+    Guarantee: no person's records are at two sites. Raises: ConfigError if there are more sites
+    than records, or persons, or no such Dirichlet deal exists.
     """
-    if config.sites > len(records):
+    if records.persons is None:
+        return [records.subset(rows) for rows in _dealt(records.labels, "records", config, seed)]
+    owners = records.owners()
+    labels = _usual_labels(owners, records.labels)
+    return [
+        records.subset(np.flatnonzero(np.isin(owners, persons)))
+        for persons in _dealt(labels, "persons", config, seed)
+    ]
+
+
+def _usual_labels(owners: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(P,) each person's most frequent label; of several the first."""
+    counts = np.zeros((int(owners.max(initial=-1)) + 1, int(labels.max(initial=0)) + 1), np.int64)
+    np.add.at(counts, (owners, labels), 1)
+    return np.asarray(counts.argmax(1), dtype=np.int64)
+
+
+def _dealt(
+    labels: NDArray[np.int64], what: str, config: FederationConfig, seed: int
+) -> list[NDArray[np.int64]]:
+    """Whom each site gets, of those with these labels, by index."""
+    if config.sites > len(labels):
         raise ConfigError(
-            f"federation.sites={config.sites}: must be at most {len(records)}, "
-            "the number of training records"
+            f"federation.sites={config.sites}: must be at most {len(labels)}, "
+            f"the number of training {what}"
         )
-    order = np.random.default_rng(seed).permutation(len(records))
-    rows = Dataset.from_dict({"row": order.tolist(), "label": records.labels[order].tolist()})
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rows = Dataset.from_dict({"row": order.tolist(), "label": labels[order].tolist()})
     partitioner = _partitioner(config, seed)
     partitioner.dataset = rows
     try:
         with warnings.catch_warnings():
             # Each failed Dirichlet attempt warns; what matters is whether one succeeds.
             warnings.simplefilter("ignore", UserWarning)
-            return _load(partitioner, records, config.sites)
+            return _load(partitioner, config.sites)
     except ValueError as error:
         raise ConfigError(
             f"federation.dirichlet_alpha={config.dirichlet_alpha:g}: no deal gives every one of "
-            f"{config.sites} sites a record; raise it, or lower federation.sites"
+            f"{config.sites} sites one of the {what}; raise it, or lower federation.sites"
         ) from error
 
 
-def _load(partitioner: Partitioner, records: Records, sites: int) -> list[Records]:
+def _load(partitioner: Partitioner, sites: int) -> list[NDArray[np.int64]]:
     rows = [partitioner.load_partition(site)["row"] for site in range(sites)]
-    return [records.subset(np.array(indices, dtype=np.int64)) for indices in rows]
+    return [np.array(indices, dtype=np.int64) for indices in rows]
 
 
 def _partitioner(config: FederationConfig, seed: int) -> Partitioner:

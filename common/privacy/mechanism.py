@@ -13,9 +13,20 @@ class Mechanism:
     """Sampler rate, clip bound, noise scale, divisor and accounting event of a private step.
 
     One step draws each record with probability `sample_rate`, clips its gradient to
-    `clip_norm`, sums, adds N(0, (noise_multiplier * clip_norm)^2) to every coordinate and
-    divides by the constant `divisor`. It costs `event(1)` under add-or-remove-one-record.
+    `clip_norm`, sums, adds N(0, noise_std^2) to every coordinate and divides by the constant
+    `divisor`. It costs `event(1)` under add-or-remove-one-record.
     Source: Abadi et al. (2016), arXiv:1607.00133.
+
+    With `max_records_per_person` it draws persons, each with all of their records, and costs
+    the same `event(1)` under add-or-remove-one-person: whoever is drawn moves the sum by at most
+    `sensitivity`, to which the noise is scaled. Source: sampling of whole users, McMahan et al.
+    (2018), arXiv:1710.06963; clipped records of at most k a user, Charles et al. (2024),
+    arXiv:2407.07737 (there records are drawn, here users); decision 0010.
+
+    >>> one = Mechanism(2.0, 0.5, 0.1, 100)
+    >>> four = Mechanism(2.0, 0.5, 0.1, 100, max_records_per_person=4)
+    >>> one.noise_std, four.noise_std, one.event(3) == four.event(3), four.divisor
+    (1.0, 4.0, True, 10.0)
     """
 
     noise_multiplier: float
@@ -25,15 +36,22 @@ class Mechanism:
     """Public constant: records per site, by declaration. Not the site's true number. None while
     a plan is priced before it is known; such a mechanism cannot take a step.
     """
+    max_records_per_person: int | None = None
+    """k, where persons are drawn; None where each record is drawn by itself."""
+
+    @property
+    def sensitivity(self) -> float:
+        """How far one record, or one person, moves the clipped sum at most: C, or k C."""
+        return self.clip_norm * (self.max_records_per_person or 1)
 
     @property
     def noise_std(self) -> float:
         """Standard deviation of the noise on the clipped sum, in parameter units."""
-        return self.noise_multiplier * self.clip_norm
+        return self.noise_multiplier * self.sensitivity
 
     @property
     def divisor(self) -> float:
-        """Expected batch size q * N_declared; never the realised one, which is private.
+        """Expected batch size q * N_declared, in records; never the realised one, which is private.
 
         Raises: ConfigError if N is not declared.
         """
@@ -51,7 +69,7 @@ class Mechanism:
 def mechanism_of(config: Config) -> Mechanism:
     """The mechanism a config asks for; without privacy, one that adds no noise.
 
-    Raises: ConfigError if sigma is not resolved.
+    Raises: ConfigError if sigma is not resolved, or persons are protected without a bound k.
     """
     records = config.data.declared_records
     return Mechanism(
@@ -59,12 +77,22 @@ def mechanism_of(config: Config) -> Mechanism:
         clip_norm=config.privacy.clip_norm,
         sample_rate=config.privacy.sample_rate,
         declared_records=None if records is None else records / config.federation.sites,
+        max_records_per_person=_most_per_person(config),
     )
 
 
 def round_event(config: Config) -> Event:
     """What one round costs a site. Raises: ConfigError if sigma is not resolved."""
     return mechanism_of(config).event(config.federation.local_steps)
+
+
+def _most_per_person(config: Config) -> int | None:
+    if config.privacy.mode is not PrivacyMode.person:
+        return None
+    most = config.privacy.max_records_per_person
+    if most is None or most < 1:
+        raise ConfigError(f"privacy.max_records_per_person={most}: must be at least 1")
+    return most
 
 
 def _sigma(config: Config) -> float:

@@ -6,10 +6,24 @@ from numpy.typing import NDArray
 from common.privacy.noise import Randomness
 
 
-def poisson_sample(records: int, *, sample_rate: float, coins: Randomness) -> NDArray[np.int64]:
-    """Indices of the records that one step looks at.
+def poisson_sample(units: int, *, sample_rate: float, coins: Randomness) -> NDArray[np.int64]:
+    """Indices of the records, or of the persons, that one step looks at.
 
-    Guarantee: each of `records` is in, independently, with probability `sample_rate` (to
+    Guarantee: each of `units` is in, independently, with probability `sample_rate` (to
     within 2^-53); the sample may be empty, and its size is private.
     """
-    return np.flatnonzero(coins.uniform(records) < sample_rate)
+    return np.flatnonzero(coins.uniform(units) < sample_rate)
+
+
+def records_of(persons: NDArray[np.int64], owners: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indices of all records of the persons drawn, in ascending order.
+
+    Args: persons: (D,) those drawn; owners: (N,) number of the person each record is of.
+    Guarantee: a person's records are all in or all out.
+
+    >>> records_of(np.array([0, 2]), np.array([2, 0, 1, 2]))
+    array([0, 1, 3])
+    """
+    drawn = np.zeros(int(owners.max(initial=-1)) + 1, dtype=bool)
+    drawn[persons] = True
+    return np.flatnonzero(drawn[owners])

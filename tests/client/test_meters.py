@@ -52,7 +52,7 @@ def sampler_of(rate):
 
 def read_all(meter, drawn, records):
     for sample in drawn:
-        meter.read(sample, records=records)
+        meter.read(sample, units=records)
 
 
 # Silence.
@@ -333,23 +333,25 @@ def test_a_sum_longer_than_its_records_allow_alarms(records):
     longest = records * MECHANISM.clip_norm
     meter = Meters(MECHANISM)
     meter.check_sum(
-        sums_of(torch.tensor([0.6 * longest]), torch.tensor([0.8 * longest])), records=records
+        sums_of(torch.tensor([0.6 * longest]), torch.tensor([0.8 * longest])),
+        records=records,
+        units=records,
     )
     for total in (1.001 * longest, float("nan"), float("inf")):
         with pytest.raises(PrivacyRefusedError, match=r"^clip-bound: "):
-            meter.check_sum(sums_of(torch.tensor([total])), records=records)
+            meter.check_sum(sums_of(torch.tensor([total])), records=records, units=records)
 
 
 def test_a_sum_of_nobody_is_zero():
     meter = Meters(MECHANISM)
-    meter.check_sum(sums_of(torch.zeros(3)), records=0)
+    meter.check_sum(sums_of(torch.zeros(3)), records=0, units=0)
     with pytest.raises(PrivacyRefusedError, match=r"^clip-bound: "):
-        meter.check_sum(sums_of(torch.tensor([1e-6])), records=0)
+        meter.check_sum(sums_of(torch.tensor([1e-6])), records=0, units=0)
 
 
 def one_step(meter, draw, *, drawn=True, noised=True):
     if drawn:
-        meter.sampler.read(poisson_sample(10, sample_rate=0.5, coins=draw), records=10)
+        meter.sampler.read(poisson_sample(10, sample_rate=0.5, coins=draw), units=10)
     if noised:
         noise = torch.from_numpy(draw.normal(300)) * MECHANISM.noise_std
         meter.noise.read(torch.zeros(300), (noise / MECHANISM.divisor).float())

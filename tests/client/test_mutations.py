@@ -157,10 +157,10 @@ def check_fresh_coins(config):
     """Two sites that are asked the same, with the same config, draw different records."""
     original, drawn = SamplerMeter.read, []
 
-    def spying(self, sample, *, records):
-        if records == RECORDS:
+    def spying(self, sample, *, units):
+        if units == RECORDS:
             drawn[-1].append(sample.tolist())
-        original(self, sample, records=records)
+        original(self, sample, units=units)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SamplerMeter, "read", spying)
@@ -547,7 +547,8 @@ def replayed(config, site, round_number):
     vector = parameters.flatten(trainer._model)
     update = trainer.train(site, vector, round_number=round_number)[0] - vector
     parameters.load(trainer._model, vector)
-    loss_of = trainer._loss_of(trainer._prepared(site), site.labels)
+    held = trainer._prepared(site)
+    loss_of = trainer._loss_of(held.inputs, held.labels)
     engine, mechanism, sums = Loop(trainer._model), mechanism_of(config), {}
     engine.add_clipped(loss_of, np.arange(len(site.records)), mechanism.clip_norm, sums)
     stream = Randomness.seeded(config.seed, site.name, round_number)

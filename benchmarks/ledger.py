@@ -212,7 +212,7 @@ def forget_prices() -> None:
 
 def commit(ledger: Ledger, run: str, event: Event, count: int) -> None:
     """A run of so many rounds, and no spare one."""
-    ledger.commit(run, event, rounds=count, spare_rounds=0, plan=HASH, model="tiny")
+    ledger.commit(run, event, rounds=count, spare_rounds=0, plan=HASH, model="tiny", unit="record")
 
 
 def fill(ledger: Ledger, entries: int) -> None:

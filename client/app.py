@@ -111,6 +111,10 @@ def _check_price(site: Site, instruction: Instruction) -> None:
     if not within([whole], epsilon=config.privacy.epsilon, delta=config.privacy.delta):
         raise _BudgetExhaustedError(f"the run would exceed epsilon {config.privacy.epsilon:g}")
     books = _ledger(site).books
+    if config.privacy.unit != books.unit:  # a record's price says nothing about a person's
+        raise VerificationError(f"instruction: its unit is not the ledger's, {books.unit}")
+    if config.privacy.unit == "person" and site.records.persons is None:
+        raise VerificationError("instruction: the records of this site name no persons")
     if config.privacy.delta < books.delta:  # the ledger can prove nothing at a smaller one
         raise VerificationError(f"instruction: its delta is below the ledger's, {books.delta:g}")
     plan = books.plans.get(instruction.run_id)
@@ -140,6 +144,7 @@ def _reserve(ledger: Ledger, instruction: Instruction, charge: Event) -> int:
                 spare_rounds=0,
                 plan=config_hash(config),
                 model=config.model.name,
+                unit=config.privacy.unit,
             )
         return ledger.reserve(instruction.run_id, instruction.round, charge)
     except PrivacyRefusedError as error:

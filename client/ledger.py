@@ -62,6 +62,8 @@ class Terms:
     delta: float
     officer_key: str
     """Public key, in hex, that signs changes of the cap: not the site's."""
+    unit: str = "record"
+    """What the cap protects, `record` or `person`; runs of another unit are refused."""
 
 
 class Store:
@@ -245,9 +247,21 @@ class Ledger:
                 self.append(Kind.DATASET, {"dataset_root": root})
 
     def commit(
-        self, run: str, event: Event, *, rounds: int, spare_rounds: int, plan: str, model: str
+        self,
+        run: str,
+        event: Event,
+        *,
+        rounds: int,
+        spare_rounds: int,
+        plan: str,
+        model: str,
+        unit: str,
     ) -> None:
-        """Commits a run: from now on its rounds may be reserved. `plan`: its config's hash."""
+        """Commits a run: from now on its rounds may be reserved.
+
+        Args: plan: its config's hash; unit: whose presence `event` is the price of.
+        Raises: VerificationError if that is not the ledger's unit.
+        """
         with self._store.together():
             self.append(
                 Kind.PLAN,
@@ -255,6 +269,7 @@ class Ledger:
                     "run": run,
                     "plan": plan,
                     "model": model,
+                    "unit": unit,
                     "event": event_body(event),
                     "rounds": rounds,
                     "spare_rounds": spare_rounds,
@@ -349,7 +364,7 @@ def _genesis(site: str, terms: Terms, site_key: str) -> dict[str, Any]:
         "site": site,
         "dataset": terms.dataset,
         "dataset_root": terms.dataset_root,
-        "unit": "record",
+        "unit": terms.unit,
         "relation": "add_or_remove_one",
         "cap": terms.cap,
         "delta": terms.delta,

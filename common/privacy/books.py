@@ -9,6 +9,10 @@ fixed in advance. `filter`: any time, by a Renyi filter at the one order fixed a
 (Feldman & Zrnic 2021, arXiv:2008.11193): what was charged, what open plans may still charge, and
 the new plan add up at that order. It holds for parameters chosen after seeing models, and costs
 8 to 40 percent of the budget.
+
+An event is the price of a unit's presence, a record's or a person's, and a ledger takes events of
+its own unit only. A record's price says too little about a person; a person's is no bound for one
+record among others of that person (decision 0010).
 """
 
 import math
@@ -92,6 +96,11 @@ class Books:
     filtered: bool = False
     """Whether anything was admitted by `filter`."""
     hashes: list[str] = field(default_factory=list)
+
+    @property
+    def unit(self) -> str:
+        """What neighbouring datasets differ in, `record` or `person`: of every epsilon here."""
+        return str(self.genesis["unit"])
 
     @property
     def delta(self) -> float:
@@ -300,6 +309,8 @@ def _take_misc(books: Books, entry: Entry) -> None:
 
 def _admit(books: Books, entry: Entry, event: Event) -> None:
     admission = entry.body["admission"]
+    if entry.body["unit"] != books.unit:
+        _fault(entry, f"is priced by {entry.body['unit']}, in a ledger whose unit is {books.unit}")
     if admission == "plan" and not books.all_fixed():
         _fault(entry, "is admitted as a plan after an output may have been seen")
     if not books.admits(event, admission):

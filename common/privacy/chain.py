@@ -116,13 +116,15 @@ _SMALL_ORDER = {
 }
 """Encodings, without their sign bit, of the points of order 8 or less (libsodium's list)."""
 _MODE = _one_of("plan", "filter")
+_UNIT = _one_of("record", "person")
+"""Whose presence an event is the price of."""
 BODIES: dict[Kind, dict[str, _Check]] = {
     Kind.GENESIS: {
         "version": _count,
         "site": _text,
         "dataset": _text,
         "dataset_root": _hash,
-        "unit": _one_of("record"),
+        "unit": _UNIT,
         "relation": _one_of("add_or_remove_one"),
         "cap": _positive,
         "delta": _positive,
@@ -134,6 +136,7 @@ BODIES: dict[Kind, dict[str, _Check]] = {
         "run": _text,
         "plan": _hash,
         "model": _text,
+        "unit": _UNIT,
         "event": _event,
         "rounds": lambda value: _count(value) and 1 <= value <= MANY,
         "spare_rounds": lambda value: _count(value) and value <= MANY,
@@ -152,7 +155,7 @@ BODIES: dict[Kind, dict[str, _Check]] = {
         "reason": _one_of("crash", "failure"),
     },
     Kind.RECEIPT: {"seq": _count, "hash": _hash, "coordinator_key": _key, "signature": _signature},
-    Kind.MISC_EVENT: {"purpose": _text, "event": _event, "admission": _MODE},
+    Kind.MISC_EVENT: {"purpose": _text, "unit": _UNIT, "event": _event, "admission": _MODE},
     Kind.CAP_CHANGE: {"cap": _positive, "officer_signature": _signature},
     Kind.DATASET: {"dataset_root": _hash},
     Kind.AUDIT: {"report": _hash, "lower_bound": _real, "verdict": _text},

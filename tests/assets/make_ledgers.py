@@ -1,4 +1,4 @@
-"""Makes `tests/assets/ledgers`: two good ledgers, and one with each fault, and only that.
+"""Makes `tests/assets/ledgers`: three good ledgers, and one with each fault, and only that.
 
 Run it to write them anew, byte for byte: keys, nonces, times and claims are fixed here. Entries
 are signed properly whatever they say: the books' own rules hold for nothing in this file.
@@ -87,6 +87,7 @@ class Pen:
             "run": run,
             "plan": digest(run),
             "model": "tiny",
+            "unit": self.entries[0].body["unit"] if self.entries else "record",
             "event": event_body(ROUND),
             "rounds": 2,
             "spare_rounds": 1,
@@ -119,7 +120,12 @@ class Pen:
         self.release(reservation)
 
     def misc(self, event, **changes):
-        body = {"purpose": "count", "event": event_body(event), "admission": "plan"}
+        body = {
+            "purpose": "count",
+            "unit": self.entries[0].body["unit"],
+            "event": event_body(event),
+            "admission": "plan",
+        }
         return self.write(Kind.MISC_EVENT, **body | changes)
 
     def cap(self, cap, *, key=OFFICER, after=None, signed_cap=None):
@@ -195,6 +201,15 @@ def eventful():
     pen.write(Kind.AUDIT, report=digest("report"), lower_bound=0.31, verdict="consistent")
     pen.cap(4.0)
     pen.write(Kind.CLOSE, run="a")
+    return pen
+
+
+def of_persons():
+    """A run by person, in a ledger whose unit is the person."""
+    pen = Pen(unit="person")
+    pen.plan()
+    pen.answer(1)
+    pen.answer(2)
     return pen
 
 
@@ -319,6 +334,12 @@ def spliced():
     return pen
 
 
+def without_unit():
+    """A plan as it was before units were in it."""
+    body = {name: value for name, value in begun().entries[1].body.items() if name != "unit"}
+    return after_genesis(Kind.PLAN, **body)
+
+
 def without_genesis():
     pen = Pen()
     pen.entries.clear()
@@ -381,6 +402,15 @@ RULES = {
     "filter-over-cap": lambda: made(half, ("plan", "b", {"admission": "filter", "rounds": 4})),
     "misc-over-cap": lambda: made(half, ("misc", Event(0.8, 1.0, 1), {"admission": "filter"})),
     "misc-plan-after-release": lambda: made(half, ("misc", Event(30.0, 1.0, 1))),
+    "record-plan-in-person-ledger": lambda: made(
+        lambda: Pen(unit="person"), ("plan", {"unit": "record"})
+    ),
+    "person-plan-in-record-ledger": lambda: made(Pen, ("plan", {"unit": "person"})),
+    "record-misc-in-person-ledger": lambda: made(
+        lambda: Pen(unit="person"), ("misc", Event(30.0, 1.0, 1), {"unit": "record"})
+    ),
+    "plan-of-unknown-unit": lambda: made(Pen, ("plan", {"unit": "user"})),
+    "plan-without-unit": without_unit,
     "no-noise": lambda: made(Pen, ("plan", priced(noise_multiplier=1e-4))),
     "run-planned-twice": lambda: made(begun, ("plan",)),
     "closed-twice": lambda: made(closed, ("write", Kind.CLOSE, {"run": "a"})),
@@ -401,7 +431,9 @@ RULES = {
     "unknown-version": lambda: Pen(version=2),
     "unknown-unit": lambda: Pen(unit="user"),
     "unknown-field": lambda: made(half, ("reserve", 2, {"free": True})),
-    "missing-field": lambda: after_genesis(Kind.MISC_EVENT, purpose="x", admission="plan"),
+    "missing-field": lambda: after_genesis(
+        Kind.MISC_EVENT, purpose="x", unit="record", admission="plan"
+    ),
     "negative-noise": lambda: made(Pen, ("plan", priced(noise_multiplier=-2.2))),
     "fraction-of-a-step": lambda: made(Pen, ("plan", priced(steps=4.5))),
     "true-for-one": lambda: made(begun, ("reserve", 1, {"attempt": True})),
@@ -518,7 +550,7 @@ FILES = {
 }
 """Each a text in which one thing is wrong."""
 
-GOOD = {"finished": finished, "eventful": eventful}
+GOOD = {"finished": finished, "eventful": eventful, "of-persons": of_persons}
 
 
 def contents():

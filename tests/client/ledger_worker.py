@@ -20,8 +20,8 @@ LIMIT_S = 60
 """A forgotten worker ends by itself."""
 
 
-def terms(cap=3.0):
-    return Terms("letters", HASH, cap, DELTA, HASH)
+def terms(cap=3.0, unit="record"):
+    return Terms("letters", HASH, cap, DELTA, HASH, unit)
 
 
 def measured(event=CHEAP):
@@ -34,8 +34,16 @@ def measured(event=CHEAP):
     )
 
 
-def commit(ledger, run=RUN, event=CHEAP, *, rounds=1000, spare_rounds=1000):
-    ledger.commit(run, event, rounds=rounds, spare_rounds=spare_rounds, plan=HASH, model="tiny")
+def commit(ledger, run=RUN, event=CHEAP, *, rounds=1000, spare_rounds=1000, unit="record"):
+    ledger.commit(
+        run,
+        event,
+        rounds=rounds,
+        spare_rounds=spare_rounds,
+        plan=HASH,
+        model="tiny",
+        unit=unit,
+    )
 
 
 def content_of(reservation):

@@ -26,7 +26,7 @@ SINGLE = Event(30.0, 1.0, 1)
 class Site:
     """Writes entries as a site does, each under the rules; keeps the lines and its own counts."""
 
-    def __init__(self, cap=3.0):
+    def __init__(self, cap=3.0, unit="record"):
         self.books, self.lines, self.key = Books(), [], SITE
         self.charges, self.promised = [], []
         self.take(
@@ -35,7 +35,7 @@ class Site:
             site="clinic",
             dataset="letters",
             dataset_root="0" * 64,
-            unit="record",
+            unit=unit,
             relation="add_or_remove_one",
             cap=cap,
             delta=DELTA,
@@ -56,12 +56,13 @@ class Site:
         self.lines.append(entry.line)
         return entry.seq
 
-    def plan(self, run="a", event=ROUND, *, rounds=2, spares=1, admission="plan"):
+    def plan(self, run="a", event=ROUND, *, rounds=2, spares=1, admission="plan", unit=None):
         self.take(
             Kind.PLAN,
             run=run,
             plan="1" * 64,
             model="tiny",
+            unit=unit or self.books.unit,
             event=event_body(event),
             rounds=rounds,
             spare_rounds=spares,
@@ -100,8 +101,14 @@ class Site:
     def close(self, run="a"):
         self.take(Kind.CLOSE, run=run)
 
-    def misc(self, event=SINGLE, admission="plan"):
-        self.take(Kind.MISC_EVENT, purpose="x", event=event_body(event), admission=admission)
+    def misc(self, event=SINGLE, admission="plan", unit=None):
+        self.take(
+            Kind.MISC_EVENT,
+            purpose="x",
+            unit=unit or self.books.unit,
+            event=event_body(event),
+            admission=admission,
+        )
         self.charges.append(event)
 
     def cap(self, cap):
@@ -574,3 +581,24 @@ def test_the_books_contain_every_head_they_went_through_and_no_other():
         assert not site.books.contains(Head(seq, "f" * 64))
     assert not site.books.contains(Head(2, heads[1].hash))
     assert not site.books.contains(Head(-1, heads[-1].hash))
+
+
+# Units.
+
+
+@pytest.mark.parametrize(("unit", "other"), [("record", "person"), ("person", "record")])
+@pytest.mark.parametrize("admission", ["plan", "filter"])
+def test_a_ledger_takes_events_of_its_own_unit_only(unit, other, admission):
+    site = Site(unit=unit)
+    for wrong in (site.plan, site.misc):
+        refuses(
+            wrong,
+            admission=admission,
+            unit=other,
+            error=VerificationError,
+            match=rf"is priced by {other}, in a ledger whose unit is {unit}$",
+        )
+    assert not site.books.plans
+    site.plan(admission=admission)
+    site.answer(1)
+    assert site.books.unit == unit

@@ -113,7 +113,7 @@ def _check_price(site: Site, instruction: Instruction) -> None:
     books = _ledger(site).books
     if config.privacy.unit != books.unit:  # a record's price says nothing about a person's
         raise VerificationError(f"instruction: its unit is not the ledger's, {books.unit}")
-    if config.privacy.unit == "person" and site.records.persons is None:
+    if config.privacy.mode is PrivacyMode.person and site.records.persons is None:
         raise VerificationError("instruction: the records of this site name no persons")
     if config.privacy.delta < books.delta:  # the ledger can prove nothing at a smaller one
         raise VerificationError(f"instruction: its delta is below the ledger's, {books.delta:g}")

@@ -45,22 +45,26 @@ def ledger(invocation: Invocation) -> None:
         officer_key: Annotated[
             str, typer.Option(help="The officer's public key, 64 hex digits, or a new key file.")
         ],
+        unit: Annotated[
+            str, typer.Option(help="What the cap protects: record, or person.")
+        ] = "record",
     ) -> None:
         """Makes a ledger for each site of a dataset.
 
         OFFICER-KEY is a public key; where it names a file that does not exist, a key is made
-        there: give it to the officer and keep no copy at the site.
+        there: give it to the officer and keep no copy at the site. A ledger takes runs of its
+        own unit only.
 
         Example: coterie ledger init books.db --cap 8 --delta 1e-5 --dataset notes
         --site ward-1 --officer-key officer.key
         """
-        check_terms(cap, delta)
+        check_terms(cap, delta, unit)
         if ledger.exists():
             raise ConfigError(f"{ledger}: exists already; a ledger is never overwritten")
         public = _officer(officer_key)
         with Store.create(ledger) as store, store.together():
             for name in site:
-                store.open(name, Terms(dataset, NO_ROOT, cap, delta, public))
+                store.open(name, Terms(dataset, NO_ROOT, cap, delta, public, unit))
         _answer(invocation, {"ledger": str(ledger), "site_key": chain.public_hex(store.key)})
 
     def show(ledger: LedgerArgument) -> None:
@@ -159,6 +163,7 @@ def _one(argument: str) -> Iterator[Ledger]:
 def _state(books: Books) -> dict[str, Any]:
     return {
         "dataset": books.genesis["dataset"],
+        "unit": books.unit,
         "epsilon": {
             "proved": number(books.spent()),
             "pld": number(books.spent_pld()),
@@ -180,13 +185,14 @@ def _state(books: Books) -> dict[str, Any]:
 
 def _show(states: dict[str, dict[str, Any]], console: Console) -> None:
     table = Table(title="Privacy spent", title_justify="left")
-    for column in ("site", "of its cap", "epsilon", "rounds", "lost", "left", "head"):
+    for column in ("site", "unit", "of its cap", "epsilon", "rounds", "lost", "left", "head"):
         table.add_column(column, no_wrap=column != "site")
     for name, state in states.items():
         spent, cap = state["epsilon"]["proved"], state["cap"]
         left = sum(plan["rounds_left"] for plan in state["plans"])
         table.add_row(
             name,
+            state["unit"],
             _bar(spent / cap),
             f"{shown(spent)} of {cap:g}",
             str(state["rounds"]),
@@ -196,9 +202,9 @@ def _show(states: dict[str, dict[str, Any]], console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "epsilon: how much better than by guessing anybody can tell whether one record was used, "
-        "over everything ever released;\nleft: rounds that are committed and not yet charged; "
-        "lost: rounds that were charged and released nothing.",
+        "epsilon: how much better than by guessing anybody can tell whether one record (or one "
+        "person, by unit) was used, over everything ever released;\nleft: rounds that are "
+        "committed and not yet charged; lost: rounds that were charged and released nothing.",
         highlight=False,
     )
 
@@ -214,6 +220,7 @@ def _verdict_object(verdict: Verified) -> dict[str, Any]:
         "ok": True,
         "site": verdict.books.genesis["site"],
         "dataset": verdict.books.genesis["dataset"],
+        "unit": verdict.books.unit,
         "officer_key": verdict.books.genesis["officer_key"],
         "entries": verdict.books.head.seq,
         "admission": verdict.books.admission(),
@@ -236,7 +243,7 @@ def _show_verdict(verdict: Verified, file: Path, console: Console) -> None:
     books = verdict.books
     console.print(
         f"{file}: nothing wrong in {books.head.seq} entries of {books.genesis['site']}, dataset "
-        f"{books.genesis['dataset']}; epsilon {shown(books.spent())} (PLD "
+        f"{books.genesis['dataset']}; unit {books.unit}; epsilon {shown(books.spent())} (PLD "
         f"{shown(verdict.epsilon_pld)}, RDP {shown(verdict.epsilon_rdp)}) of cap {books.cap:g} at "
         f"delta {books.delta:g}; head {books.head}; officer {books.genesis['officer_key']}",
         highlight=False,

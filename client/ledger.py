@@ -358,7 +358,7 @@ class Ledger:
 
 
 def _genesis(site: str, terms: Terms, site_key: str) -> dict[str, Any]:
-    check_terms(terms.cap, terms.delta)
+    check_terms(terms.cap, terms.delta, terms.unit)
     return {
         "version": chain.VERSION,
         "site": site,
@@ -374,8 +374,10 @@ def _genesis(site: str, terms: Terms, site_key: str) -> dict[str, Any]:
     }
 
 
-def check_terms(cap: float, delta: float) -> None:
-    """Raises: ConfigError for a cap or delta that bounds nothing."""
+def check_terms(cap: float, delta: float, unit: str = "record") -> None:
+    """Raises: ConfigError for a cap or delta that bounds nothing, or a unit that is none."""
+    if unit not in chain.UNITS:
+        raise ConfigError(f"unit={unit}: must be {' or '.join(chain.UNITS)}")
     if not 0 < cap < math.inf:
         raise ConfigError(f"cap={cap}: must be a finite number above 0")
     if not 0 < delta < 1:

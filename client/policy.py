@@ -39,6 +39,8 @@ def _broken(policy: NodeConfig, config: Config) -> Iterator[str]:
         yield f"model {config.model.name} is not one of {', '.join(policy.models)}"
     if policy.tasks and config.task.name not in policy.tasks:
         yield f"task {config.task.name.name} is not allowed"
+    if policy.units and config.privacy.mode not in policy.units:
+        yield f"unit {config.privacy.mode.name} is not allowed"
     if policy.tunings and config.tuning.method not in policy.tunings:
         yield f"tuning {config.tuning.method.name} is not allowed"
 

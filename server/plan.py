@@ -12,7 +12,14 @@ from rich.table import Table
 
 from common.cli import Invocation, emit_json
 from common.composition import run_job
-from common.config import Config, NoiseSource, PrivacyMode, check_delta, config_hash
+from common.config import (
+    Config,
+    NoiseSource,
+    PrivacyConfig,
+    PrivacyMode,
+    check_delta,
+    config_hash,
+)
 from common.errors import ConfigError
 from common.model import Classifier, build_classifier
 from common.parameters import Layout
@@ -150,7 +157,7 @@ def plan_object(run_plan: RunPlan, size: ModelSize, seconds: float | None) -> di
     answer: dict[str, Any] = {
         "privacy": {
             "mode": config.privacy.mode.name,
-            "unit": "record",
+            **unit_facts(config),
             "relation": RELATION,
             "delta": config.privacy.delta,
             "epsilon": number(run_plan.epsilon),
@@ -176,9 +183,18 @@ def plan_object(run_plan: RunPlan, size: ModelSize, seconds: float | None) -> di
     return answer
 
 
+def unit_facts(config: Config) -> dict[str, Any]:
+    """The unit as plan and report name it; of persons also how many records of each are used."""
+    facts: dict[str, Any] = {"unit": config.privacy.unit}
+    if config.privacy.mode is PrivacyMode.person:
+        facts["max_records_per_person"] = config.privacy.max_records_per_person
+    return facts
+
+
 def is_private(config: Config) -> bool:
-    """Whether the run protects records at all."""
-    return config.privacy.mode is PrivacyMode.record and config.privacy.noise is NoiseSource.entropy
+    """Whether the run protects records, or persons, at all."""
+    none = config.privacy.mode is PrivacyMode.none
+    return not none and config.privacy.noise is NoiseSource.entropy
 
 
 def not_private_reason(config: Config) -> str:
@@ -205,8 +221,8 @@ def show_plan(run_plan: RunPlan, size: ModelSize, seconds: float | None, console
         "federation": f"{federation.sites} sites, {federation.rounds} rounds of "
         f"{federation.local_steps} step{'s' if federation.local_steps > 1 else ''}, "
         f"{federation.partition.name}",
-        "each step": f"Poisson rate {event.sample_rate:g}, clip {privacy.clip_norm:g}, "
-        f"sigma {event.noise_multiplier:g}, noise from {privacy.noise.name}",
+        "each step": f"Poisson rate {event.sample_rate:g}{_drawn(privacy)}, clip "
+        f"{privacy.clip_norm:g}, sigma {event.noise_multiplier:g}, noise from {privacy.noise.name}",
         "each site pays": _price(run_plan),
         "traffic": f"{size.bytes_per_message / 1e6:.2f} MB each way per site and round",
     }
@@ -217,6 +233,12 @@ def show_plan(run_plan: RunPlan, size: ModelSize, seconds: float | None, console
     console.print(table)
 
 
+def _drawn(privacy: PrivacyConfig) -> str:
+    if privacy.mode is not PrivacyMode.person:
+        return ""
+    return f" by person, with at most {privacy.max_records_per_person} records of each"
+
+
 def _price(run_plan: RunPlan) -> str:
     privacy = run_plan.config.privacy
     if not is_private(run_plan.config):
@@ -225,7 +247,7 @@ def _price(run_plan: RunPlan) -> str:
     rounds = len(spent)
     picked = sorted({1, (rounds + 1) // 2, rounds})
     steps = ", ".join(f"{shown(spent[number - 1])} after round {number}" for number in picked)
-    return f"epsilon {steps} (delta {privacy.delta:g}, one record added or removed)"
+    return f"epsilon {steps} (delta {privacy.delta:g}, one {privacy.unit} added or removed)"
 
 
 def _with_sigma(config: Config) -> Config:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.cli import Invocation, emit_json, run_typer
-from common.config import DataSource, PrivacyMode, config_hash
+from common.config import Config, DataSource, PrivacyMode, config_hash
 from common.durable import write_atomic
 from common.errors import ConfigError, VerificationError
 from common.privacy.accounting import (
@@ -30,7 +30,14 @@ from common.privacy.accounting import (
     shown,
 )
 from server.documents import render
-from server.plan import NOT_PRIVATE, RELATION, RunPlan, is_private, not_private_reason
+from server.plan import (
+    NOT_PRIVATE,
+    RELATION,
+    RunPlan,
+    is_private,
+    not_private_reason,
+    unit_facts,
+)
 from server.rounds import RoundOutcome
 
 LIBRARIES = ("coterie", "torch", "opacus", "flwr", "transformers", "peft", "dp-accounting")
@@ -173,7 +180,7 @@ def _privacy_section(run_plan: RunPlan, worst: Epsilons, *, bound: float) -> dic
     config = run_plan.config
     return {
         "mode": config.privacy.mode.name,
-        "unit": "record",
+        **unit_facts(config),
         "relation": RELATION,
         "delta": config.privacy.delta,
         "epsilon": epsilon_object(worst),
@@ -342,10 +349,21 @@ def _private_reason(run_plan: RunPlan) -> str:
         " The number of records was counted and sets the divisor: it is released, outside epsilon."
     )
     return (
-        "Record-level DP-SGD inside each site, noise and sampling from OS entropy, composed over "
-        "all rounds. Each site's own ledger charged every round before its data were read, and "
-        "would have refused one beyond its cap."
-        f"{counted if config.data.records_counted else ''}"
+        f"{config.privacy.unit.capitalize()}-level DP-SGD inside each site, noise and sampling "
+        "from OS entropy, composed over all rounds. Each site's own ledger charged every round "
+        "before its data were read, and would have refused one beyond its cap."
+        f"{_of_persons(config)}{counted if config.data.records_counted else ''}"
+    )
+
+
+def _of_persons(config: Config) -> str:
+    """What a bound for persons rests on."""
+    if config.privacy.mode is not PrivacyMode.person:
+        return ""
+    return (
+        f" A person takes part with at most {config.privacy.max_records_per_person} records, all "
+        "or none of them in a step, and the noise covers them together. Assumed, and not checked: "
+        "nobody has records at two sites, or under two ids; such a person's bounds add up."
     )
 
 

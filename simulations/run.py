@@ -25,6 +25,7 @@ from client.app import client_app
 from client.commitment import dataset_root
 from client.keys import generate_key
 from client.ledger import Ledger, Store, Terms
+from client.persons import usable
 from client.site import Site
 from common.allocation import keep_freed_memory
 from common.cli import Invocation, emit_json
@@ -84,8 +85,9 @@ def run_simulation(config: Config, console: Console) -> Path:
     show_plan(run_plan, size_of(model), estimate_seconds(config, model), console)
     splits = load_splits(config.data)
     console.print(
-        f"{len(splits.train)} private training records; public: {len(splits.validation)} "
-        f"validation, {len(splits.holdout)} hold-out; {splits.duplicates} repeated texts dropped",
+        f"{len(splits.train)} private training records{_of_persons(config, splits.train)}; public: "
+        f"{len(splits.validation)} validation, {len(splits.holdout)} hold-out; {splits.duplicates} "
+        "repeated texts dropped",
         highlight=False,
     )
     sites = deal(splits.train, config.federation, seed=config.seed)
@@ -117,13 +119,14 @@ def _resolve(config: Config, splits: Splits, sites: list[Records]) -> Config:
     Raises: ConfigError if the declaration is far off, delta is too large for the largest
     site, or the public split is empty.
     """
-    counted, declared = len(splits.train), config.data.declared_records
+    used = [len(usable(site, config.privacy)) for site in sites]
+    counted, declared = sum(used), config.data.declared_records
     if declared is not None and abs(counted - declared) > DECLARATION_TOLERANCE * declared:
         raise ConfigError(
-            f"data.declared_records={declared}: the training split has {counted}; correct it, "
-            "or set it to null to have a simulation count"
+            f"data.declared_records={declared}: the training split has {counted} that runs may "
+            "use; correct it, or set it to null to have a simulation count"
         )
-    check_delta(config.privacy.delta, max(map(len, sites)), "the largest site")
+    check_delta(config.privacy.delta, max(used), "the largest site")
     if not len(_public(config, splits)):
         raise ConfigError(
             f"evaluation.split={config.evaluation.split.name}: has no records; raise "
@@ -135,10 +138,18 @@ def _resolve(config: Config, splits: Splits, sites: list[Records]) -> Config:
     return replace(config, data=known)
 
 
+def _of_persons(config: Config, records: Records) -> str:
+    """Of how many persons the records are, where persons are protected."""
+    if records.persons is None or config.privacy.mode is not PrivacyMode.person:
+        return ""
+    most = config.privacy.max_records_per_person
+    return f" of {len(set(records.persons))} persons, at most {most} of each used"
+
+
 def _check_ledger(config: Config) -> None:
     """Books that last take private runs only: others would release records without limit.
 
-    Raises: PrivacyRefusedError; ConfigError if there are no such books.
+    Raises: PrivacyRefusedError; ConfigError if there are no such books, or of another unit only.
     """
     if not config.ledger:
         return
@@ -147,7 +158,13 @@ def _check_ledger(config: Config) -> None:
             f"ledger={config.ledger}: {not_private_reason(config)}; books that last take "
             "private runs only"
         )
-    Store(Path(config.ledger).expanduser()).close()
+    with Store(Path(config.ledger).expanduser()) as store:
+        for name in store.sites():
+            if (unit := store.ledger(name).books.unit) != config.privacy.unit:
+                raise ConfigError(
+                    f"privacy.mode={config.privacy.mode.name}: must be {unit}, the unit of "
+                    f"{config.ledger}#{name}; give privacy={unit}, or other books"
+                )
 
 
 def _store(config: Config, run_dir: Path) -> Store | None:
@@ -181,8 +198,9 @@ def _ledgers(store: Store, config: Config, sites: dict[str, Records]) -> dict[st
             return ledgers
         officer = public_hex(generate_key(store.path.with_name("officer.key")))
         source, cap, delta = config.data.source.name, config.privacy.epsilon, config.privacy.delta
+        unit = config.privacy.unit
         return {
-            name: store.open(name, Terms(source, root, cap, delta, officer))
+            name: store.open(name, Terms(source, root, cap, delta, officer, unit))
             for name, root in roots.items()
         }
 

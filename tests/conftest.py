@@ -113,6 +113,40 @@ def tiny_overrides(tiny_model: Path, tiny_csv: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def tiny_persons_csv(tmp_path_factory: pytest.TempPathFactory, tiny_csv: Path) -> Path:
+    """The same records, of 37 persons who have one to six of them."""
+    path = tmp_path_factory.mktemp("tiny-persons") / "records.csv"
+    draw = random.Random(1)
+    with tiny_csv.open(newline="") as source, path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*next(reader := csv.reader(source)), "person"])
+        persons = [f"p{n:02d}" for n in range(38) for _ in range(draw.randint(1, 6))][:RECORDS]
+        draw.shuffle(persons)
+        writer.writerows([*row, person] for row, person in zip(reader, persons, strict=True))
+    return path
+
+
+@pytest.fixture(scope="session")
+def person_overrides(tiny_overrides: list[str], tiny_persons_csv: Path) -> list[str]:
+    """The tiny job by person, with at most three records of each."""
+    return [
+        *(o for o in tiny_overrides if not o.startswith("data.path=")),
+        f"data.path={tiny_persons_csv}",
+        "data.person_column=person",
+        "privacy=person",
+        "privacy.max_records_per_person=3",
+    ]
+
+
+@pytest.fixture(scope="session")
+def person_config(compose_config: Callable[..., Config], person_overrides: list[str]) -> Config:
+    """The resolved config of a tiny run by person."""
+    return compose_config(
+        *person_overrides, "privacy.noise_multiplier=2", "data.declared_records=84"
+    )
+
+
+@pytest.fixture(scope="session")
 def compose_config() -> Callable[..., Config]:
     """Composes `conf/simulate.yaml` with overrides, as the command line would."""
 

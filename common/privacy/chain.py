@@ -116,8 +116,9 @@ _SMALL_ORDER = {
 }
 """Encodings, without their sign bit, of the points of order 8 or less (libsodium's list)."""
 _MODE = _one_of("plan", "filter")
-_UNIT = _one_of("record", "person")
+UNITS = ("record", "person")
 """Whose presence an event is the price of."""
+_UNIT = _one_of(*UNITS)
 BODIES: dict[Kind, dict[str, _Check]] = {
     Kind.GENESIS: {
         "version": _count,

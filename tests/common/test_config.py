@@ -24,7 +24,11 @@ from common.errors import ConfigError
 
 YAMLS = sorted(CONF.rglob("*.yaml"))
 # What a group's file leaves to the user, who must give it.
-OWED = {"data/csv": ["data.path=records.csv", "data.labels=[a,b]"]}
+OWN_CSV = ["data.path=records.csv", "data.labels=[a,b]"]
+OWED = {
+    "data/csv": OWN_CSV,
+    "privacy/person": ["data=csv", *OWN_CSV, "data.person_column=patient"],
+}
 
 
 def leaves(node, prefix=()):
@@ -75,8 +79,8 @@ LEAVES = sorted(
 
 
 def test_there_are_as_many_yaml_files_as_we_know_of():
-    """Fourteen: the job and thirteen choices in seven groups. A forgotten one goes untested."""
-    assert len(YAMLS) == 14
+    """Fifteen: the job and fourteen choices in seven groups. A forgotten one goes untested."""
+    assert len(YAMLS) == 15
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(CONF)))
@@ -97,8 +101,8 @@ def test_every_yaml_composes(path):
 
 
 @pytest.mark.parametrize("name", ["config", "text"])
-def test_canonical_text_round_trips_both_ways(compose_config, tiny_config, name):
-    for config in (compose_config(), compose_config("privacy=none"), tiny_config):
+def test_canonical_text_round_trips_both_ways(compose_config, tiny_config, person_config, name):
+    for config in (compose_config(), compose_config("privacy=none"), tiny_config, person_config):
         text = to_canonical(config)
         if name == "config":
             assert from_canonical(text) == config
@@ -348,3 +352,53 @@ def test_a_missing_key_is_refused(tiny_config):
 
 def test_noise_is_from_entropy_unless_asked_otherwise(compose_config):
     assert compose_config().privacy.noise is NoiseSource.entropy
+
+
+PERSON = ["privacy=person", "data=csv", *OWN_CSV, "data.person_column=patient"]
+PERSON_FAULTS = {
+    "no bound": (
+        [*PERSON, "privacy.max_records_per_person=null"],
+        "privacy.max_records_per_person=None: must be at least 1 with privacy=person",
+    ),
+    "bound of none": (
+        [*PERSON, "privacy.max_records_per_person=0"],
+        "privacy.max_records_per_person=0: must be at least 1 with privacy=person",
+    ),
+    "a bound without persons": (
+        ["privacy.max_records_per_person=2"],
+        "privacy.max_records_per_person=2: must be left out with privacy=record; "
+        "only privacy=person bounds persons",
+    ),
+    "no column": (
+        [*PERSON, "data.person_column="],
+        "data.person_column='': must name the column of person ids with privacy=person; "
+        "give it, or choose privacy=record",
+    ),
+    "data without persons": (
+        ["privacy=person"],
+        "privacy=person: data=bbc_news names no persons; give data=csv with data.person_column",
+    ),
+    "a column of data without columns": (
+        ["data.person_column=patient"],
+        "data.person_column=patient: data=bbc_news names no persons; "
+        "give data=csv with data.person_column",
+    ),
+    "the column of the texts": (
+        [*PERSON, "data.person_column=text"],
+        "data.person_column=text: must be a column of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", PERSON_FAULTS)
+def test_persons_that_are_not_bounded_or_not_named_are_refused_once(compose_config, fault):
+    overrides, message = PERSON_FAULTS[fault]
+    with pytest.raises(ConfigError) as refused:
+        compose_config(*overrides)
+    assert str(refused.value) == message
+
+
+def test_the_unit_is_the_person_only_where_persons_are_protected(compose_config, person_config):
+    assert person_config.privacy.unit == "person"
+    for mode in ("record", "none"):
+        assert compose_config(f"privacy={mode}").privacy.unit == "record"

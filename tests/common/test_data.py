@@ -1,12 +1,18 @@
 import csv
 import dataclasses
 import gzip
+import itertools
+import tempfile
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from common.config import DataConfig, DataSource
-from common.data import check_files, load_splits
+from common.data import Records, check_files, load_splits
 from common.errors import ConfigError
 
 SECRET = "swordfish"  # stands in private texts; must stand in no message
@@ -213,3 +219,122 @@ def test_a_fault_in_the_test_file_names_that_setting(tmp_path):
 def test_no_rows_is_no_records(tmp_path):
     splits = load_splits(config_of(write(tmp_path / "a.csv", [])))
     assert (len(splits.train), len(splits.validation), len(splits.holdout)) == (0, 0, 0)
+
+
+# Persons.
+
+HEADER = ("text", "label", "person")
+PERSONS = {"person_column": "person"}
+
+
+def persons_of(records):
+    return set(records.persons)
+
+
+rows_of_persons = st.lists(
+    st.tuples(
+        st.sampled_from([f"text {n}" for n in range(12)]),
+        st.sampled_from(["no", "yes"]),
+        st.sampled_from([f"person {n}" for n in range(15)]),
+    ),
+    max_size=40,
+)
+
+
+def splits_of(rows, **changes):
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / "a.csv", rows, HEADER)
+        return load_splits(config_of(path, **PERSONS, **changes))
+
+
+def held(records):
+    return Counter(zip(records.persons, records.texts, records.labels.tolist(), strict=True))
+
+
+@given(rows=rows_of_persons)
+def test_splits_of_persons_share_no_person_and_no_text(rows):
+    splits = splits_of(rows, holdout_fraction=0.3, validation_fraction=0.2)
+    parts = (splits.train, splits.validation, splits.holdout)
+    for one, other in itertools.combinations(parts, 2):
+        assert not persons_of(one) & persons_of(other)
+        assert not set(one.texts) & set(other.texts)
+    assert sum(map(len, parts)) + splits.duplicates == len(rows)
+
+
+@given(rows=rows_of_persons, gone=st.integers(0, 14))
+def test_a_person_of_no_public_part_can_leave_and_nothing_else_moves(rows, gone):
+    """What makes them neighbours: repeats are dropped, and places given, person by person."""
+    person = f"person {gone}"
+    before = splits_of(rows, holdout_fraction=0.3, validation_fraction=0.2)
+    assume(person not in persons_of(before.holdout) | persons_of(before.validation))
+    rest = [row for row in rows if row[2] != person]
+    after = splits_of(rest, holdout_fraction=0.3, validation_fraction=0.2)
+    left = Counter({key: n for key, n in held(before.train).items() if key[0] != person})
+    assert held(after.train) == left
+    assert held(after.validation) == held(before.validation)
+    assert held(after.holdout) == held(before.holdout)
+
+
+def test_a_text_is_repeated_within_a_person_and_not_between_two():
+    rows = [("same", "yes", "a"), ("same", "no", "b"), (" same ", "no", "a")]
+    splits = splits_of(rows, holdout_fraction=0.0, validation_fraction=0.0)
+    assert splits.duplicates == 1
+    assert held(splits.train) == Counter({("a", "same", 1): 1, ("b", "same", 0): 1})
+
+
+def test_a_person_of_the_test_file_is_public_with_every_record(tmp_path):
+    rows = [(f"text {n}", "no", f"person {n % 10}") for n in range(60)]
+    private = write(tmp_path / "private.csv", rows, HEADER)
+    public = write(
+        tmp_path / "public.csv", [("new", "no", "person 3"), ("text 7", "no", "somebody")], HEADER
+    )
+    splits = load_splits(config_of(private, test_path=str(public), **PERSONS))
+    inside = persons_of(splits.train) | persons_of(splits.validation)
+    assert inside == {f"person {n}" for n in range(10)} - {"person 3"}
+    assert "text 7" not in {*splits.train.texts, *splits.validation.texts}
+    assert splits.duplicates == 6 + 1
+    assert set(splits.holdout.texts) == {"new", "text 7"}
+
+
+def test_ids_are_those_of_the_file_without_blanks_around_them():
+    rows = [("a", "no", " anna "), ("b", "no", "anna"), ("c", "no", "Anna")]
+    splits = splits_of(rows, holdout_fraction=0.0, validation_fraction=0.0)
+    assert splits.train.persons == ("anna", "anna", "Anna")
+    assert splits.train.owners().tolist() == [1, 1, 0]
+    assert splits.train.subset([2, 0]).persons == ("Anna", "anna")
+
+
+PERSON_FAULTS = {
+    "no such column": (
+        f"text,label\n{SECRET},yes\n",
+        r"data\.person_column=person: no such column",
+    ),
+    "empty id": (
+        f"text,label,person\n{SECRET},yes,{SECRET}\nb,no, \n",
+        r"row 2 has an empty person$",
+    ),
+    "id missing": (f"text,label,person\n{SECRET},yes\n", r"row 1 has an empty person$"),
+    "label wrong": (f"text,label,person\na,maybe,{SECRET}\n", r"row 1 has a label"),
+}
+
+
+@pytest.mark.parametrize("fault", PERSON_FAULTS)
+def test_a_broken_file_of_persons_is_refused_without_showing_an_id(tmp_path, fault):
+    content, message = PERSON_FAULTS[fault]
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(ConfigError, match=message) as refused:
+        load_splits(config_of(tmp_path / "a.csv", **PERSONS))
+    assert SECRET not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_id_is_in_no_text_of_the_records_object():
+    """A traceback or log that names the object must not name a person."""
+    splits = splits_of([("a", "no", SECRET)], holdout_fraction=0.0, validation_fraction=0.0)
+    assert splits.train.persons == (SECRET,)
+    assert SECRET not in repr(splits)
+
+
+def test_records_without_persons_have_no_owners():
+    with pytest.raises(ValueError, match="name no persons"):
+        Records(("a",), np.zeros(1, dtype=np.int64)).owners()

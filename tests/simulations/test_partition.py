@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from common.config import Partition
 from common.data import Records
@@ -110,3 +112,80 @@ def test_refusal_is_the_only_thing_said(federation):
 def test_no_site_of_a_skewed_deal_is_empty(federation):
     settings = federation(partition=Partition.dirichlet, sites=4, dirichlet_alpha=0.2)
     assert all(len(site) for site in deal(RECORDS, settings, seed=0))
+
+
+# Persons.
+
+owned = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=60)
+
+
+def records_of_persons(pairs):
+    texts = tuple(f"text {n}" for n in range(len(pairs)))
+    labels = np.array([label for _, label in pairs], dtype=np.int64)
+    return Records(texts, labels, tuple(f"person {person}" for person, _ in pairs))
+
+
+@pytest.mark.filterwarnings("ignore:The specified min_partition_size")
+@pytest.mark.parametrize("partition", list(Partition))
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pairs=owned, seed=st.integers(0, 50), sites=st.integers(1, 4))
+def test_a_person_is_at_one_site_with_all_records(partition, federation, pairs, seed, sites):
+    records = records_of_persons(pairs)
+    assume(len(set(records.persons)) >= sites)
+    terms = federation(partition=partition, sites=sites, dirichlet_alpha=10.0)
+    try:
+        dealt = deal(records, terms, seed=seed)
+    except ConfigError:
+        assert partition is Partition.dirichlet  # no such deal; an even one there always is
+        return
+    persons = [set(site.persons) for site in dealt]
+    assert sum(map(len, persons)) == len(set(records.persons))
+    assert all(persons)
+    everything = [row for site in dealt for row in rows_of(site)]
+    assert Counter(everything) == Counter(rows_of(records))
+    again = deal(records, terms, seed=seed)
+    assert [rows_of(site) for site in again] == [rows_of(site) for site in dealt]
+
+
+def rows_of(site):
+    return list(zip(site.texts, site.labels.tolist(), site.persons, strict=True))
+
+
+def test_sizes_of_an_iid_deal_of_persons_differ_by_at_most_one_person(federation):
+    records = records_of_persons([(n % 41, 0) for n in range(203)])
+    sizes = [len(set(site.persons)) for site in deal(records, federation(sites=5), seed=3)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.filterwarnings("ignore:The specified min_partition_size")
+def test_persons_are_skewed_by_their_most_frequent_label(federation):
+    """Each has three records of one label and one of another."""
+    labels = [(person, (person + odd) % 4) for person in range(80) for odd in (0, 0, 0, 1)]
+    records = records_of_persons(labels)
+    skew = {}
+    for alpha in (0.1, 100.0):
+        dealt = deal(
+            records,
+            federation(partition=Partition.dirichlet, sites=3, dirichlet_alpha=alpha),
+            seed=1,
+        )
+        shares = [np.bincount(site.labels, minlength=4) / len(site) for site in dealt]
+        skew[alpha] = float(np.mean([np.abs(share - 0.25).sum() for share in shares]))
+    assert skew[0.1] > 2 * skew[100.0]
+
+
+def test_more_sites_than_persons_are_refused(federation):
+    records = records_of_persons([(n % 3, 0) for n in range(50)])
+    with pytest.raises(
+        ConfigError, match=r"federation\.sites=4: must be at most 3, the number of "
+    ):
+        deal(records, federation(sites=4), seed=0)
+
+
+def test_persons_make_no_difference_where_each_has_one_record_but_to_the_order(federation):
+    """The same deal: persons are numbered by their ids, records by their place."""
+    texts = tuple(f"text {index:03d}" for index in range(203))
+    labels = np.arange(203) % 4
+    plain = deal(Records(texts, labels), federation(sites=5), seed=7)
+    owned_by_one = deal(Records(texts, labels, texts), federation(sites=5), seed=7)
+    assert [sorted(site.texts) for site in plain] == [sorted(s.texts) for s in owned_by_one]

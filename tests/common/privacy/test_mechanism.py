@@ -80,3 +80,25 @@ def test_without_privacy_there_is_no_noise_and_the_price_says_so(tiny_config, si
     config = changed(tiny_config, "privacy", mode=PrivacyMode.none, noise_multiplier=sigma)
     assert mechanism_of(config).noise_std == 0
     assert round_event(config).noise_multiplier == 0
+
+
+@pytest.mark.parametrize("most", [1, 2, 7])
+def test_noise_covers_all_records_of_a_person_at_an_unchanged_price(mechanism, most):
+    """k in noise, in sensitivity, and in neither price nor divisor."""
+    persons = dataclasses.replace(mechanism, max_records_per_person=most)
+    assert persons.sensitivity == most * mechanism.clip_norm
+    assert persons.noise_std == 2.0 * most * 0.5
+    assert persons.event(7) == mechanism.event(7)
+    assert persons.divisor == mechanism.divisor
+
+
+def test_the_config_decides_whether_persons_are_drawn(tiny_config, person_config):
+    assert mechanism_of(tiny_config).max_records_per_person is None
+    assert mechanism_of(person_config).max_records_per_person == 3
+    assert mechanism_of(person_config).noise_std == 3 * mechanism_of(tiny_config).noise_std
+    for most in (None, 0):
+        loose = changed(person_config, "privacy", max_records_per_person=most)
+        with pytest.raises(ConfigError, match=r"^privacy\.max_records_per_person="):
+            mechanism_of(loose)
+    none = changed(person_config, "privacy", mode=PrivacyMode.none)
+    assert mechanism_of(none).max_records_per_person is None

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from common.privacy.noise import Randomness
-from common.privacy.sampling import poisson_sample
+from common.privacy.sampling import poisson_sample, records_of
 
 ALPHA = 1e-7
 RECORDS, STEPS, RATE = 100, 3000, 0.25
@@ -90,3 +92,30 @@ def test_the_coins_decide_alone():
         for label in ("a", "a", "b")
     )
     assert first == second != other
+
+
+OWNERS = st.lists(st.integers(0, 20), max_size=60).map(lambda o: np.array(o, dtype=np.int64))
+
+
+@given(owners=OWNERS, label=st.integers(0, 1000))
+def test_a_person_drawn_comes_with_all_records_and_nobody_else_does(owners, label):
+    persons = int(owners.max(initial=-1)) + 1
+    drawn = poisson_sample(persons, sample_rate=0.4, coins=Randomness.seeded(label))
+    chosen = records_of(drawn, owners)
+    assert chosen.tolist() == [i for i, owner in enumerate(owners) if owner in set(drawn.tolist())]
+
+
+def test_persons_are_drawn_independently_whatever_they_hold():
+    """Of the records of 40 persons, in 4000 steps: together within, independent between."""
+    owners = np.repeat(np.arange(40), np.arange(40) % 4 + 1)
+    steps, coins = 4000, Randomness.seeded("persons")
+    seen = np.zeros((steps, len(owners)))
+    for step in seen:
+        sample = poisson_sample(40, sample_rate=RATE, coins=coins)
+        step[records_of(sample, owners)] = 1
+    correlation = np.corrcoef(seen.T)
+    same = owners[:, None] == owners[None, :]
+    assert np.allclose(correlation[same], 1)
+    assert np.abs(correlation[~same]).max() < 6 / np.sqrt(steps)
+    rates = seen.mean(0)
+    assert np.abs(rates - RATE).max() < 6 * np.sqrt(RATE * (1 - RATE) / steps)

@@ -27,7 +27,7 @@ from transformers import BertModel
 
 import client.app
 import client.train
-from client import private_step
+from client import persons, private_step
 from client.app import client_app
 from client.clipping import capture, engines
 from client.clipping.engines import Loop
@@ -45,7 +45,7 @@ from common.model import build_classifier
 from common.parameters import Layout
 from common.privacy.accounting import epsilon_pld
 from common.privacy.books import Books
-from common.privacy.mechanism import mechanism_of, round_event
+from common.privacy.mechanism import Mechanism, mechanism_of, round_event
 from common.privacy.noise import Randomness
 
 from .ledgers import ledger_of
@@ -60,7 +60,8 @@ COORDINATOR, SITE = 1, 2
 def site_of(records=RECORDS):
     words = ("goal", "match", "team", "coach", "bank", "shares", "market", "loan")
     texts = tuple(f"the {words[i % 8]} {words[i // 8 % 8]} today" for i in range(records))
-    held = Records(texts, np.arange(records) % 2)
+    patients = tuple(f"patient {i // 4}" for i in range(records))  # one more each than they may
+    held = Records(texts, np.arange(records) % 2, patients)
     return Site("site-1", held, ("sport", "money"), ledger_of())
 
 
@@ -143,6 +144,7 @@ def check_charged_noise(config):
     for number in range(1, 21):
         change = trainer.train(site_of(0), start, round_number=number)[0] - start
         noise = change / units * mechanism.divisor / config.privacy.clip_norm
+        noise /= config.privacy.max_records_per_person or 1
         squares.append(noise**2 / event.noise_multiplier**2 / event.steps)
     measured, count = float(np.sum(squares)), np.size(squares)
     odds = min(stats.chi2.cdf(measured, count), stats.chi2.sf(measured, count))
@@ -169,6 +171,26 @@ def check_fresh_coins(config):
             train(config, rounds=1)
     assert drawn[0], "fresh-coins: nothing was drawn"
     assert drawn[0] != drawn[1], "fresh-coins: two trainers of one config drew the same records"
+
+
+def check_persons_together(config):
+    """In each step a person's records are all drawn or none."""
+    original, drawn = private_step._clipped_sums, []
+
+    def spying(engine, loss_of, sample, *rest):
+        drawn.append(set(sample.tolist()))
+        return original(engine, loss_of, sample, *rest)
+
+    trainer, site = Trainer(config), site_of()
+    owners = trainer._prepared(site).owners
+    trainer.rehearse()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(private_step, "_clipped_sums", spying)
+        trainer.train(site, parameters.flatten(trainer._model), round_number=1)
+    held = [set(np.flatnonzero(owners == owner).tolist()) for owner in set(owners.tolist())]
+    assert {len(own) for own in held} == {3}
+    together = all(own <= step or not own & step for step in drawn for own in held)
+    assert together, "persons-together: a person was drawn with some of their records"
 
 
 def check_accounts_compose(config):
@@ -214,6 +236,7 @@ DRIVES = (
     check_fresh_coins,
     check_accounts_compose,
 )
+PERSON_DRIVES = (rehearse, train, check_charged_noise, check_persons_together)
 
 
 # How the code is broken.
@@ -306,6 +329,8 @@ class Mutation:
     """What the error's text starts with, as a regular expression."""
     error: type = PrivacyRefusedError
     """AssertionError where the check is a test."""
+    persons: bool = False
+    """Whether the run is by person."""
 
 
 MUTATIONS = {
@@ -436,6 +461,87 @@ MUTATIONS = {
         rehearse,
         "noise-scale:",
     ),
+    "noise for one record of a person": Mutation(
+        edit(Mechanism.noise_std.fget, ("@property\n", ""), ("self.sensitivity", "self.clip_norm")),
+        rehearse,
+        "noise-scale:",
+        persons=True,
+    ),
+    "noise for one record of a person, drawn": Mutation(
+        edit(
+            private_step._noise,
+            ("mechanism.noise_std", "mechanism.noise_multiplier * mechanism.clip_norm"),
+        ),
+        rehearse,
+        "noise-scale:",
+        persons=True,
+    ),
+    "a person bounded as one record": Mutation(
+        edit(
+            Mechanism.sensitivity.fget,
+            ("@property\n", ""),
+            ("(self.max_records_per_person or 1)", "1"),
+        ),
+        rehearse,
+        "clip-bound:",
+        persons=True,
+    ),
+    "less noise than charged, by person": Mutation(
+        edit(
+            Trainer.train,
+            (
+                "mechanism = mechanism_of(self._config)",
+                "mechanism = replace(mechanism_of(self._config), noise_multiplier=1.0)",
+            ),
+        ),
+        check_charged_noise,
+        "charged-noise:",
+        AssertionError,
+        persons=True,
+    ),
+    "no capping": Mutation(
+        edit(persons.usable, ("return capped(records, most)", "return records")),
+        train,
+        "person-cap:",
+        persons=True,
+    ),
+    "capping to one more": Mutation(
+        edit(persons.capped, ("rank < most", "rank <= most")), train, "person-cap:", persons=True
+    ),
+    "a mechanism of records for persons": Mutation(
+        edit(mechanism_of, ("_most_per_person(config)", "None")),
+        train,
+        "person-cap:",
+        persons=True,
+    ),
+    "records of persons drawn one by one": Mutation(
+        edit(
+            private_step.private_steps,
+            ("poisson_sample(units,", "poisson_sample(records,"),
+            ("records_of(sample, owners)", "sample"),
+        ),
+        train,
+        "sampler-(rate|dispersion):",
+        persons=True,
+    ),
+    "records of persons drawn one by one, and shown as such": Mutation(
+        edit(
+            private_step.private_steps,
+            ("poisson_sample(units,", "poisson_sample(records,"),
+            ("records_of(sample, owners)", "sample"),
+            ("read(sample, units=units)", "read(sample, units=records)"),
+        ),
+        check_persons_together,
+        "persons-together:",
+        AssertionError,
+        persons=True,
+    ),
+    "persons of a fixed number": Mutation(
+        sampler(fixed_size), train, "sampler-dispersion:", persons=True
+    ),
+    "persons with replacement": Mutation(
+        sampler(with_replacement), train, "sampler-repeat:", persons=True
+    ),
     "a fresh accountant each round": Mutation(
         edit(
             Books.admits,
@@ -475,6 +581,9 @@ PROMISED = {
     "sampler coins of one seeded stream",
     "realised batch size as divisor",
     "broadcast position ids, one gradient for the batch",
+    "noise for one record of a person",
+    "no capping",
+    "records of persons drawn one by one",
 }
 
 
@@ -483,11 +592,11 @@ def test_no_promised_mutation_is_missing():
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mutation_is_caught_by_a_named_check(name, tiny_config, monkeypatch):
+def test_a_mutation_is_caught_by_a_named_check(name, tiny_config, person_config, monkeypatch):
     mutation = MUTATIONS[name]
     mutation.apply(monkeypatch)
     with pytest.raises(mutation.error) as caught:
-        mutation.drive(tiny_config)
+        mutation.drive(person_config if mutation.persons else tiny_config)
     text = str(caught.value).splitlines()[0]
     assert re.match(mutation.check, text), text
 
@@ -497,8 +606,15 @@ def test_the_same_drive_passes_on_the_code_as_it_is(drive, tiny_config):
     drive(tiny_config)
 
 
+@pytest.mark.parametrize("drive", PERSON_DRIVES, ids=lambda drive: drive.__name__)
+def test_the_same_drive_by_person_passes_on_the_code_as_it_is(drive, person_config):
+    drive(person_config)
+
+
 def test_every_drive_of_the_table_is_also_driven_unmutated():
-    assert {mutation.drive for mutation in MUTATIONS.values()} == set(DRIVES)
+    driven = {(mutation.drive, mutation.persons) for mutation in MUTATIONS.values()}
+    both = [(drive, False) for drive in DRIVES] + [(drive, True) for drive in PERSON_DRIVES]
+    assert driven == set(both)
 
 
 # Seeds: in no private config does one reach the noise.
@@ -515,10 +631,14 @@ def private_configs(compose_config, tiny_overrides, tiny_csv):
     own = [f"data.path={tiny_csv}", "data.labels=[sport,money]"]
     for choices in itertools.product(*groups.values()):
         chosen = [f"{group}={choice}" for group, choice in zip(groups, choices, strict=True)]
+        by_person = "privacy=person" in chosen
+        if by_person and "data=csv" not in chosen:
+            continue  # refused: no persons there
         config = compose_config(
             *chosen,
             *base,
             *(own if "data=csv" in chosen else []),
+            *(["data.person_column=person"] if by_person else []),
             "federation.sites=2",
             "data.declared_records=84",
             "privacy.noise_multiplier=2",

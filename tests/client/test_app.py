@@ -543,3 +543,80 @@ def test_each_run_prepares_its_own_inputs(instruction):
     after = messages.read_update(ask(app, seeded[1])).vector
     alone = messages.read_update(ask(app_of(site_of(), allow_unprotected=True), seeded[1])).vector
     assert np.array_equal(after, alone)
+
+
+# Persons.
+
+
+@pytest.fixture
+def person_instruction(person_config, start):
+    layout, vector = start
+    return Instruction("run", 1, person_config, layout.digest, vector)
+
+
+def of_persons(count=12, each=4):
+    texts = tuple(f"the goal match number {index}" for index in range(count))
+    persons = tuple(f"{RECORD} {index // each}" for index in range(count))
+    return Records(texts, np.arange(count, dtype=np.int64) % 2, persons)
+
+
+def person_site(records=None, *, unit="person"):
+    held = of_persons() if records is None else records
+    return replace(site_of(held), ledger=ledger_of(unit=unit))
+
+
+def test_a_run_by_person_is_answered_charged_and_planned_by_person(person_instruction):
+    site = person_site()
+    reply = ask(app_of(site), person_instruction)
+    assert messages.read_update(reply).charge == round_event(person_instruction.config)
+    plan = next(e for e in site.ledger.entries() if e.kind.value == "PLAN")
+    assert plan.body["unit"] == site.ledger.books.unit == "person"
+    assert b"4711" not in wire(reply)
+
+
+def test_what_leaves_does_not_depend_on_the_number_of_persons_or_of_their_records(
+    person_instruction,
+):
+    """Of nobody, of one person far beyond the bound, of many."""
+    sites = [person_site(of_persons(n, each)) for n, each in ((0, 1), (30, 30), (12, 1))]
+    replies = [ask(app_of(site), person_instruction) for site in sites]
+    facts = [dict(reply.content["facts"]) for reply in replies]
+    assert len({fact.pop("ledger-head") for fact in facts}) == 3
+    assert facts[0] == facts[1] == facts[2]
+    assert len({len(wire(reply)) for reply in replies}) == 1
+
+
+UNITS = {
+    "a record's price in books of persons": ("instruction", "person"),
+    "a person's price in books of records": ("person_instruction", "record"),
+}
+
+
+@pytest.mark.parametrize("fault", UNITS)
+def test_a_run_of_another_unit_than_the_ledgers_is_refused_before_data(fault, request):
+    name, unit = UNITS[fault]
+    site = replace(unreadable_site(), ledger=ledger_of(unit=unit))
+    site = replace(site, records=replace(site.records, persons=("a", "b", "c")))
+    assert refusal(ask(app_of(site), request.getfixturevalue(name))) == INVALID
+    assert site.charges == {}
+    assert site.ledger.head.seq == 1
+
+
+def test_persons_are_not_protected_where_the_records_name_none(person_instruction):
+    """Refused by how the site is set up, the same with and without records."""
+    for count in (0, 12):
+        site = person_site(some_records(count))
+        assert refusal(ask(app_of(site), person_instruction)) == INVALID
+        assert site.charges == {}
+
+
+def test_no_id_of_a_person_reaches_a_log_or_a_reply(person_instruction, caplog, monkeypatch):
+    """Not when a step refuses what capping should have cut, either."""
+    monkeypatch.setattr("client.persons.capped", lambda records, most: records)
+    site = person_site()
+    with caplog.at_level(logging.DEBUG):
+        reply = ask(app_of(site), person_instruction)
+    assert refusal(reply) == INVALID
+    assert "person-cap: " in caplog.text
+    assert "4711" not in caplog.text
+    assert b"4711" not in wire(reply)

@@ -18,10 +18,16 @@ BROKEN = {
     "epsilon of a run 1.621 is above 1.5": NodeConfig(max_epsilon=1.5),
     "is not one of minilm": NodeConfig(models=["minilm"]),
     "tuning lora is not allowed": NodeConfig(tunings=[TuningMethod.head]),
+    "unit record is not allowed": NodeConfig(units=[PrivacyMode.person]),
 }
 KEPT = [
     NodeConfig(),
-    NodeConfig(2.0, 2.0, 1.0, 2, 4, [], [TaskName.text_classification], [TuningMethod.lora]),
+    NodeConfig(
+        *(2.0, 2.0, 1.0, 2, 4, []),
+        [TaskName.text_classification],
+        [TuningMethod.lora],
+        [PrivacyMode.person, PrivacyMode.record],
+    ),
 ]
 
 
@@ -57,3 +63,11 @@ def test_a_run_without_privacy_breaks_any_cap_and_any_floor(tiny_config):
     for policy in (NodeConfig(max_epsilon=1e6), NodeConfig(min_noise_multiplier=1e-6)):
         with pytest.raises(PolicyRefusedError):
             check_policy(policy, none)
+
+
+def test_a_run_without_privacy_protects_no_unit(tiny_config, person_config):
+    none = replace(tiny_config, privacy=replace(tiny_config.privacy, mode=PrivacyMode.none))
+    policy = NodeConfig(units=[PrivacyMode.person])
+    check_policy(policy, person_config)
+    with pytest.raises(PolicyRefusedError, match="unit none is not allowed"):
+        check_policy(policy, none)

@@ -11,7 +11,7 @@ MISTAKES = {
         "federation.sites=1.5: must be a whole number",
     ),
     "wrong choice": (["privacy.noise=loud"], "privacy.noise=loud: must be one of entropy, seeded"),
-    "wrong group": (["privacy=all"], "privacy=all: must be one of none, record"),
+    "wrong group": (["privacy=all"], "privacy=all: must be one of none, person, record"),
     "epsilon zero": (["privacy.epsilon=0"], "privacy.epsilon=0.0: must be a finite number above 0"),
     "epsilon negative": (["privacy.epsilon=-1"], "privacy.epsilon=-1.0: must be"),
     "epsilon infinite": (["privacy.epsilon=inf"], "privacy.epsilon=inf: must be"),

@@ -1,13 +1,16 @@
 """The plan says what a run costs, and costs nothing itself."""
 
 import contextlib
+import dataclasses
 import io
 import json
 
 import pytest
 
 from common import cli
+from common.config import NoiseSource, PrivacyMode
 from common.privacy.accounting import Event, epsilon_pld
+from server.plan import is_private
 
 GOLDEN = [
     "privacy.noise_multiplier=1",
@@ -188,3 +191,28 @@ def test_plan_writes_nothing(coterie, declared, tmp_path, monkeypatch):
 
 def test_time_is_estimated_only_where_the_records_are_declared(coterie, tiny_overrides):
     assert "estimated_s" not in coterie("plan", *tiny_overrides, "--json").json
+
+
+def test_a_plan_by_person_names_the_unit_and_costs_the_same_sigma(
+    coterie, person_overrides, tiny_overrides
+):
+    """k is in the noise and not in its price."""
+    known = "data.declared_records=84"
+    by_person = coterie("plan", *person_overrides, known, "--json").json
+    by_record = coterie("plan", *tiny_overrides, known, "--json").json
+    assert by_person["privacy"]["unit"] == by_person["privacy"]["mode"] == "person"
+    assert by_person["privacy"]["max_records_per_person"] == 3
+    assert "max_records_per_person" not in by_record["privacy"]
+    assert by_person["noise_multiplier"] == by_record["noise_multiplier"]
+    assert by_person["charge_per_site"] == by_record["charge_per_site"]
+    shown = " ".join(coterie("plan", *person_overrides, known).out.replace("│", " ").split())
+    assert "Poisson rate 0.5 by person, with at most 3 records of each, clip 1" in shown
+    assert "one person added or removed" in shown
+
+
+def test_whether_a_run_is_private_follows_from_unit_and_noise(tiny_config, person_config):
+    for config in (tiny_config, person_config):
+        assert is_private(config)
+        for change in ({"noise": NoiseSource.seeded}, {"mode": PrivacyMode.none}):
+            privacy = dataclasses.replace(config.privacy, **change)
+            assert not is_private(dataclasses.replace(config, privacy=privacy))

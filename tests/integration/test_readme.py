@@ -25,11 +25,15 @@ def test_the_pages_hold_commands():
 
 @pytest.mark.slow  # a process per command
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_of_the_page_runs(page, tmp_path, tiny_overrides, tiny_csv):
+def test_every_command_of_the_page_runs(
+    page, tmp_path, tiny_overrides, tiny_csv, tiny_persons_csv
+):
     """In the page's order, in one folder; jobs get the tiny model and data, appended, so that
     what is tried is the command and not the hour it would take. `make` targets are looked up.
     """
     (tmp_path / "records.csv").write_text(tiny_csv.read_text().replace("text,label", "body,topic"))
+    letters = tiny_persons_csv.read_text().replace("text,label,person", "text,label,patient")
+    (tmp_path / "letters.csv").write_text(letters)
     for command in commands(page):
         result = run(command, tmp_path, tiny_overrides)
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"

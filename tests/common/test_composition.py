@@ -27,7 +27,7 @@ MISTAKES = {
         "data.labels: Invalid value assigned: int is not a ListConfig, list or tuple",
     ),
     "wrong enum": (["privacy.noise=foo"], "privacy.noise=foo: must be one of entropy, seeded"),
-    "wrong group": (["privacy=foo"], "privacy=foo: must be one of none, record"),
+    "wrong group": (["privacy=foo"], "privacy=foo: must be one of none, person, record"),
     "no group": (["model=null"], "model=null: must be one of minilm"),
     "unreadable": (
         ["privacy.epsilon"],

@@ -1,6 +1,5 @@
 """A run by person from the command line to its report, and the mistakes one can make of it."""
 
-import csv
 import json
 from collections import Counter
 
@@ -8,6 +7,7 @@ import pytest
 
 from client.ledger import Store
 from common import cli
+from common.data import load_splits
 from common.privacy.verification import verify
 
 ASSUMED = "nobody has records at two sites, or under two ids; such a person's bounds add up"
@@ -59,14 +59,12 @@ def test_the_books_are_by_person_and_charge_the_events_of_a_run_by_record(finish
             assert [r.event.steps for r in verified.books.reservations.values()] == [2, 2]
 
 
-def test_the_number_of_records_is_that_of_those_used(finished, tiny_persons_csv):
+def test_the_number_of_records_is_that_of_those_used(finished, compose_config, person_overrides):
     """The divisor is what a step expects of what may be used."""
-    with tiny_persons_csv.open(newline="") as file:
-        everybody = Counter(row["person"] for row in csv.DictReader(file))
-    most = sum(min(count, 3) for count in everybody.values())
-    config = (finished / "config.yaml").read_text()
-    declared = int(config.split("declared_records: ")[1].split()[0])
-    assert declared < most < sum(everybody.values())
+    train = load_splits(compose_config(*person_overrides).data).train
+    used = sum(min(count, 3) for count in Counter(train.persons).values())
+    assert used < len(train)
+    assert f"declared_records: {used}\n" in (finished / "config.yaml").read_text()
 
 
 def test_no_id_of_a_person_is_in_any_file_of_a_run(finished):

@@ -25,9 +25,7 @@ def test_the_pages_hold_commands():
 
 @pytest.mark.slow  # a process per command
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_of_the_page_runs(
-    page, tmp_path, tiny_overrides, tiny_csv, tiny_persons_csv
-):
+def test_every_command_of_the_page_runs(page, tmp_path, tiny_overrides, tiny_csv, tiny_persons_csv):
     """In the page's order, in one folder; jobs get the tiny model and data, appended, so that
     what is tried is the command and not the hour it would take. `make` targets are looked up.
     """

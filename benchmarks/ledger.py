@@ -19,7 +19,6 @@ from pathlib import Path
 from client.ledger import Ledger, Store, Terms
 from common.privacy import accounting
 from common.privacy.accounting import Event
-from common.privacy.measurements import Measurements
 from common.privacy.verification import verify
 
 HASH = "ab" * 32
@@ -130,7 +129,7 @@ def rounds(ledger: Ledger, runs: list[tuple[str, Event]], times: int, where: str
         with reserve.once():
             reservation = ledger.reserve(run, done + 1 + number // len(runs), event)
         with prepare.once():
-            ledger.prepare(reservation, content, measured(event))
+            ledger.prepare(reservation, content, steps=event.steps)
         with release.once():
             ledger.release(reservation)
     return [
@@ -222,19 +221,8 @@ def fill(ledger: Ledger, entries: int) -> None:
         number += 1
         with ledger._store.together():  # one flush a round: this is not what is timed
             reservation = ledger.reserve("first", number, FIRST)
-            ledger.prepare(reservation, b"update", measured(FIRST))
+            ledger.prepare(reservation, b"update", steps=FIRST.steps)
             ledger.release(reservation)
-
-
-def measured(event: Event) -> Measurements:
-    """What sound meters say."""
-    return Measurements(
-        steps=event.steps,
-        round_steps=event.steps,
-        noise_ratio=1.0,
-        noise_deviation=0.0,
-        coin_deviation=0.0,
-    )
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from client.keys import generate_key, read_private_key
 from client.ledger import Ledger, Store, Terms, check_terms
 from common.cli import Invocation, emit_json, run_typer
 from common.durable import write_atomic
 from common.errors import ConfigError
+from common.keys import generate_key, read_private_key
 from common.privacy import chain
 from common.privacy.accounting import number, shown
 from common.privacy.books import Books

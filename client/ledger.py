@@ -16,18 +16,18 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from client.keys import generate_key, read_private_key
 from common.errors import ConfigError, CoterieError, VerificationError
+from common.keys import generate_key, read_private_key
 from common.privacy import chain
 from common.privacy.accounting import Event
 from common.privacy.books import Books, filter_order
-from common.privacy.chain import Entry, Head, Kind, event_body
-from common.privacy.measurements import Measurements
+from common.privacy.chain import Entry, Head, Kind, Receipt, event_body
 
 KEY_SUFFIX, LOCK_SUFFIX = ".key", ".lock"
 BUSY_S = 30.0
@@ -227,6 +227,10 @@ class Ledger:
         """Reads the chain anew at the next use: a transaction was rolled back."""
         self._books = None
 
+    def at_once(self) -> AbstractContextManager[object]:
+        """Several entries or none, with one fsync."""
+        return self._store.together()
+
     def append(self, kind: Kind, body: Mapping[str, Any]) -> Entry:
         """Adds one entry, if the rules allow it; it is on disk when this returns."""
         with self._store.together() as connection:
@@ -243,6 +247,30 @@ class Ledger:
         with self._store.together():
             if self.books.genesis["dataset_root"] != root:
                 self.append(Kind.DATASET, {"dataset_root": root})
+
+    def acknowledge(self, receipt: Receipt) -> None:
+        """Keeps a coordinator's receipt, once. Raises: VerificationError for a head never had."""
+        with self._store.together():
+            if self.books.receipts.get(receipt.key) != receipt.head:
+                self.append(
+                    Kind.RECEIPT,
+                    {
+                        "seq": receipt.head.seq,
+                        "hash": receipt.head.hash,
+                        "coordinator_key": receipt.key,
+                        "signature": receipt.signature,
+                    },
+                )
+
+    def links(self, after: Head, to: Head) -> bytes:
+        """What proves to whoever remembers `after` that this chain went on from there `to`.
+
+        Raises: VerificationError if it did not.
+        """
+        if not self.books.contains(after):
+            raise VerificationError(f"{self.site}: its ledger never had the head {after}")
+        between = islice(self._entries(after=after.seq), to.seq - after.seq)
+        return b"".join(bytes.fromhex(entry.content_digest) for entry in between)
 
     def commit(
         self, run: str, event: Event, *, rounds: int, spare_rounds: int, plan: str, model: str
@@ -281,12 +309,12 @@ class Ledger:
             )
         return entry.seq
 
-    def prepare(self, reservation: int, content: bytes, measured: Measurements) -> None:
+    def prepare(self, reservation: int, content: bytes, *, steps: int) -> None:
         """Fixes what a round may release: these bytes and no others.
 
-        Args: measured: judged by the meters already. Only the number of steps is kept: whoever
-        knows all records but one could tell from an exact energy of the noise whether that one
-        was there.
+        Args: steps: as counted. What else the meters measured is judged where they are, and not
+        kept: whoever knows all records but one could tell from an exact energy of the noise
+        whether that one was there.
         """
         with self._store.together() as connection:
             self.append(
@@ -294,7 +322,7 @@ class Ledger:
                 {
                     "reservation": reservation,
                     "update": hashlib.sha256(content).hexdigest(),
-                    "steps": measured.round_steps,
+                    "steps": steps,
                 },
             )
             connection.execute(
@@ -320,6 +348,20 @@ class Ledger:
         if planned.state != "released":
             self.append(Kind.RELEASE, {"reservation": reservation})
         return content
+
+    def answered(self, run: str, round_number: int) -> int | None:
+        """The reservation of a round that was prepared already: its bytes may be sent again.
+
+        Raises: VerificationError if the round is being answered at this moment.
+        """
+        books = self.books
+        for reservation in books.attempts.get((run, round_number), []):
+            state = books.reservations[reservation].state
+            if state == "reserved":
+                raise VerificationError(f"round {round_number} of run {run} is under way")
+            if state != "lost":
+                return reservation
+        return None
 
     def lose(self, reservation: int) -> None:
         """Gives up a round that failed; its charge stays."""

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.clipping.engines import ClippingEngine, LossOf
+from client.measurements import Measurements
 from client.meters import Meters
 from client.preflight import Verdict, preflight, refusal
 from client.private_step import ParameterGroup, plain_steps, private_steps, sgd
@@ -18,7 +19,6 @@ from common.config import Config, NoiseSource, PrivacyMode
 from common.model import build_classifier, load_tokenizer
 from common.parameters import Layout, Vector
 from common.prefix import Inputs
-from common.privacy.measurements import Measurements
 from common.privacy.mechanism import Mechanism, mechanism_of
 from common.privacy.noise import Randomness
 from common.tasks import TASKS

@@ -20,6 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from common.canonical import canonical_json, digest
 from common.errors import ConfigError
 
+MAX_SPARES = 1000
+"""Rounds a run may keep in reserve."""
+
 # Enums are read by member *name* (OmegaConf), so members are spelled as people type them.
 
 
@@ -169,6 +172,12 @@ class PrivacyConfig:
     """`entropy` (private) or `seeded` (reproducible, NOT PRIVATE)."""
     noise_multiplier: float | None = None
     """Sigma, in units of C. None: solved from epsilon, delta, q and the number of steps."""
+    spare_rounds: int = 0
+    """Rounds a site may be charged beyond the run's, to repeat those that were lost to a crash.
+    Epsilon covers them, used or not."""
+    count_noise: float | None = None
+    """Sigma of the noise on the number of training records that the final model classifies
+    correctly, released once by each site. Epsilon covers it. None: nothing is counted."""
 
 
 @dataclass(frozen=True)
@@ -252,11 +261,24 @@ class Config:
     """Folder the run writes; empty: `runs/DATE/TIME`."""
     ledger: str = ""
     """Persistent books, a file made by `coterie ledger init`; empty: new ones in the run folder."""
+    heads: str = ""
+    """The coordinator's book of its sites' ledger heads, kept from run to run; empty: beside
+    `ledger`, or in the run folder."""
 
     @property
     def total_steps(self) -> int:
         """Private steps of the whole run at one site."""
         return self.federation.rounds * self.federation.local_steps
+
+    @property
+    def charged_rounds(self) -> int:
+        """Rounds that a site may be charged: those of the run, and its spares."""
+        return self.federation.rounds + self.privacy.spare_rounds
+
+    @property
+    def charged_steps(self) -> int:
+        """Private steps the guarantee is solved for."""
+        return self.charged_rounds * self.federation.local_steps
 
 
 def register_schemas() -> None:
@@ -354,7 +376,7 @@ def _refuse_interpolation(value: Any) -> None:
 def config_hash(config: Config) -> str:
     """SHA-256 that two runs share if they were asked for the same thing, wherever they write."""
     values = _plain(asdict(config))
-    for where in ("run_dir", "ledger"):
+    for where in ("run_dir", "ledger", "heads"):
         values.pop(where)
     return digest(values)
 
@@ -455,6 +477,8 @@ _RULES: dict[str, _Rule] = {
     "node.max_clip_norm": _LIMIT,
     "node.max_rounds": _LIMIT,
     "node.max_steps": _LIMIT,
+    "privacy.spare_rounds": ("between 0 and 1000", lambda value: bool(0 <= value <= MAX_SPARES)),
+    "privacy.count_noise": ("a finite number above 0, or null", _LIMIT[1]),
     "privacy.noise_multiplier": (
         "a finite number above 0, or null to solve it",
         lambda value: value is None or _positive(value),

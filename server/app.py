@@ -11,13 +11,14 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common import parameters
-from common.config import Config, from_canonical, to_yaml
+from common.config import Config, PrivacyMode, from_canonical, to_yaml
 from common.data import Records
 from common.durable import write_atomic
 from common.errors import VerificationError
 from common.model import build_classifier
 from common.parameters import Layout
 from server.evaluate import Evaluator
+from server.heads import HeadBook
 from server.plan import RunPlan, is_private, make_plan, not_private_reason
 from server.release import write_model
 from server.report import RoundLine, RunFacts, build_report, round_line, write_report
@@ -60,12 +61,14 @@ def _run(grid: Grid, run_plan: RunPlan, public: Records, watch: Watch) -> None:
     run_id = os.urandom(16).hex()
     lines: list[RoundLine] = []
     vector = parameters.flatten(model)
+    heads = _heads(config, run_dir)
     rounds = run_rounds(
         grid,
         run_plan,
         vector,
         run_id=run_id,
         layout=Layout.of(model),
+        heads=heads,
         checkpoints=run_dir / "checkpoints",
         on_reply=watch.on_reply,
     )
@@ -75,10 +78,19 @@ def _run(grid: Grid, run_plan: RunPlan, public: Records, watch: Watch) -> None:
         _append(run_dir / "metrics.jsonl", lines[-1])
         watch.on_round(lines[-1])
     # 12. Report, and release the model of the final round: never the best on the hold-out.
-    facts = RunFacts(run_id, time.perf_counter() - started, len(public))
+    key = heads.key if heads else ""
+    facts = RunFacts(run_id, time.perf_counter() - started, len(public), key)
     report = build_report(run_plan, lines, facts)
     write_model(run_dir / "model", model, vector, config, report)
     write_report(run_dir, report, lines)
+
+
+def _heads(config: Config, run_dir: Path) -> HeadBook | None:
+    """The coordinator's memory of its sites' ledgers; of books that last, one that lasts too."""
+    if config.privacy.mode is PrivacyMode.none:
+        return None
+    lasting = config.heads or (f"{config.ledger}.heads" if config.ledger else "")
+    return HeadBook(Path(lasting).expanduser() if lasting else run_dir / "ledgers" / "heads.db")
 
 
 def _append(path: Path, line: RoundLine) -> None:

@@ -88,6 +88,8 @@ class RunFacts:
     run_id: str
     total_s: float
     evaluation_records: int
+    coordinator_key: str = ""
+    """That signed the sites' ledger heads; empty where there are none."""
 
 
 def round_line(
@@ -134,6 +136,7 @@ def build_report(run_plan: RunPlan, lines: list[RoundLine], facts: RunFacts) -> 
     train_s = sum(line.sites_s for line in lines)
     return {
         "run_id": facts.run_id,
+        "coordinator_key": facts.coordinator_key,
         "task": config.task.name.name,
         "model": config.model.name,
         "tuning": config.tuning.method.name,
@@ -195,13 +198,15 @@ def _site_section(
     """`epsilon` is of the whole ledger, where it lasts, and by the accountant that this ledger may
     use; without one there is no cap.
     """
-    rounds, books = sum(name in line.asked for line in lines), _last_books(lines, name)
+    attempts, books = sum(line.asked.count(name) for line in lines), _last_books(lines, name)
+    rounds = sum(name in line.asked for line in lines)
     return {
         "name": name,
         "epsilon": number(_bound(price, lines, name)),
         "cap": books["cap"] if books else "inf",
         "rounds": rounds,
-        "steps": rounds * run_plan.event.steps,
+        "repeated": attempts - rounds,
+        "steps": attempts * run_plan.event.steps,
         "ledger_head": books["head"] if books else "",
         "not_answered": {
             str(line.round): line.refused[name] for line in lines if name in line.refused
@@ -310,14 +315,14 @@ def _price(run_plan: RunPlan, lines: list[RoundLine], name: str) -> Epsilons:
     """
     if not is_private(run_plan.config):
         return Epsilons(math.inf, math.inf, math.inf)
-    asked = [run_plan.event for line in lines if name in line.asked]
+    asked = [run_plan.event for line in lines for asked in line.asked if asked == name]
     history: list[Event] = []
     for line in lines:
         if name in line.books:
             charged = line.books[name]["charged"]
             history = [Event(sigma, q, int(steps)) for sigma, q, steps in charged]
-        elif name in line.asked:  # it may have trained, and paid, all the same
-            history.append(run_plan.event)
+        else:  # it may have trained, and paid, all the same
+            history += [run_plan.event] * line.asked.count(name)
     priced = [epsilons(events, run_plan.config.privacy.delta) for events in (asked, history)]
     for price in priced:
         check_agreement(price)

@@ -23,7 +23,6 @@ from rich.progress import (
 
 from client.app import client_app
 from client.commitment import dataset_root
-from client.keys import generate_key
 from client.ledger import Ledger, Store, Terms
 from client.site import Site
 from common.allocation import keep_freed_memory
@@ -32,6 +31,7 @@ from common.composition import run_job, sweep_index
 from common.config import Config, PrivacyMode, Split, check_delta, to_canonical
 from common.data import Records, Splits, check_files, load_splits
 from common.errors import ConfigError, PrivacyRefusedError
+from common.keys import generate_key
 from common.model import build_classifier
 from common.privacy.accounting import shown
 from common.privacy.chain import public_hex

@@ -234,8 +234,11 @@ def epsilon_by_round(event: Event, rounds: int, delta: float) -> tuple[float, ..
 
 
 @functools.lru_cache(maxsize=64)
-def solve_noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """The smallest sigma, rounded up, at which `steps` steps cost at most `epsilon`.
+def solve_noise_multiplier(
+    epsilon: float, delta: float, sample_rate: float, steps: int, beside: tuple[Event, ...] = ()
+) -> float:
+    """The smallest sigma, rounded up, at which `steps` steps cost at most `epsilon`, together
+    with whatever is released `beside` them.
 
     Guarantee: epsilon_pld at LIVE or REPORT precision is <= `epsilon`, and within 1 % of it
     unless the rounding of sigma is coarser than that.
@@ -247,7 +250,7 @@ def solve_noise_multiplier(epsilon: float, delta: float, sample_rate: float, ste
     """
 
     def price(sigma: float, interval: float) -> float:
-        return epsilon_pld([Event(sigma, sample_rate, steps)], delta, interval)
+        return epsilon_pld([Event(sigma, sample_rate, steps), *beside], delta, interval)
 
     high = 1.0
     while price(high, LIVE_INTERVAL) > epsilon:

@@ -26,6 +26,10 @@ MOST_STEPS = 10**7
 """Steps of a whole plan."""
 
 
+class NoSpareRoundError(PrivacyRefusedError):
+    """The round was lost before, and its plan has no spare round left."""
+
+
 @dataclass
 class Plan:
     """A committed run: at most `rounds + spare_rounds` reservations of one event."""
@@ -92,6 +96,8 @@ class Books:
     filtered: bool = False
     """Whether anything was admitted by `filter`."""
     hashes: list[str] = field(default_factory=list)
+    receipts: dict[str, Head] = field(default_factory=dict)
+    """The latest head each coordinator, by its key, has signed."""
 
     @property
     def delta(self) -> float:
@@ -255,7 +261,7 @@ def _take_reserve(books: Books, entry: Entry) -> None:
     if any(r.state != "lost" for r in earlier):
         raise PrivacyRefusedError(f"round {body['round']} of run {plan.run} was already answered")
     if earlier and plan.retries >= plan.spare_rounds:
-        raise PrivacyRefusedError(
+        raise NoSpareRoundError(
             f"round {body['round']} of run {plan.run} was lost; its plan has no spare round left"
         )
     if not books.covers_commitments():
@@ -289,6 +295,7 @@ def _take_receipt(books: Books, entry: Entry) -> None:
         _fault(entry, "is for a head that this chain never had")
     if not chain.head_is_signed(body["coordinator_key"], body["signature"], head):
         _fault(entry, "its receipt is not signed by the key it names")
+    books.receipts[body["coordinator_key"]] = head
 
 
 def _take_misc(books: Books, entry: Entry) -> None:

@@ -67,6 +67,24 @@ def round_event(config: Config) -> Event:
     return mechanism_of(config).event(config.federation.local_steps)
 
 
+def count_event(config: Config) -> Event | None:
+    """What counting correct answers once costs a site: sensitivity 1, every record looked at."""
+    sigma = config.privacy.count_noise
+    if sigma is None or config.privacy.mode is PrivacyMode.none:
+        return None
+    return Event(sigma, 1.0, 1)
+
+
+def run_events(config: Config) -> tuple[Event, ...]:
+    """All that a run may charge a site: its rounds and spares, and the count at its end.
+
+    Raises: ConfigError if sigma is not resolved.
+    """
+    count = count_event(config)
+    rounds = mechanism_of(config).event(config.charged_steps)
+    return (rounds,) if count is None else (rounds, count)
+
+
 def _sigma(config: Config) -> float:
     if config.privacy.mode is PrivacyMode.none:
         return 0.0

@@ -40,7 +40,6 @@ from .ledger_worker import (
     ended,
     forked,
     kill,
-    measured,
     next_round,
     notes,
     race,
@@ -77,7 +76,7 @@ def ledger(store):
 
 
 def prepare(ledger, reservation, event=CHEAP):
-    ledger.prepare(reservation, content_of(reservation), measured(event))
+    ledger.prepare(reservation, content_of(reservation), steps=event.steps)
 
 
 def take_one(ledger, run=RUN, event=CHEAP, round_number=1):
@@ -248,7 +247,7 @@ def test_only_what_was_prepared_is_released(path, ledger):
         ledger.release(reservation)
     prepare(ledger, reservation)
     with pytest.raises(VerificationError, match="is prepared"):
-        ledger.prepare(reservation, b"other", measured())
+        ledger.prepare(reservation, b"other", steps=CHEAP.steps)
     with closing(sqlite3.connect(path)) as other, other:
         other.execute("UPDATE prepared SET content = x'00'")
     with pytest.raises(VerificationError, match="not what was prepared"):

@@ -1,8 +1,11 @@
 """The books as people use them: a run fills them, a stranger verifies them, a cap holds."""
 
 import json
+import shutil
+import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,7 @@ from client.site import Site
 from common import cli
 from common.config import NodeConfig
 from common.privacy.verification import verify
+from server.heads import HeadBook
 from simulations import run
 
 EPSILON = 8.0
@@ -125,6 +129,69 @@ def test_the_officer_raises_the_cap_and_nobody_else(tmp_path, tiny_overrides, co
         assert "not signed by the officer" in refused.err
         assert coterie(*change, tmp_path / "officer.key").code == 0
     assert coterie(*run, f"run_dir={tmp_path / 'after'}").code == 0
+
+
+def copied(ledger, folder):
+    """A backup of the books, as a person would make one."""
+    folder.mkdir()
+    with sqlite3.connect(ledger) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    shutil.copy(ledger, folder / "books.db")
+    return folder / "books.db"
+
+
+def cut(ledger):
+    """Takes the last entries away, past the triggers that forbid it."""
+    with sqlite3.connect(ledger) as connection:
+        connection.execute("DROP TRIGGER entry_is_not_deleted")
+        connection.execute("DELETE FROM entry WHERE seq > 5")
+    connection.close()
+
+
+@pytest.mark.parametrize("way", ["older copy", "fork", "truncation"])
+def test_books_that_went_back_are_found_by_the_countersigned_head(
+    way, tmp_path, tiny_overrides, coterie
+):
+    """Each of the three is in itself a sound ledger: only a remembered head can tell."""
+    ledger = made(coterie, tmp_path, cap=30)
+    common = ["simulate", *tiny_overrides, "privacy.epsilon=2", f"ledger={ledger}", "--json"]
+    assert coterie(*common, f"run_dir={tmp_path / 'first'}").code == 0
+    old = copied(ledger, tmp_path / "backup")
+    second = coterie(*common, f"run_dir={tmp_path / 'second'}")
+    assert second.code == 0, second.err
+    heads = {site["name"]: site["ledger_head"] for site in second.json["sites"]}
+    for suffix in ("-wal", "-shm"):
+        Path(f"{ledger}{suffix}").unlink(missing_ok=True)
+    if way == "truncation":
+        cut(ledger)
+    else:
+        shutil.copy(old, ledger)
+    if way == "fork":  # the old copy lives on elsewhere, with a coordinator that knows no head
+        elsewhere = [*common, f"heads={tmp_path / 'other.db'}", f"run_dir={tmp_path / 'fork'}"]
+        assert coterie(*elsewhere).code == 0
+    before = coterie("ledger", "show", ledger, "--json").json["sites"]
+    refused = coterie(*common, f"run_dir={tmp_path / 'third'}")
+    assert refused.code == 4
+    assert "an older copy, or a fork" in refused.json["error"]["message"]
+    assert coterie("ledger", "show", ledger, "--json").json["sites"] == before
+    exported = tmp_path / "one"
+    assert coterie("ledger", "export", f"{ledger}#site-1", "--output", exported).code == 0
+    assert coterie("ledger", "verify", exported).code == 0
+    found = coterie("ledger", "verify", exported, "--head", heads["site-1"])
+    assert found.code == 5
+    assert "fork, or a copy older" in found.err
+
+
+def test_a_run_leaves_receipts_in_the_books_and_heads_with_the_coordinator(finished):
+    book = HeadBook(finished / "ledgers" / "heads.db")
+    with Store(finished / "ledgers" / "sites.db") as store:
+        for site in report_of(finished)["sites"]:
+            books = store.ledger(site["name"]).books
+            assert str(book.receipts()[site["name"]].head) == site["ledger_head"]
+            kept = books.receipts[book.key]  # of the first round: the last is on its way
+            assert 0 < kept.seq < books.head.seq
+            assert report_of(finished)["coordinator_key"] == book.key
 
 
 @pytest.mark.parametrize("change", ["privacy=none", "privacy.noise=seeded"])

@@ -68,6 +68,7 @@ def verdicts_of(replies, instruction):
         instruction=instruction,
         layout=LAYOUT,
         charge=round_event(instruction.config),
+        receipts={},
     )
 
 

@@ -7,6 +7,7 @@ refusal tells nothing about records.
 from collections.abc import Iterator
 
 from client.refusals import PolicyRefusedError
+from common.code import code_digest
 from common.config import Config, NodeConfig, PrivacyMode
 from common.privacy.accounting import epsilon_pld
 from common.privacy.mechanism import mechanism_of, run_events
@@ -31,6 +32,8 @@ def _broken(policy: NodeConfig, config: Config) -> Iterator[str]:
     ):
         if limit is not None and not asked <= limit:
             yield f"{name} {asked:.4g} is above {limit:g}"
+    if policy.code and code_digest() not in policy.code:
+        yield f"this site's code, {code_digest()}, is not one that was reviewed"
     if policy.models and config.model.name not in policy.models:
         yield f"model {config.model.name} is not one of {', '.join(policy.models)}"
     if policy.tasks and config.task.name not in policy.tasks:

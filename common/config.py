@@ -240,6 +240,9 @@ class NodeConfig:
     """Tasks that may be trained. Empty: any."""
     tunings: list[TuningMethod] = field(default_factory=list)
     """Ways of tuning that may be used. Empty: any."""
+    code: list[str] = field(default_factory=list)
+    """Digests of this site's own program, as `coterie preflight` prints, that may train here: an
+    update of the program then waits for a review. Empty: any."""
 
 
 @dataclass(frozen=True)

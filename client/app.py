@@ -6,6 +6,7 @@ Steps 1, 2 and 8 to 12 are the coordinator's; see `server/rounds.py`.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 from flwr.app import Context, Message
@@ -16,15 +17,22 @@ from client.ledger import Ledger
 from client.policy import check_policy
 from client.refusals import BooksBehindError, BudgetExhaustedError, RoundLostError
 from client.site import Site
-from client.train import Trainer
+from client.train import Trainer, randomness_of
 from common import messages
 from common.config import Config, NoiseSource, PrivacyMode, check_delta, config_hash
 from common.errors import PrivacyRefusedError, VerificationError
-from common.messages import Instruction, SiteBooks, Update
+from common.messages import Count, Instruction, SiteBooks, Update
 from common.parameters import Vector, check_vector
 from common.privacy.accounting import Event, coalesce, within
 from common.privacy.books import NoSpareRoundError
-from common.privacy.mechanism import mechanism_of, round_event
+from common.privacy.mechanism import (
+    count_event,
+    counting,
+    mechanism_of,
+    noisy_count,
+    round_event,
+    run_events,
+)
 
 OpenSite = Callable[[Context], Site]
 
@@ -48,6 +56,15 @@ def client_app(open_site: OpenSite, *, allow_unprotected: bool = False) -> Clien
         update = _answer(site, trainer, instruction)
         return Message(messages.pack_update(update), reply_to=message)
 
+    @app.evaluate(mods=[egress])
+    def evaluate(message: Message, context: Context) -> Message:
+        instruction = messages.read_instruction(message)
+        site = open_site(context)
+        _check_terms(site, instruction, allow_unprotected=allow_unprotected)
+        trainer = _warm_trainer(trainers, instruction.config)
+        count = _count(site, trainer, instruction)
+        return Message(messages.pack_count(count), reply_to=message)
+
     return app
 
 
@@ -63,7 +80,7 @@ def _answer(site: Site, trainer: Trainer, instruction: Instruction) -> Update:
     reservation = ledger.answered(instruction.run_id, instruction.round)
     if reservation is None:
         # 4. Reserve: charged and on disk before data are touched, and never given back.
-        reservation = _reserve(ledger, instruction, charge)
+        reservation = _reserve(ledger, instruction, instruction.run_id, instruction.round, charge)
         with _lost_on_failure(ledger, reservation):
             # 5. The private steps.
             vector, measured = trainer.train(
@@ -75,6 +92,24 @@ def _answer(site: Site, trainer: Trainer, instruction: Instruction) -> Update:
     # 7. Release: the parameters after the noise, and what they cost.
     released = np.frombuffer(ledger.release(reservation), dtype=np.float32)
     return _update(instruction, charge, released, _books(ledger, instruction))
+
+
+def _count(site: Site, trainer: Trainer, instruction: Instruction) -> Count:
+    """The same steps for what a site may say of its own records: how many the model gets right."""
+    config, charge = instruction.config, count_event(instruction.config)
+    if charge is None:
+        raise VerificationError("instruction: its plan counts nothing")
+    _check_fit(trainer, instruction)
+    ledger, run = _ledger(site), counting(instruction.run_id)
+    reservation = ledger.answered(run, 1)
+    if reservation is None:
+        reservation = _reserve(ledger, instruction, run, 1, charge)
+        with _lost_on_failure(ledger, reservation):
+            correct = trainer.count_correct(site, instruction.vector)
+            noised = noisy_count(correct, charge, randomness_of(config, site.name, "count"))
+            ledger.prepare(reservation, np.float64(noised).tobytes(), steps=1)
+    released = np.frombuffer(ledger.release(reservation), dtype=np.float64)
+    return Count(instruction.run_id, float(released[0]), _books(ledger, instruction))
 
 
 @contextmanager
@@ -124,8 +159,8 @@ def _check_price(site: Site, instruction: Instruction) -> None:
     config, mechanism = instruction.config, mechanism_of(instruction.config)
     records = math.ceil(mechanism.divisor / mechanism.sample_rate)
     check_delta(config.privacy.delta, records, site.name)
-    whole = mechanism.event(config.charged_steps)
-    if not within([whole], epsilon=config.privacy.epsilon, delta=config.privacy.delta):
+    whole = run_events(config)
+    if not within(whole, epsilon=config.privacy.epsilon, delta=config.privacy.delta):
         raise BudgetExhaustedError(f"the run would exceed epsilon {config.privacy.epsilon:g}")
     books = _ledger(site).books
     if instruction.receipt is not None and not books.contains(instruction.receipt.head):
@@ -149,27 +184,36 @@ def _check_fit(trainer: Trainer, instruction: Instruction) -> None:
     check_vector(instruction.vector, trainer.layout)
 
 
-def _reserve(ledger: Ledger, instruction: Instruction, charge: Event) -> int:
-    """Commits the run when its first round comes, and charges this round."""
-    config = instruction.config
+def _reserve(
+    ledger: Ledger, instruction: Instruction, run: str, round_number: int, charge: Event
+) -> int:
+    """Commits the run when its first instruction comes, and charges one round of `run`."""
     try:
         with ledger.at_once():
             if instruction.receipt is not None:
                 ledger.acknowledge(instruction.receipt)
             if instruction.run_id not in ledger.books.plans:
-                ledger.commit(
-                    instruction.run_id,
-                    charge,
-                    rounds=config.federation.rounds,
-                    spare_rounds=config.privacy.spare_rounds,
-                    plan=config_hash(config),
-                    model=config.model.name,
-                )
-            return ledger.reserve(instruction.run_id, instruction.round, charge)
+                _commit(ledger, instruction)
+            return ledger.reserve(run, round_number, charge)
     except NoSpareRoundError:
         raise
     except PrivacyRefusedError as error:
         raise BudgetExhaustedError(str(error)) from error
+
+
+def _commit(ledger: Ledger, instruction: Instruction) -> None:
+    """All that the run may ever charge, before any of it: then PLD may price it as one."""
+    config = instruction.config
+    commit = partial(ledger.commit, plan=config_hash(config), model=config.model.name)
+    commit(
+        instruction.run_id,
+        round_event(config),
+        rounds=config.federation.rounds,
+        spare_rounds=config.privacy.spare_rounds,
+    )
+    count = count_event(config)
+    if count is not None:
+        commit(counting(instruction.run_id), count, rounds=1, spare_rounds=0)
 
 
 def _ledger(site: Site) -> Ledger:

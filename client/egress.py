@@ -19,6 +19,7 @@ ALLOWED: dict[str, dict[str, frozenset[str]]] = {
         messages.VECTOR: frozenset({messages.VECTOR}),
         messages.FACTS: messages.UPDATE_FACTS,
     },
+    MessageType.EVALUATE: {messages.FACTS: messages.COUNT_FACTS},
 }
 """By kind of message, the records of a reply and the names in them."""
 

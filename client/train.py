@@ -72,7 +72,7 @@ class Trainer:
         """
         parameters.load(self._model, vector)
         loss_of = self._loss_of(self._prepared(site), site.labels)
-        randomness = _randomness(self._config, site.name, round_number)
+        randomness = randomness_of(self._config, site.name, round_number)
         measured = None
         if self._config.privacy.mode is PrivacyMode.none:
             self._plain_steps(loss_of, randomness, len(site.records))
@@ -89,6 +89,19 @@ class Trainer:
             )
             log.info("%s, round %d: %s", site.name, round_number, measured)
         return parameters.flatten(self._model), measured
+
+    @torch.inference_mode()
+    def count_correct(self, site: Site, vector: Vector) -> int:
+        """How many records of `site` the model with these parameters gets right: private."""
+        parameters.load(self._model, vector)
+        self._model.eval()
+        inputs, size = self._prepared(site), self._config.engine.physical_batch
+        count = 0
+        for start in range(0, len(site.records), size):
+            piece = {name: tensor[start : start + size] for name, tensor in inputs.items()}
+            right = self._task.correct(self._model(**piece), site.labels[start : start + size])
+            count += int(right.sum())
+        return count
 
     def preflight(self, *, precision: torch.dtype = torch.float32) -> Verdict:
         """Tries the model on made records; see `client.preflight`."""
@@ -188,8 +201,8 @@ class Trainer:
         return self._model.prepare(encoded, batch=self._config.engine.physical_batch)
 
 
-def _randomness(config: Config, site: str, round_number: int) -> Randomness:
+def randomness_of(config: Config, site: str, use: int | str) -> Randomness:
     """Fresh from the operating system; from labels only in a run stamped NOT PRIVATE."""
     if config.privacy.noise is NoiseSource.entropy:
         return Randomness.from_entropy()
-    return Randomness.seeded(config.seed, site, round_number)
+    return Randomness.seeded(config.seed, site, use)

@@ -26,6 +26,8 @@ UPDATE_FACTS = frozenset(
     {"run-id", "round", "layout-digest", "noise-multiplier", "sample-rate", "steps", *BOOKS}
 )
 """All that leaves a site beside the vector."""
+COUNT_FACTS = frozenset({"run-id", "correct", *BOOKS})
+"""All that leaves a site when it counts."""
 MAX_VECTOR_BYTES = 2**31 - 1
 """Larger payloads do not fit a protobuf frame, so no honest peer sends them."""
 FLOAT_BYTES = 4
@@ -96,6 +98,16 @@ class Update:
     """None where nothing is protected, and so nothing charged."""
 
 
+@dataclass(frozen=True)
+class Count:
+    """What a site releases of its own records, once, after the last round."""
+
+    run_id: str
+    correct: float
+    """Records that the final model classifies correctly, plus the noise that was charged."""
+    books: SiteBooks
+
+
 def pack_instruction(instruction: Instruction) -> RecordDict:
     """The message content of an instruction."""
     facts = ConfigRecord(
@@ -164,6 +176,26 @@ def pack_update(update: Update) -> RecordDict:
         }
     )
     return RecordDict({VECTOR: pack_vector(update.vector), FACTS: facts})
+
+
+def pack_count(count: Count) -> RecordDict:
+    """The message content of a count: the whole egress of one."""
+    books = _pack_books(count.books)
+    facts = ConfigRecord({"run-id": count.run_id, "correct": count.correct, **books})
+    return RecordDict({FACTS: facts})
+
+
+def read_count(message: Message) -> Count:
+    """Parses a count. Raises: VerificationError, never anything else."""
+    facts = _facts(message, COUNT_FACTS, records={FACTS})
+    correct = _number(facts, "correct")
+    try:
+        books = _read_books(facts)
+    except ConfigError as error:
+        raise VerificationError(f"count: {error}") from error
+    if books is None or not math.isfinite(correct):
+        raise VerificationError("count: comes without books, or is no number")
+    return Count(_text(facts, "run-id"), correct, books)
 
 
 def _pack_books(books: SiteBooks | None) -> dict[str, str | bytes | float | list[float]]:
@@ -272,13 +304,17 @@ def _unpack_vector(message: Message) -> Vector:
     return unpack_arrays(message.content.array_records[VECTOR])
 
 
-def _facts(message: Message, names: Set[str]) -> ConfigRecord:
-    """The facts of a message that holds exactly one vector and exactly these names."""
+def _facts(
+    message: Message, names: Set[str], records: Set[str] = frozenset({VECTOR, FACTS})
+) -> ConfigRecord:
+    """The facts of a message that holds exactly these records, and in its facts these names."""
     if message.has_error():
         raise VerificationError("message: carries an error, not content")
     content = message.content
-    if set(content) != {VECTOR, FACTS} or VECTOR not in content.array_records:
-        raise VerificationError("message: must hold a vector and facts, and nothing else")
+    if set(content) != records or (VECTOR in records and VECTOR not in content.array_records):
+        raise VerificationError(
+            f"message: must hold {', '.join(sorted(records))}, and nothing else"
+        )
     facts = content.config_records.get(FACTS)
     if facts is None or set(facts) != names:
         raise VerificationError(f"message: facts must be exactly {', '.join(sorted(names))}")

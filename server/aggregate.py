@@ -60,7 +60,7 @@ def judge(
         if node is None or node in accepted:
             continue
         if reply.has_error():
-            refused[node] = _reason(reply)
+            refused[node] = reason_of(reply)
             continue
         try:
             update = messages.read_update(reply)
@@ -111,6 +111,6 @@ def _check(update: Update, instruction: Instruction, layout: Layout, charge: Eve
     check_vector(update.vector, layout)
 
 
-def _reason(reply: Message) -> str:
+def reason_of(reply: Message) -> str:
     """A fixed text for a known code; whatever else a peer writes is not repeated."""
     return messages.REFUSALS.get(reply.error.code, f"error {reply.error.code}")

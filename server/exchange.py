@@ -40,9 +40,10 @@ class Exchange:
         self._receipts, self._spares = receipts, spares
         self._deadline = monotonic() + timeout_s
 
-    def send(self, nodes: tuple[int, ...]) -> list[str]:
+    def send(self, nodes: tuple[int, ...], kind: str = MessageType.TRAIN) -> list[str]:
         """Pushes the instruction to these nodes; returns the messages' ids."""
-        ids = list(self._grid.push_messages([self._addressed(node) for node in nodes]))
+        outgoing = [self._addressed(node, kind) for node in nodes]
+        ids = list(self._grid.push_messages(outgoing))
         self.sent.update(zip(ids, nodes, strict=True))
         self.bytes_down += len(nodes) * self._bytes
         return ids
@@ -72,12 +73,12 @@ class Exchange:
         self._spares[node] -= 1
         return self.send((node,))
 
-    def _addressed(self, node: int) -> Message:
+    def _addressed(self, node: int, kind: str) -> Message:
         content: RecordDict = messages.addressed(self._content, self._receipts.get(node))
         return Message(
             content,
             dst_node_id=node,
-            message_type=MessageType.TRAIN,
+            message_type=kind,
             ttl=max(self._deadline - monotonic(), POLL_S),
             group_id=self._group,
         )

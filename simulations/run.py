@@ -44,7 +44,8 @@ from server.plan import (
     show_plan,
     size_of,
 )
-from server.report import RoundLine, read_report, show_report
+from server.record import RoundLine
+from server.report import read_report, show_report
 from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid
 from simulations.partition import deal
 

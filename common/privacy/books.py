@@ -163,11 +163,11 @@ class Books:
         self.head = Head(entry.seq, entry.hash)
         self.hashes.append(entry.hash)
 
-    def admits(self, more: Event, admission: str) -> bool:
+    def admits(self, more: Iterable[Event], admission: str) -> bool:
         """Whether `more` fits under the cap beside all commitments."""
         if admission == "filter":
-            return self._filtered([*self.commitments(), more]) <= self.cap
-        return self.all_fixed() and self._affordable([*self._whole_plans(), more])
+            return self._filtered([*self.commitments(), *more]) <= self.cap
+        return self.all_fixed() and self._affordable([*self._whole_plans(), *more])
 
     def admission(self) -> str:
         """Which of the two ways is open to a new plan."""
@@ -309,7 +309,7 @@ def _admit(books: Books, entry: Entry, event: Event) -> None:
     admission = entry.body["admission"]
     if admission == "plan" and not books.all_fixed():
         _fault(entry, "is admitted as a plan after an output may have been seen")
-    if not books.admits(event, admission):
+    if not books.admits([event], admission):
         _over(books)
     books.filtered = books.filtered or admission == "filter"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from common.config import Config, PrivacyMode
 from common.errors import ConfigError
 from common.privacy.accounting import Event
+from common.privacy.noise import Randomness
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,21 @@ def count_event(config: Config) -> Event | None:
     if sigma is None or config.privacy.mode is PrivacyMode.none:
         return None
     return Event(sigma, 1.0, 1)
+
+
+def noisy_count(count: int, charge: Event, randomness: Randomness) -> float:
+    """`count` plus Gaussian noise, rounded to a whole number: what `charge` pays for.
+
+    One record changes a count by one at most. Rounding afterwards hides what a float's low bits
+    could tell, and costs nothing.
+    """
+    (noise,) = randomness.normal(1, charge.noise_multiplier)
+    return float(round(count + noise))
+
+
+def counting(run_id: str) -> str:
+    """The name under which a ledger holds the count of a run."""
+    return f"{run_id} count"
 
 
 def run_events(config: Config) -> tuple[Event, ...]:

@@ -468,7 +468,7 @@ def test_processes_at_once_do_not_pass_the_cap_together(tmp_path, mode, warm):
     with Store(path) as store:
         books = verified(store.ledger(SITE)).books
     assert len(books.plans) == fit + (mode == "filter")
-    assert books.admits(WHOLE, mode) is False
+    assert books.admits([WHOLE], mode) is False
 
 
 @pytest.mark.parametrize("rounds", [1, 3])

@@ -23,7 +23,7 @@ from common.privacy.measurements import Measurements
 from common.privacy.verification import verify
 
 HASH = "ab" * 32
-TERMS = Terms("letters", HASH, 8.0, 1e-5, HASH)
+TERMS = Terms("letters", 8.0, 1e-5, HASH)
 FIRST = Event(40.0, 0.01, 20)
 """Of the run that fills a chain."""
 

@@ -21,7 +21,7 @@ LIMIT_S = 60
 
 
 def terms(cap=3.0):
-    return Terms("letters", HASH, cap, DELTA, HASH)
+    return Terms("letters", cap, DELTA, HASH)
 
 
 def measured(event=CHEAP):

@@ -246,6 +246,7 @@ class Store:
         Raises: ConfigError if another process has the file open, or there is no chain;
         VerificationError if the key is not that of all chains. Nothing has changed then.
         """
+        self._check_process()
         with self._turn, self._alone():
             assert not self._inside, "the key file follows a transaction that must be over"
             self._settle_key()

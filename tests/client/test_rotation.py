@@ -227,6 +227,14 @@ def test_a_refused_change_of_keys_gives_the_lock_back_shared(path):
     assert states == ["released", "reserved"]
 
 
+def test_a_forked_child_changes_no_key(path):
+    """Its lock is its parent's."""
+    with Store(path) as store:
+        assert ended(forked(store.rotate)) == VerificationError.exit_code
+        take_one(store.ledger("north"))
+    assert names(path) == {"books", "books.key", "books.lock"}
+
+
 def test_after_a_change_of_keys_others_may_open_it_again(path):
     with Store(path) as store:
         store.rotate()

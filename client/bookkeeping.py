@@ -129,11 +129,11 @@ def ledger(invocation: Invocation) -> None:
     def rotate(
         ledger: Annotated[Path, typer.Argument(help="FILE; all its sites get the new key.")],
     ) -> None:
-        """Gives a ledger a new site key, when the old one may be known, or is old.
+        """Gives FILE a new site key, for all its sites.
 
-        Stop whatever has the ledger open. The old key's last entry names the new one, so `verify
-        --key` goes on taking the first key, from GENESIS, and nobody has to be told. Keep
-        FILE.secret, which is written now, with the ledger: commitments to records rest on it.
+        For when the old one may be known, or is old. Stop whatever has the ledger open first. What
+        was exported stays good, and the first key stays the one to verify with. Keep FILE.secret,
+        which is written now, with the ledger: commitments to records rest on it.
 
         Example: coterie ledger rotate books.db
         """

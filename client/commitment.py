@@ -2,33 +2,72 @@
 
 Leaves are HMACs under a secret of the site, so nobody without it can try out texts; sorted, so the
 order of records does not matter. Merkle tree with separated domains, as in RFC 6962, 2.1.
+
+Beside the root, a tag for each text: a second HMAC, in a domain of its own, that leaves the label
+out. Where two ledgers of one secret have a tag in common, they have a record in common.
 """
 
 import hashlib
 import hmac
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from common.canonical import canonical_json
-from common.data import Records
+
+if TYPE_CHECKING:  # the books open without pandas
+    from common.data import Records
+
+_LEAF, _NODE, _TEXT = b"\x00", b"\x01", b"\x02"
+"""What a hash is of: none of one kind can stand for one of another."""
 
 
-def dataset_root(records: Records, key: Ed25519PrivateKey) -> str:
-    """SHA-256 root, in hex, over the records and their labels, keyed by the site's key."""
-    secret = HKDF(hashes.SHA256(), 32, None, b"coterie dataset commitment").derive(
-        key.private_bytes_raw()
-    )
-    level = sorted(_leaves(records, secret)) or [hashlib.sha256(b"").digest()]
+@dataclass(frozen=True)
+class Commitment:
+    """What a ledger is bound to."""
+
+    root: str
+    """SHA-256 Merkle root, in hex, over records with their labels: goes into the chain."""
+    texts: frozenset[bytes] = field(repr=False)
+    """A tag of each different text, without its label: stays at the site."""
+
+
+UNBOUND = Commitment("0" * 64, frozenset())
+"""Before the first run binds a ledger to records."""
+
+
+def commit_to(records: "Records", secret: bytes) -> Commitment:
+    """Commits to records, whatever their order.
+
+    Guarantee: without `secret` neither part tells anything of a text that could be guessed. The
+    tags of two sets under one secret meet where a text is in both, whatever its labels.
+    """
+    tags = frozenset(hmac.digest(secret, _TEXT + _bytes(text), "sha256") for text in records.texts)
+    return Commitment(_root(_leaves(records, secret)), tags)
+
+
+def secret_of(key: Ed25519PrivateKey) -> bytes:
+    """The 32 secret bytes of a site that has had this key from its beginning."""
+    info = b"coterie dataset commitment"
+    return HKDF(hashes.SHA256(), 32, None, info).derive(key.private_bytes_raw())
+
+
+def _root(leaves: Iterator[bytes]) -> str:
+    level = sorted(leaves) or [hashlib.sha256(b"").digest()]
     while len(level) > 1:
         pairs = (level[at : at + 2] for at in range(0, len(level), 2))
-        level = [hashlib.sha256(b"\x01" + b"".join(pair)).digest() for pair in pairs]
+        level = [hashlib.sha256(_NODE + b"".join(pair)).digest() for pair in pairs]
     return level[0].hex()
 
 
-def _leaves(records: Records, secret: bytes) -> Iterator[bytes]:
+def _leaves(records: "Records", secret: bytes) -> Iterator[bytes]:
     for text, label in zip(records.texts, records.labels.tolist(), strict=True):
-        content = canonical_json([text, label]).encode(errors="surrogatepass")
-        yield hmac.digest(secret, b"\x00" + content, "sha256")
+        yield hmac.digest(secret, _LEAF + _bytes(canonical_json([text, label])), "sha256")
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")

@@ -13,11 +13,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from common.errors import VerificationError
-from common.keys import generate_key, read_private_key
+from common.keys import KEY_SUFFIX, generate_key, read_private_key
 from common.messages import SiteBooks
 from common.privacy.chain import Head, Receipt, continued, public_hex
 
-KEY_SUFFIX = ".key"
 BUSY_S = 30.0
 """How long a writer waits for another one."""
 _SCHEMA = """

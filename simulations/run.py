@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from client.app import client_app
-from client.commitment import dataset_root
+from client.commitment import commit_to
 from client.ledger import Ledger, Store, Terms
 from client.site import Site
 from common.allocation import keep_freed_memory
@@ -166,9 +166,11 @@ def _store(config: Config, run_dir: Path) -> Store | None:
 def _ledgers(store: Store, config: Config, sites: dict[str, Records]) -> dict[str, Ledger]:
     """The ledger of each site, bound to its records; new ones where the run made the file.
 
-    Raises: ConfigError if a file that lasts holds no ledger of a site.
+    Raises: ConfigError if a file that lasts holds no ledger of a site, or knows a record of one
+    site as another's.
     """
-    roots = {name: dataset_root(records, store.key) for name, records in sites.items()}
+    secret = store.secret
+    commitments = {name: commit_to(records, secret) for name, records in sites.items()}
     with store.together():
         if config.ledger:
             ledgers = {name: store.ledger(name) for name in sites}
@@ -178,13 +180,13 @@ def _ledgers(store: Store, config: Config, sites: dict[str, Records]) -> dict[st
                         f"privacy.delta={config.privacy.delta:g}: must be at least "
                         f"{ledger.books.delta:g}, that of {config.ledger}#{name}"
                     )
-                ledger.bind(roots[name])
+                ledger.bind(commitments[name])
             return ledgers
         officer = public_hex(generate_key(store.path.with_name("officer.key")))
         source, cap, delta = config.data.source.name, config.privacy.epsilon, config.privacy.delta
         return {
-            name: store.open(name, Terms(source, root, cap, delta, officer))
-            for name, root in roots.items()
+            name: store.open(name, Terms(source, cap, delta, officer), commitment)
+            for name, commitment in commitments.items()
         }
 
 

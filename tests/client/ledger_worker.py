@@ -20,7 +20,7 @@ LIMIT_S = 60
 
 
 def terms(cap=3.0):
-    return Terms("letters", HASH, cap, DELTA, HASH)
+    return Terms("letters", cap, DELTA, HASH)
 
 
 def commit(ledger, run=RUN, event=CHEAP, *, rounds=1000, spare_rounds=1000):

@@ -73,7 +73,9 @@ def test_report_has_every_field_of_the_contract(finished):
         assert told | {"not_answered"} == set(site)
         assert site["not_answered"] == {}
         assert site["cap"] == 8.0
-        assert int(site["ledger_head"].split(":")[0]) == 8  # genesis, plan, two rounds of three
+        assert (
+            int(site["ledger_head"].split(":")[0]) == 9
+        )  # genesis, plan, two rounds of three, a receipt
         assert site["steps"] == 4
         assert site["epsilon"] <= 8
     assert all(isinstance(value, float) for value in report["evaluation"].values())

@@ -16,14 +16,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from client.commitment import Commitment, commit_to
 from client.ledger import Ledger, Store, Terms
+from common.data import Records
 from common.privacy import accounting
 from common.privacy.accounting import Event
-from common.privacy.measurements import Measurements
 from common.privacy.verification import verify
 
 HASH = "ab" * 32
-TERMS = Terms("letters", HASH, 8.0, 1e-5, HASH)
+TERMS = Terms("letters", 8.0, 1e-5, HASH)
 FIRST = Event(40.0, 0.01, 20)
 """Of the run that fills a chain."""
 
@@ -130,7 +133,7 @@ def rounds(ledger: Ledger, runs: list[tuple[str, Event]], times: int, where: str
         with reserve.once():
             reservation = ledger.reserve(run, done + 1 + number // len(runs), event)
         with prepare.once():
-            ledger.prepare(reservation, content, measured(event))
+            ledger.prepare(reservation, content, steps=event.steps)
         with release.once():
             ledger.release(reservation)
     return [
@@ -172,10 +175,16 @@ def many_sites(folder: Path, scale: int) -> list[Row]:
     count, path, times = 1000 // scale, folder / "many", 10
     sites = [f"site {number}" for number in range(count)]
     genesis, first, later = Clock(), Clock(), Clock()
+    bound, again, rotated = Clock(), Clock(), Clock()
     with contextlib.closing(Store.create(path)) as store:
         with genesis.once(), store.together():
             for site in sites:
                 store.open(site, TERMS)
+        records = {site: of_one_site(site, store.secret) for site in sites}
+        for clock in (bound, again):
+            with clock.once(), store.together():
+                for site in sites:
+                    store.ledger(site).bind(records[site])
         with first.once(), store.together():
             for site in sites:
                 commit(store.ledger(site), "first", FIRST, 100)
@@ -184,13 +193,24 @@ def many_sites(folder: Path, scale: int) -> list[Row]:
             with later.once(), store.together():
                 for site in sites:
                     store.ledger(site).reserve("first", number, FIRST)
+        with rotated.once():
+            store.rotate()
     what = f"of {count} sites, one transaction"
     return [
         genesis.row(f"opening of the chains {what}"),
+        bound.row(f"binding to 100 records each {what}"),
+        again.row(f"the same again {what}"),
         first.row(f"commitment and first reservation {what}", 2000),
         later.row(f"reservation {what}", 2000),
-        opening(path, f"opening of {count} chains of {3 + times} entries, alone", 3),
+        rotated.row(f"a new key {what}"),
+        opening(path, f"opening of {count} chains of {5 + times} entries, alone", 3),
     ]
+
+
+def of_one_site(site: str, secret: bytes) -> Commitment:
+    """To a hundred records that are nobody else's, as long as a short report."""
+    texts = tuple(f"{site}, record {number}: {'some words ' * 80}" for number in range(100))
+    return commit_to(Records(texts, np.zeros(len(texts), dtype=np.int64)), secret)
 
 
 def opening(path: Path, what: str, times: int) -> Row:
@@ -222,19 +242,8 @@ def fill(ledger: Ledger, entries: int) -> None:
         number += 1
         with ledger._store.together():  # one flush a round: this is not what is timed
             reservation = ledger.reserve("first", number, FIRST)
-            ledger.prepare(reservation, b"update", measured(FIRST))
+            ledger.prepare(reservation, b"update", steps=FIRST.steps)
             ledger.release(reservation)
-
-
-def measured(event: Event) -> Measurements:
-    """What sound meters say."""
-    return Measurements(
-        steps=event.steps,
-        round_steps=event.steps,
-        noise_ratio=1.0,
-        noise_deviation=0.0,
-        coin_deviation=0.0,
-    )
 
 
 if __name__ == "__main__":

@@ -3,57 +3,68 @@
 Steps 1, 2 and 8 to 12 are the coordinator's; see `server/rounds.py`.
 """
 
-import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from client.egress import egress
 from client.ledger import Ledger
-from client.policy import PolicyRefusedError, check_policy
+from client.policy import check_policy
+from client.refusals import BooksBehindError, BudgetExhaustedError, RoundLostError
 from client.site import Site
-from client.train import Trainer
+from client.train import Trainer, randomness_of
 from common import messages
 from common.config import Config, NoiseSource, PrivacyMode, check_delta, config_hash
-from common.errors import CoterieError, PrivacyRefusedError, VerificationError
-from common.messages import Instruction, SiteBooks, Update
-from common.parameters import check_vector
+from common.errors import PrivacyRefusedError, VerificationError
+from common.messages import Count, Instruction, SiteBooks, Update
+from common.parameters import Vector, check_vector
 from common.privacy.accounting import Event, coalesce, within
-from common.privacy.mechanism import mechanism_of, round_event
-
-log = logging.getLogger(__name__)
+from common.privacy.books import NoSpareRoundError
+from common.privacy.mechanism import (
+    count_event,
+    count_std,
+    counting,
+    mechanism_of,
+    noisy_count,
+    round_event,
+    run_events,
+)
 
 OpenSite = Callable[[Context], Site]
-
-
-class _BudgetExhaustedError(PrivacyRefusedError):
-    """The instruction would exceed the epsilon the run was planned with."""
 
 
 def client_app(open_site: OpenSite, *, allow_unprotected: bool = False) -> ClientApp:
     """The ClientApp that answers training instructions for the sites `open_site` knows.
 
     Guarantee: whatever arrives, the reply is an `Update` or one of the fixed refusals of
-    `common.messages`; the text of an exception stays in the local log.
+    `common.messages`; see `client.egress`.
     Args: allow_unprotected: True in simulations only, for seeded noise and for none at all.
     """
     app = ClientApp()
     trainers: dict[str, Trainer] = {}
 
-    @app.train()
+    @app.train(mods=[egress])
     def train(message: Message, context: Context) -> Message:
-        try:
-            instruction = messages.read_instruction(message)
-            site = open_site(context)
-            _check_terms(site, instruction, allow_unprotected=allow_unprotected)
-            trainer = _warm_trainer(trainers, instruction.config)
-            update = _answer(site, trainer, instruction)
-            return Message(messages.pack_update(update), reply_to=message)
-        except Exception as error:  # the border: nothing else may leave
-            return _refuse(message, error)
+        instruction = messages.read_instruction(message)
+        site = open_site(context)
+        _check_terms(site, instruction, allow_unprotected=allow_unprotected)
+        trainer = _warm_trainer(trainers, instruction.config)
+        update = _answer(site, trainer, instruction)
+        return Message(messages.pack_update(update), reply_to=message)
+
+    @app.evaluate(mods=[egress])
+    def evaluate(message: Message, context: Context) -> Message:
+        instruction = messages.read_instruction(message)
+        site = open_site(context)
+        _check_terms(site, instruction, allow_unprotected=allow_unprotected)
+        trainer = _warm_trainer(trainers, instruction.config)
+        count = _count(site, trainer, instruction)
+        return Message(messages.pack_count(count), reply_to=message)
 
     return app
 
@@ -62,28 +73,71 @@ def _answer(site: Site, trainer: Trainer, instruction: Instruction) -> Update:
     # 3. The terms are checked and the model is rehearsed; the rest must fit that model.
     _check_fit(trainer, instruction)
     charge = round_event(instruction.config)
-    update = partial(Update, instruction.run_id, instruction.round, trainer.layout.digest, charge)
     if instruction.config.privacy.mode is PrivacyMode.none:
         vector, _ = trainer.train(site, instruction.vector, round_number=instruction.round)
-        return update(vector)
+        return _update(instruction, charge, vector)
     ledger = _ledger(site)
-    # 4. Reserve: charged and on disk before data are touched, and never given back.
-    reservation = _reserve(ledger, instruction, charge)
-    try:
-        # 5. The private steps.
-        vector, measured = trainer.train(site, instruction.vector, round_number=instruction.round)
-        assert measured is not None
-        # 6. Prepare: these bytes, and no others, may leave.
-        ledger.prepare(reservation, vector.tobytes(), measured)
-    except BaseException:
-        ledger.lose(reservation)
-        raise
+    # Prepared before, and perhaps lost on its way: the same bytes once more, and no other.
+    reservation = ledger.answered(instruction.run_id, instruction.round)
+    if reservation is None:
+        # 4. Reserve: charged and on disk before data are touched, and never given back.
+        reservation = _reserve(ledger, instruction, instruction.run_id, instruction.round, charge)
+        with _lost_on_failure(ledger, reservation):
+            # 5. The private steps.
+            vector, measured = trainer.train(
+                site, instruction.vector, round_number=instruction.round
+            )
+            assert measured is not None
+            # 6. Prepare: these bytes, and no others, may leave.
+            ledger.prepare(reservation, vector.tobytes(), steps=measured.round_steps)
     # 7. Release: the parameters after the noise, and what they cost.
-    released = np.frombuffer(ledger.release(reservation), dtype=vector.dtype)
-    books = ledger.books
-    return update(
-        released, SiteBooks(books.head, books.cap, books.spent(), coalesce(books.charges()))
-    )
+    released = np.frombuffer(ledger.release(reservation), dtype=np.float32)
+    return _update(instruction, charge, released, _books(ledger, instruction))
+
+
+def _count(site: Site, trainer: Trainer, instruction: Instruction) -> Count:
+    """The same steps for what a site may say of its own records: how many the model gets right."""
+    config, charge = instruction.config, count_event(instruction.config)
+    if charge is None:
+        raise VerificationError("instruction: its plan counts nothing")
+    _check_fit(trainer, instruction)
+    ledger, run = _ledger(site), counting(instruction.run_id)
+    reservation = ledger.answered(run, 1)
+    if reservation is None:
+        reservation = _reserve(ledger, instruction, run, 1, charge)
+        with _lost_on_failure(ledger, reservation):
+            correct = trainer.count_correct(site, instruction.vector)
+            coins = randomness_of(config, site.name, "count")
+            noised = noisy_count(correct, count_std(config), coins)
+            ledger.prepare(reservation, np.float64(noised).tobytes(), steps=1)
+    released = np.frombuffer(ledger.release(reservation), dtype=np.float64)
+    return Count(instruction.run_id, float(released[0]), _books(ledger, instruction))
+
+
+@contextmanager
+def _lost_on_failure(ledger: Ledger, reservation: int) -> Iterator[None]:
+    """Raises: RoundLostError, whatever went wrong inside."""
+    try:
+        yield
+    except BaseException as error:
+        ledger.lose(reservation)
+        if not isinstance(error, Exception):  # somebody stops this process
+            raise
+        raise RoundLostError(f"a round was charged, and is lost: {error}") from error
+
+
+def _update(
+    instruction: Instruction, charge: Event, vector: Vector, books: SiteBooks | None = None
+) -> Update:
+    ids = instruction.run_id, instruction.round, instruction.layout_digest
+    return Update(*ids, charge, vector, books)
+
+
+def _books(ledger: Ledger, instruction: Instruction) -> SiteBooks:
+    """What the reply says of the ledger, with the way from the head the coordinator knows."""
+    books, receipt = ledger.books, instruction.receipt
+    links = b"" if receipt is None else ledger.links(receipt.head, books.head)
+    return SiteBooks(books.head, books.cap, books.spent(), coalesce(books.charges()), links)
 
 
 def _check_terms(site: Site, instruction: Instruction, *, allow_unprotected: bool) -> None:
@@ -107,10 +161,16 @@ def _check_price(site: Site, instruction: Instruction) -> None:
     config, mechanism = instruction.config, mechanism_of(instruction.config)
     records = math.ceil(mechanism.divisor / mechanism.sample_rate)
     check_delta(config.privacy.delta, records, site.name)
-    whole = mechanism.event(config.total_steps)
-    if not within([whole], epsilon=config.privacy.epsilon, delta=config.privacy.delta):
-        raise _BudgetExhaustedError(f"the run would exceed epsilon {config.privacy.epsilon:g}")
+    whole = run_events(config)
+    if not within(whole, epsilon=config.privacy.epsilon, delta=config.privacy.delta):
+        raise BudgetExhaustedError(f"the run would exceed epsilon {config.privacy.epsilon:g}")
     books = _ledger(site).books
+    if instruction.receipt is not None and not books.contains(instruction.receipt.head):
+        raise BooksBehindError(
+            f"{site.name}: its ledger never had the head {instruction.receipt.head} that the "
+            "coordinator signed; it was put back to an older copy, or is another one: find the "
+            "latest copy, and do not train on this one"
+        )
     if config.privacy.unit != books.unit:  # a record's price says nothing about a person's
         raise VerificationError(f"instruction: its unit is not the ledger's, {books.unit}")
     if config.privacy.mode is PrivacyMode.person and site.records.persons is None:
@@ -119,11 +179,9 @@ def _check_price(site: Site, instruction: Instruction) -> None:
         raise VerificationError(f"instruction: its delta is below the ledger's, {books.delta:g}")
     plan = books.plans.get(instruction.run_id)
     if plan is None and not books.admits(whole, books.admission()):
-        raise _BudgetExhaustedError(f"the run would exceed the site's cap, {books.cap:g}")
+        raise BudgetExhaustedError(f"the run would exceed the site's cap, {books.cap:g}")
     if plan is not None and plan.config != config_hash(config):
         raise VerificationError("instruction: its configuration is not the one its run began with")
-    if (instruction.run_id, instruction.round) in site.charges:
-        raise VerificationError(f"instruction: round {instruction.round} was already answered")
 
 
 def _check_fit(trainer: Trainer, instruction: Instruction) -> None:
@@ -132,23 +190,41 @@ def _check_fit(trainer: Trainer, instruction: Instruction) -> None:
     check_vector(instruction.vector, trainer.layout)
 
 
-def _reserve(ledger: Ledger, instruction: Instruction, charge: Event) -> int:
-    """Commits the run when its first round comes, and charges this round."""
-    config = instruction.config
+def _reserve(
+    ledger: Ledger, instruction: Instruction, run: str, round_number: int, charge: Event
+) -> int:
+    """Commits the run when its first instruction comes, and charges one round of `run`."""
     try:
-        if instruction.run_id not in ledger.books.plans:
-            ledger.commit(
-                instruction.run_id,
-                charge,
-                rounds=config.federation.rounds,
-                spare_rounds=0,
-                plan=config_hash(config),
-                model=config.model.name,
-                unit=config.privacy.unit,
-            )
-        return ledger.reserve(instruction.run_id, instruction.round, charge)
+        with ledger.at_once():
+            if instruction.receipt is not None:
+                ledger.acknowledge(instruction.receipt)
+            if instruction.run_id not in ledger.books.plans:
+                _commit(ledger, instruction)
+            return ledger.reserve(run, round_number, charge)
+    except NoSpareRoundError:
+        raise
     except PrivacyRefusedError as error:
-        raise _BudgetExhaustedError(str(error)) from error
+        raise BudgetExhaustedError(str(error)) from error
+
+
+def _commit(ledger: Ledger, instruction: Instruction) -> None:
+    """All that the run may ever charge, before any of it: then PLD may price it as one."""
+    config = instruction.config
+    commit = partial(
+        ledger.commit,
+        plan=config_hash(config),
+        model=config.model.name,
+        unit=config.privacy.unit,
+    )
+    commit(
+        instruction.run_id,
+        round_event(config),
+        rounds=config.federation.rounds,
+        spare_rounds=config.privacy.spare_rounds,
+    )
+    count = count_event(config)
+    if count is not None:
+        commit(counting(instruction.run_id), count, rounds=1, spare_rounds=0)
 
 
 def _ledger(site: Site) -> Ledger:
@@ -166,21 +242,3 @@ def _warm_trainer(trainers: dict[str, Trainer], config: Config) -> Trainer:
         trainers.clear()
         trainers[key] = trainer
     return trainers[key]
-
-
-def _refuse(message: Message, error: Exception) -> Message:
-    if isinstance(error, _BudgetExhaustedError):
-        code = messages.BUDGET_EXHAUSTED
-    elif isinstance(error, PolicyRefusedError):
-        code = messages.AGAINST_POLICY
-    elif isinstance(error, CoterieError):
-        code = messages.INVALID_INSTRUCTION
-    else:
-        code = messages.LOCAL_FAILURE
-    log.error(
-        "not answered (%s): %s",
-        messages.REFUSALS[code],
-        error,
-        exc_info=code == messages.LOCAL_FAILURE,
-    )
-    return Message(Error(code, messages.REFUSALS[code]), reply_to=message)

@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from client.keys import generate_key, read_private_key
 from client.ledger import Ledger, Store, Terms, check_terms
 from common.cli import Invocation, emit_json, run_typer
 from common.durable import write_atomic
 from common.errors import ConfigError
+from common.keys import generate_key, read_private_key
 from common.privacy import chain
 from common.privacy.accounting import number, shown
 from common.privacy.books import Books
@@ -25,8 +25,6 @@ from common.privacy.verification import verify as verify_export
 
 BAR = 16
 """Characters of a budget bar."""
-NO_ROOT = "0" * 64
-"""Before the first run binds a ledger to records."""
 
 LedgerArgument = Annotated[
     str, typer.Argument(help="FILE[#SITE]; the site may be left out if there is one.")
@@ -34,7 +32,7 @@ LedgerArgument = Annotated[
 
 
 def ledger(invocation: Invocation) -> None:
-    """A site's privacy books: make, show, export and verify them, change the cap."""
+    """A site's privacy books: make, show, export and verify them, change their cap and key."""
 
     def init(  # noqa: PLR0917 - options, which are given by name
         ledger: Annotated[Path, typer.Argument(help="File to make; its key is made beside it.")],
@@ -64,7 +62,7 @@ def ledger(invocation: Invocation) -> None:
         public = _officer(officer_key)
         with Store.create(ledger) as store, store.together():
             for name in site:
-                store.open(name, Terms(dataset, NO_ROOT, cap, delta, public, unit))
+                store.open(name, Terms(dataset, cap, delta, public, unit))
         _answer(invocation, {"ledger": str(ledger), "site_key": chain.public_hex(store.key)})
 
     def show(ledger: LedgerArgument) -> None:
@@ -132,7 +130,25 @@ def ledger(invocation: Invocation) -> None:
             head = one.head
         _answer(invocation, {"site": one.site, "cap": cap, "head": str(head)})
 
-    run_typer([init, show, export, verify, cap], invocation)
+    def rotate(
+        ledger: Annotated[Path, typer.Argument(help="FILE; all its sites get the new key.")],
+    ) -> None:
+        """Gives FILE a new site key, for all its sites.
+
+        For when the old one may be known, or is old. Stop whatever has the ledger open first. What
+        was exported stays good, and the first key stays the one to verify with. Keep FILE.secret,
+        which is written now, with the ledger: commitments to records rest on it.
+
+        Example: coterie ledger rotate books.db
+        """
+        if not ledger.exists() and "#" in ledger.name:
+            raise ConfigError(f"{ledger}: one key is that of all sites; give the file alone")
+        with Store(ledger) as store:
+            store.rotate()
+            heads = {site: str(store.ledger(site).head) for site in store.sites()}
+        _answer_rotated(invocation, str(ledger), chain.public_hex(store.key), heads)
+
+    run_typer([init, show, export, verify, cap, rotate], invocation)
 
 
 def _officer(given: str) -> str:
@@ -255,6 +271,17 @@ def _show_verdict(verdict: Verified, file: Path, console: Console) -> None:
         console.print("officer not pinned: whose cap it is, the site says; give --officer")
     if not verdict.head_pinned:
         console.print("head not pinned: a cut-off end would not show; give --head")
+
+
+def _answer_rotated(
+    invocation: Invocation, ledger: str, site_key: str, heads: dict[str, str]
+) -> None:
+    if invocation.json:
+        emit_json({"ledger": ledger, "site_key": site_key, "heads": heads})
+        return
+    _answer(invocation, {"ledger": ledger, "site_key": site_key})
+    for site, head in heads.items():
+        print(f"{site}: head {head}")
 
 
 def _answer(invocation: Invocation, content: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 from client.preflight import Verdict, refusal
 from client.train import Trainer
 from common.cli import Invocation, emit_json
+from common.code import code_digest
 from common.composition import run_job
 from common.config import Config
 from common.privacy.accounting import number
@@ -45,6 +46,7 @@ def preflight_object(config: Config, trainer: Trainer, verdict: Verdict) -> dict
         "max_rel_error": number(verdict.max_rel_error),
         "trainable": trainer.layout.size,
         "frozen": trainer.parameters - trainer.layout.size,
+        "code": code_digest(),
     }
 
 
@@ -60,6 +62,7 @@ def show_preflight(answer: dict[str, Any], console: Console) -> None:
         "trains": f"{answer['trainable']:,} parameters; {answer['frozen']:,} stay as they are",
         "adapted": "\n".join(answer["adapted"]) or "nothing",
         "refused on the way": "\n".join(answer["refused"]) or "nothing",
+        "code at this site": answer["code"],
     }
     for name, text in rows.items():
         table.add_row(name, text)

@@ -6,7 +6,8 @@ and keeps the charge. Nothing is ever refunded.
 
 The rules are `common.privacy.books`'; this module makes entries, and makes them durable. Beside
 the chain it keeps, for itself, the bytes of an update that was prepared and not yet released
-again: only these may be sent a second time.
+again: only these may be sent a second time; and a tag of every text that was ever under a chain,
+so that no record comes under two.
 """
 
 import fcntl
@@ -16,20 +17,24 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from client.keys import generate_key, read_private_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from client.commitment import UNBOUND, Commitment, secret_of
+from client.site_keys import SiteKeys
 from common.errors import ConfigError, CoterieError, VerificationError
+from common.keys import KEY_SUFFIX, generate_key
 from common.privacy import chain
 from common.privacy.accounting import Event
 from common.privacy.books import Books, filter_order
-from common.privacy.chain import Entry, Head, Kind, event_body
-from common.privacy.measurements import Measurements
+from common.privacy.chain import Entry, Head, Kind, Receipt, event_body
 
-KEY_SUFFIX, LOCK_SUFFIX = ".key", ".lock"
+LOCK_SUFFIX = ".lock"
 BUSY_S = 30.0
 """How long a writer waits for another one."""
 _SCHEMA = """
@@ -47,6 +52,14 @@ CREATE TRIGGER IF NOT EXISTS entry_is_not_replaced BEFORE INSERT ON entry
 CREATE TRIGGER IF NOT EXISTS entry_is_not_deleted BEFORE DELETE ON entry
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 """
+_SEEN = (
+    "CREATE TABLE IF NOT EXISTS seen (tag BLOB PRIMARY KEY, site TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TRIGGER IF NOT EXISTS seen_is_not_edited BEFORE UPDATE ON seen"
+    " BEGIN SELECT RAISE(ABORT, 'a record that was seen stays so'); END",
+    "CREATE TRIGGER IF NOT EXISTS seen_is_not_deleted BEFORE DELETE ON seen"
+    " BEGIN SELECT RAISE(ABORT, 'a record that was seen stays so'); END",
+)
+"""Whose a text is. One of `_SCHEMA` that older files are given when they are opened."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +68,6 @@ class Terms:
 
     dataset: str
     """Its name, as people know it."""
-    dataset_root: str
-    """SHA-256 commitment to the records, keyed by the site: tells nothing without the key."""
     cap: float
     """Epsilon that no history of this ledger may exceed, at `delta`."""
     delta: float
@@ -77,8 +88,9 @@ class Store:
         """Opens the file. Raises: ConfigError if it is not there, or its key is not private."""
         if not path.is_file():
             raise ConfigError(f"{path}: no such ledger; make one with `coterie ledger init {path}`")
-        self.path = path.resolve()  # one lock file, by whatever link it was reached
-        self.key = read_private_key(Path(f"{path}{KEY_SUFFIX}"))
+        self.path = path.resolve()  # one lock and one key, by whatever link it was reached
+        self._files = SiteKeys(self.path)
+        self.key = self._files.current()
         self._ledgers: dict[str, Ledger] = {}
         self._inside = False
         """Whether a transaction is open."""
@@ -87,7 +99,12 @@ class Store:
         # Whoever writes shares this lock; who gets it alone knows that nobody else is alive.
         self._lock = os.open(f"{self.path}{LOCK_SUFFIX}", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            self._recover()
+            alone = self._share_lock()
+            self._settle_key()
+            self._add_missing_table()
+            if alone:
+                self._recover()
+                fcntl.flock(self._lock, fcntl.LOCK_SH)
         except BaseException:
             self.close()
             raise
@@ -101,7 +118,7 @@ class Store:
         generate_key(Path(f"{path}{KEY_SUFFIX}"))
         try:
             connection = _connect(path)
-            connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            connection.executescript(f"BEGIN; {_SCHEMA} {'; '.join(_SEEN)}; COMMIT;")
             connection.close()
             return cls(path)
         except BaseException:
@@ -134,12 +151,20 @@ class Store:
         except sqlite3.Error as error:
             raise VerificationError(f"{self.path}: is not a ledger file ({error})") from error
 
-    def open(self, site: str, terms: Terms) -> "Ledger":
-        """A new chain. Raises: ConfigError if the site has one, or the terms are none."""
+    def open(self, site: str, terms: Terms, commitment: Commitment = UNBOUND) -> "Ledger":
+        """A new chain, for these records.
+
+        Raises: ConfigError if the site has one, the terms are none, or a record is, or once was,
+        under another chain; nothing was written then.
+        """
         if self._holds(site):
             raise ConfigError(f"{self.path}#{site}: has a ledger already")
         ledger = Ledger(self, site)
-        ledger.append(Kind.GENESIS, _genesis(site, terms, chain.public_hex(self.key)))
+        with self.claiming(site, commitment):
+            for (other,) in self.read("SELECT site FROM entry LIMIT 1"):
+                self.ledger(other).signable()
+            body = _genesis(site, terms, commitment.root, chain.public_hex(self.key))
+            ledger.append(Kind.GENESIS, body)
         self._ledgers[site] = ledger
         return ledger
 
@@ -149,6 +174,24 @@ class Store:
             known = ", ".join(self.sites()) or "none"
             raise ConfigError(f"{self.path}#{site}: no such site; it holds {known}")
         return self._ledgers.setdefault(site, Ledger(self, site))
+
+    @contextmanager
+    def claiming(self, site: str, commitment: Commitment) -> Iterator[None]:
+        """Records become those of `site` with what is written inside, or not at all.
+
+        Raises: ConfigError, before anything is written, if one is another site's.
+        """
+        with self.together() as connection:
+            owners = {
+                owner
+                for tag in commitment.tags
+                for (owner,) in connection.execute("SELECT site FROM seen WHERE tag = ?", (tag,))
+            }
+            if others := sorted(owners - {site}):
+                raise ConfigError(_overlap(self.path, site, others[0]))
+            yield
+            rows = [(tag, site) for tag in commitment.tags]
+            connection.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?)", rows)
 
     def _holds(self, site: str) -> bool:
         return bool(self.read("SELECT 1 FROM entry WHERE site = ? LIMIT 1", site))
@@ -181,19 +224,118 @@ class Store:
             finally:
                 self._inside = False
 
-    def _recover(self) -> None:
-        """Declares lost what nobody can finish any more; its charge stays."""
+    @property
+    def secret(self) -> bytes:
+        """Keys the commitments to records; a new site key leaves it as it was.
+
+        Raises: ConfigError if its file is gone since, or others may read it.
+        """
+        kept = self._files.kept_secret()
+        if kept is not None:
+            return kept
+        states = (self.ledger(site).books for site in self.sites())
+        if any(books.genesis["site_key"] != books.site_key for books in states):
+            raise ConfigError(
+                f"{self._files.secret_path}: is not there; it has been needed since the ledger got "
+                "a new key: put it back from a copy"
+            )
+        return secret_of(self.key)
+
+    def rotate(self) -> None:
+        """Gives all chains a new site key, which is `key` afterwards.
+
+        Guarantee: whenever the process or the machine stops, the next opening finds one key, and
+        it is that of all chains. The secret stays.
+        Raises: ConfigError if another process has the file open, or there is no chain;
+        VerificationError if the key is not that of all chains. Nothing has changed then.
+        """
+        self._check_process()
+        with self._turn, self._alone():
+            assert not self._inside, "the key file follows a transaction that must be over"
+            self._settle_key()
+            ledgers = [self.ledger(site) for site in self.sites()]
+            if not ledgers:
+                raise ConfigError(f"{self.path}: holds no site's ledger, whose key could change")
+            for ledger in ledgers:
+                ledger.signable()
+            # Each on the disk before the next: 1. what must outlive the key, 2. the new key beside
+            # the old one, 3. the chains, 4. the new key in the place of the old one.
+            self._files.keep(self.secret)
+            key = self._files.propose()
+            try:
+                with self.together():
+                    for ledger in ledgers:
+                        ledger.hand_over(key)
+            finally:
+                self._settle_key()
+
+    def _settle_key(self) -> None:
+        """Ends a change of keys as the chains say: done if they name the new one, else undone.
+
+        Nobody else can be in the middle of one: that takes the lock alone, and here it is held.
+        """
+        self._files.tidy()
+        if self._files.is_changing():
+            # The old key goes after what is seen here is on the disk: a commit may be seen sooner.
+            self._flush()
+            with self.together():
+                if self._files.is_changing():  # and no other opening was quicker
+                    self._choose_key()
+        self.key = self._files.current()
+
+    def _flush(self) -> None:
+        """Returns once every commit that can be read is on the disk."""
+        ((busy, *_),) = self.read("PRAGMA wal_checkpoint(FULL)")
+        if busy:
+            raise ConfigError(f"{self.path}: another process holds it; try again")
+
+    def _choose_key(self) -> None:
+        named = {self.ledger(site).books.site_key for site in self.sites()}
+        if named <= {chain.public_hex(self._files.current())}:
+            self._files.withdraw()
+        elif named == {chain.public_hex(self._files.proposed())}:
+            self._files.adopt()
+        else:
+            raise VerificationError(
+                f"{self._files.path}: neither this key nor the one beside it is that of all chains"
+            )
+
+    def _share_lock(self) -> bool:
+        """Takes the lock. Returns: whether alone; else it is shared, and others may be training."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another process is alive, and may be training
+        except BlockingIOError:
             fcntl.flock(self._lock, fcntl.LOCK_SH)
-            return
+            return False
+        return True
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Has the lock alone. Raises: ConfigError if another process has the file open."""
+        try:
+            if not self._share_lock():
+                raise ConfigError(
+                    f"{self.path}: another process has it open, with the old key; stop it first"
+                )
+            yield
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+
+    def _add_missing_table(self) -> None:
+        """Files of before overlaps were looked for get the table, once they are known as ours."""
+        self.read("SELECT 1 FROM entry LIMIT 1")
+        if not self.read("SELECT 1 FROM sqlite_master WHERE name = 'seen_is_not_deleted'"):
+            with self.together() as connection:
+                for statement in _SEEN:
+                    connection.execute(statement)
+
+    def _recover(self) -> None:
+        """Declares lost what nobody, as this has the lock alone, can finish; its charge stays."""
         with self.together():
             for site in self.sites():
                 ledger = self.ledger(site)
                 for reservation in ledger.books.open_reservations("reserved"):
                     ledger.append(Kind.LOST, {"reservation": reservation, "reason": "crash"})
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
 
 
 class Ledger:
@@ -229,10 +371,14 @@ class Ledger:
         """Reads the chain anew at the next use: a transaction was rolled back."""
         self._books = None
 
+    def at_once(self) -> AbstractContextManager[object]:
+        """Several entries or none, with one fsync."""
+        return self._store.together()
+
     def append(self, kind: Kind, body: Mapping[str, Any]) -> Entry:
         """Adds one entry, if the rules allow it; it is on disk when this returns."""
         with self._store.together() as connection:
-            books = self.books
+            books = self.signable()
             entry = chain.write_entry(kind, body, after=books.head, key=self._store.key)
             books.apply(entry)
             connection.execute(
@@ -240,11 +386,55 @@ class Ledger:
             )
         return entry
 
-    def bind(self, root: str) -> None:
-        """Records that the dataset's commitment is now `root`; its spending goes on."""
+    def signable(self) -> Books:
+        """The books, if the store's key is theirs. Raises: VerificationError if it is no longer."""
+        books = self.books
+        if books.genesis and chain.public_hex(self._store.key) != books.site_key:
+            raise VerificationError(
+                f"{self._store.path}#{self.site}: would be signed by another key than its own; "
+                "if it got a new key meanwhile, open it anew"
+            )
+        return books
+
+    def hand_over(self, key: Ed25519PrivateKey) -> None:
+        """Names the key that signs from the next entry on."""
+        books = self.books
+        proof = chain.prove_rotation(key, books.site_key, after=books.head)
+        self.append(Kind.KEY_ROTATE, {"site_key": chain.public_hex(key), "proof": proof})
+
+    def bind(self, commitment: Commitment) -> None:
+        """Records what the dataset is from now on; its spending goes on.
+
+        Raises: ConfigError if a record, or person, is, or once was, under another chain of this
+        store; nothing was written then.
+        """
+        with self._store.claiming(self.site, commitment):
+            if self.books.genesis["dataset_root"] != commitment.root:
+                self.append(Kind.DATASET, {"dataset_root": commitment.root})
+
+    def acknowledge(self, receipt: Receipt) -> None:
+        """Keeps a coordinator's receipt, once. Raises: VerificationError for a head never had."""
         with self._store.together():
-            if self.books.genesis["dataset_root"] != root:
-                self.append(Kind.DATASET, {"dataset_root": root})
+            if self.books.receipts.get(receipt.key) != receipt.head:
+                self.append(
+                    Kind.RECEIPT,
+                    {
+                        "seq": receipt.head.seq,
+                        "hash": receipt.head.hash,
+                        "coordinator_key": receipt.key,
+                        "signature": receipt.signature,
+                    },
+                )
+
+    def links(self, after: Head, to: Head) -> bytes:
+        """What proves to whoever remembers `after` that this chain went on from there `to`.
+
+        Raises: VerificationError if it did not.
+        """
+        if not self.books.contains(after):
+            raise VerificationError(f"{self.site}: its ledger never had the head {after}")
+        between = islice(self._entries(after=after.seq), to.seq - after.seq)
+        return b"".join(bytes.fromhex(entry.content_digest) for entry in between)
 
     def commit(
         self,
@@ -296,12 +486,12 @@ class Ledger:
             )
         return entry.seq
 
-    def prepare(self, reservation: int, content: bytes, measured: Measurements) -> None:
+    def prepare(self, reservation: int, content: bytes, *, steps: int) -> None:
         """Fixes what a round may release: these bytes and no others.
 
-        Args: measured: judged by the meters already. Only the number of steps is kept: whoever
-        knows all records but one could tell from an exact energy of the noise whether that one
-        was there.
+        Args: steps: as counted. What else the meters measured is judged where they are, and not
+        kept: whoever knows all records but one could tell from an exact energy of the noise
+        whether that one was there.
         """
         with self._store.together() as connection:
             self.append(
@@ -309,7 +499,7 @@ class Ledger:
                 {
                     "reservation": reservation,
                     "update": hashlib.sha256(content).hexdigest(),
-                    "steps": measured.round_steps,
+                    "steps": steps,
                 },
             )
             connection.execute(
@@ -336,15 +526,27 @@ class Ledger:
             self.append(Kind.RELEASE, {"reservation": reservation})
         return content
 
+    def answered(self, run: str, round_number: int) -> int | None:
+        """The reservation of a round that was prepared already: its bytes may be sent again.
+
+        Raises: VerificationError if the round is being answered at this moment.
+        """
+        books = self.books
+        for reservation in books.attempts.get((run, round_number), []):
+            state = books.reservations[reservation].state
+            if state == "reserved":
+                raise VerificationError(f"round {round_number} of run {run} is under way")
+            if state != "lost":
+                return reservation
+        return None
+
     def lose(self, reservation: int) -> None:
         """Gives up a round that failed; its charge stays."""
         self.append(Kind.LOST, {"reservation": reservation, "reason": "failure"})
 
     def export(self) -> str:
         """The chain as a file that anybody can verify. Raises: VerificationError."""
-        books = self.books
-        if chain.public_hex(self._store.key) != books.site_key:
-            raise VerificationError(f"{self._store.path}#{self.site}: its key is another site's")
+        books = self.signable()
         claims = {"epsilon_pld": books.spent_pld(), "epsilon_rdp": books.spent_rdp()}
         # Others may append meanwhile: what is claimed is of these entries.
         return chain.export(self.entries()[: books.head.seq], claims, self._store.key)
@@ -357,13 +559,21 @@ class Ledger:
             yield chain.read_entry(str(line), seq)
 
 
-def _genesis(site: str, terms: Terms, site_key: str) -> dict[str, Any]:
+def _overlap(path: Path, site: str, other: str) -> str:
+    return (
+        f"{path}#{site}: a record of its data or a person is, or once was, under #{other}; each of "
+        "two ledgers would charge it for its own releases only. A simulation on lasting books must "
+        "keep seed, data.* and the partition as they were; elsewhere give it to one site"
+    )
+
+
+def _genesis(site: str, terms: Terms, root: str, site_key: str) -> dict[str, Any]:
     check_terms(terms.cap, terms.delta, terms.unit)
     return {
         "version": chain.VERSION,
         "site": site,
         "dataset": terms.dataset,
-        "dataset_root": terms.dataset_root,
+        "dataset_root": root,
         "unit": terms.unit,
         "relation": "add_or_remove_one",
         "cap": terms.cap,

@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor, nn
 
+from client.measurements import Measurements
 from common.errors import PrivacyRefusedError
-from common.privacy.measurements import Measurements
 from common.privacy.mechanism import Mechanism
 from common.privacy.noise import Randomness
 

@@ -6,14 +6,11 @@ refusal tells nothing about records.
 
 from collections.abc import Iterator
 
+from client.refusals import PolicyRefusedError
+from common.code import code_digest
 from common.config import Config, NodeConfig, PrivacyMode
-from common.errors import PrivacyRefusedError
 from common.privacy.accounting import epsilon_pld
-from common.privacy.mechanism import mechanism_of
-
-
-class PolicyRefusedError(PrivacyRefusedError):
-    """The instruction asks for what this site does not do. The text stays in the site's log."""
+from common.privacy.mechanism import mechanism_of, run_events
 
 
 def check_policy(policy: NodeConfig, config: Config) -> None:
@@ -24,7 +21,7 @@ def check_policy(policy: NodeConfig, config: Config) -> None:
 
 
 def _broken(policy: NodeConfig, config: Config) -> Iterator[str]:
-    mechanism, rounds, steps = mechanism_of(config), config.federation.rounds, config.total_steps
+    mechanism, rounds, steps = mechanism_of(config), config.federation.rounds, config.charged_steps
     if mechanism.noise_multiplier < policy.min_noise_multiplier:
         yield f"sigma {mechanism.noise_multiplier:g} is below {policy.min_noise_multiplier:g}"
     for name, asked, limit in (
@@ -35,6 +32,8 @@ def _broken(policy: NodeConfig, config: Config) -> Iterator[str]:
     ):
         if limit is not None and not asked <= limit:
             yield f"{name} {asked:.4g} is above {limit:g}"
+    if policy.code and code_digest() not in policy.code:
+        yield f"this site's code, {code_digest()}, is not one that was reviewed"
     if policy.models and config.model.name not in policy.models:
         yield f"model {config.model.name} is not one of {', '.join(policy.models)}"
     if policy.tasks and config.task.name not in policy.tasks:
@@ -51,4 +50,4 @@ def _epsilon(policy: NodeConfig, config: Config) -> float:
         return 0.0
     if config.privacy.mode is PrivacyMode.none:
         return float("inf")
-    return epsilon_pld([mechanism_of(config).event(config.total_steps)], config.privacy.delta)
+    return epsilon_pld(run_events(config), config.privacy.delta)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from client.clipping.engines import ClippingEngine, LossOf, Sums, completed
+from client.measurements import Measurements
 from client.meters import Meters, NoiseMeter
 from common.errors import PrivacyRefusedError
-from common.privacy.measurements import Measurements
 from common.privacy.mechanism import Mechanism
 from common.privacy.noise import Randomness
 from common.privacy.sampling import poisson_sample, records_of

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.clipping.engines import ClippingEngine, LossOf
+from client.measurements import Measurements
 from client.meters import Meters
 from client.persons import usable
 from client.preflight import Verdict, preflight, refusal
@@ -16,10 +17,10 @@ from client.private_step import ParameterGroup, plain_steps, private_steps, sgd
 from client.site import Site
 from common import parameters
 from common.config import Config, NoiseSource, PrivacyMode
+from common.data import Records
 from common.model import build_classifier, load_tokenizer
 from common.parameters import Layout, Vector
 from common.prefix import Inputs
-from common.privacy.measurements import Measurements
 from common.privacy.mechanism import Mechanism, mechanism_of
 from common.privacy.noise import Randomness
 from common.tasks import TASKS
@@ -36,6 +37,8 @@ BEYOND = 1e6
 class Held:
     """What steps read of a site's records, those beyond a person's bound left out."""
 
+    source: Records
+    """What it was prepared from: other records of that site are prepared anew."""
     inputs: Inputs
     labels: Tensor
     """(N,) class index of each record."""
@@ -87,7 +90,7 @@ class Trainer:
         parameters.load(self._model, vector)
         held = self._prepared(site)
         loss_of = self._loss_of(held.inputs, held.labels)
-        randomness = _randomness(self._config, site.name, round_number)
+        randomness = randomness_of(self._config, site.name, round_number)
         measured = None
         if self._config.privacy.mode is PrivacyMode.none:
             self._plain_steps(loss_of, randomness, len(held.labels))
@@ -105,6 +108,19 @@ class Trainer:
             )
             log.info("%s, round %d: %s", site.name, round_number, measured)
         return parameters.flatten(self._model), measured
+
+    @torch.inference_mode()
+    def count_correct(self, site: Site, vector: Vector) -> int:
+        """How many records of `site` that a run may use the model gets right: private."""
+        parameters.load(self._model, vector)
+        self._model.eval()
+        held, size = self._prepared(site), self._config.engine.physical_batch
+        count = 0
+        for start in range(0, len(held.labels), size):
+            piece = {name: tensor[start : start + size] for name, tensor in held.inputs.items()}
+            right = self._task.correct(self._model(**piece), held.labels[start : start + size])
+            count += int(right.sum())
+        return count
 
     def preflight(self, *, precision: torch.dtype = torch.float32) -> Verdict:
         """Tries the model on made records; see `client.preflight`."""
@@ -206,11 +222,13 @@ class Trainer:
 
     def _prepared(self, site: Site) -> Held:
         """Caps persons, tokenises and runs the frozen prefix, the first time a site trains."""
-        if site.name in self._held:
-            return self._held[site.name]
+        known = self._held.get(site.name)
+        if known is not None and known.source is site.records:
+            return known
         records = usable(site.records, self._config.privacy)
         persons = self._config.privacy.mode is PrivacyMode.person
         held = Held(
+            site.records,
             self._prepare(list(records.texts)) if len(records) else {},
             torch.from_numpy(records.labels),
             records.owners() if persons else None,
@@ -225,8 +243,8 @@ class Trainer:
         return self._model.prepare(encoded, batch=self._config.engine.physical_batch)
 
 
-def _randomness(config: Config, site: str, round_number: int) -> Randomness:
+def randomness_of(config: Config, site: str, use: int | str) -> Randomness:
     """Fresh from the operating system; from labels only in a run stamped NOT PRIVATE."""
     if config.privacy.noise is NoiseSource.entropy:
         return Randomness.from_entropy()
-    return Randomness.seeded(config.seed, site, round_number)
+    return Randomness.seeded(config.seed, site, use)

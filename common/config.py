@@ -20,6 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from common.canonical import canonical_json, digest
 from common.errors import ConfigError
 
+MAX_SPARES = 1000
+"""Rounds a run may keep in reserve."""
+
 # Enums are read by member *name* (OmegaConf), so members are spelled as people type them.
 
 
@@ -182,6 +185,13 @@ class PrivacyConfig:
     """
     max_records_per_person: int | None = None
     """k: a site uses at most so many records of a person, in `person` mode only."""
+    spare_rounds: int = 0
+    """Rounds a site may be charged beyond the run's, to repeat those that were lost to a crash.
+    Epsilon covers them, used or not."""
+    count_noise: float | None = None
+    """Sigma of the noise on the number of training records that the final model classifies
+    correctly, released once by each site, in units of what one record (1) or person (k) can do to
+    it. Epsilon covers it. None: nothing is counted."""
 
     @property
     def unit(self) -> str:
@@ -249,6 +259,9 @@ class NodeConfig:
     """Tasks that may be trained. Empty: any."""
     tunings: list[TuningMethod] = field(default_factory=list)
     """Ways of tuning that may be used. Empty: any."""
+    code: list[str] = field(default_factory=list)
+    """Digests of this site's own program, as `coterie preflight` prints, that may train here: an
+    update of the program then waits for a review. Empty: any."""
     units: list[PrivacyMode] = field(default_factory=list)
     """Units a run may protect. Empty: any."""
 
@@ -272,11 +285,24 @@ class Config:
     """Folder the run writes; empty: `runs/DATE/TIME`."""
     ledger: str = ""
     """Persistent books, a file made by `coterie ledger init`; empty: new ones in the run folder."""
+    heads: str = ""
+    """The coordinator's book of its sites' ledger heads, kept from run to run; empty: beside
+    `ledger`, or in the run folder."""
 
     @property
     def total_steps(self) -> int:
         """Private steps of the whole run at one site."""
         return self.federation.rounds * self.federation.local_steps
+
+    @property
+    def charged_rounds(self) -> int:
+        """Rounds that a site may be charged: those of the run, and its spares."""
+        return self.federation.rounds + self.privacy.spare_rounds
+
+    @property
+    def charged_steps(self) -> int:
+        """Private steps the guarantee is solved for."""
+        return self.charged_rounds * self.federation.local_steps
 
 
 def register_schemas() -> None:
@@ -374,7 +400,7 @@ def _refuse_interpolation(value: Any) -> None:
 def config_hash(config: Config) -> str:
     """SHA-256 that two runs share if they were asked for the same thing, wherever they write."""
     values = _plain(asdict(config))
-    for where in ("run_dir", "ledger"):
+    for where in ("run_dir", "ledger", "heads"):
         values.pop(where)
     return digest(values)
 
@@ -500,6 +526,8 @@ _RULES: dict[str, _Rule] = {
     "node.max_clip_norm": _LIMIT,
     "node.max_rounds": _LIMIT,
     "node.max_steps": _LIMIT,
+    "privacy.spare_rounds": ("between 0 and 1000", lambda value: bool(0 <= value <= MAX_SPARES)),
+    "privacy.count_noise": ("a finite number above 0, or null", _LIMIT[1]),
     "privacy.noise_multiplier": (
         "a finite number above 0, or null to solve it",
         lambda value: value is None or _positive(value),

@@ -7,6 +7,7 @@ that was measured on private records.
 
 import io
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,17 @@ from common.config import Config, config_hash, from_canonical, to_canonical
 from common.errors import ConfigError, VerificationError
 from common.parameters import Vector
 from common.privacy.accounting import Event
-from common.privacy.chain import MIN_RATE, Head
+from common.privacy.chain import LINK_BYTES, MIN_RATE, Head, Receipt
 
 VECTOR, FACTS, WEIGHT = "vector", "facts", "weight"
+RECEIPT = ("receipt-head", "receipt-key", "receipt-signature")
+BOOKS = ("ledger-head", "links", "cap", "spent", "charged")
+UPDATE_FACTS = frozenset(
+    {"run-id", "round", "layout-digest", "noise-multiplier", "sample-rate", "steps", *BOOKS}
+)
+"""All that leaves a site beside the vector."""
+COUNT_FACTS = frozenset({"run-id", "correct", *BOOKS})
+"""All that leaves a site when it counts."""
 MAX_VECTOR_BYTES = 2**31 - 1
 """Larger payloads do not fit a protobuf frame, so no honest peer sends them."""
 FLOAT_BYTES = 4
@@ -26,13 +35,18 @@ MAX_STEPS = 10**9
 """Of one event of a charged history: what accountants can price."""
 MAX_CHARGED = 3 * 10_000
 """Numbers of a charged history: three for each distinct event."""
+MAX_LINKS = 100_000
+"""Entries a ledger may have grown by since its last receipt."""
 
 INVALID_INSTRUCTION, BUDGET_EXHAUSTED, LOCAL_FAILURE, AGAINST_POLICY = 601, 602, 603, 604
+BOOKS_BEHIND, NO_SPARE_ROUND = 605, 606
 REFUSALS = {
     INVALID_INSTRUCTION: "invalid instruction",
     BUDGET_EXHAUSTED: "budget exhausted",
     LOCAL_FAILURE: "local failure",
     AGAINST_POLICY: "against the site's policy",
+    BOOKS_BEHIND: "the site's ledger is an older copy, or a fork, of the one this coordinator knew",
+    NO_SPARE_ROUND: "the round was lost at the site, and its plan has no spare round left",
 }
 """Every reason a site gives for not answering. Fixed texts: exception texts never leave."""
 
@@ -48,6 +62,8 @@ class Instruction:
     layout_digest: str
     vector: Vector
     """The global parameters."""
+    receipt: Receipt | None = None
+    """The last head of this site's ledger that the coordinator has seen, under its signature."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,9 @@ class SiteBooks:
     """Epsilon of what was charged, by whichever accountant its ledger may use."""
     charged: tuple[Event, ...]
     """Everything ever charged to its records, equal events joined."""
+    links: bytes = b""
+    """Content digests of the entries between the instruction's receipt and `head`; see
+    `chain.continued`. Empty without a receipt."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,16 @@ class Update:
     """None where nothing is protected, and so nothing charged."""
 
 
+@dataclass(frozen=True)
+class Count:
+    """What a site releases of its own records, once, after the last round."""
+
+    run_id: str
+    correct: float
+    """Records that the final model classifies correctly, plus the noise that was charged."""
+    books: SiteBooks
+
+
 def pack_instruction(instruction: Instruction) -> RecordDict:
     """The message content of an instruction."""
     facts = ConfigRecord(
@@ -88,14 +117,38 @@ def pack_instruction(instruction: Instruction) -> RecordDict:
             "config": to_canonical(instruction.config),
             "config-hash": config_hash(instruction.config),
             "layout-digest": instruction.layout_digest,
+            **_pack_receipt(instruction.receipt),
         }
     )
     return RecordDict({VECTOR: pack_vector(instruction.vector), FACTS: facts})
 
 
+def addressed(content: RecordDict, receipt: Receipt | None) -> RecordDict:
+    """The same instruction for one more site: its own receipt, and the one vector shared."""
+    facts = {**content.config_records[FACTS], **_pack_receipt(receipt)}
+    return RecordDict({VECTOR: content[VECTOR], FACTS: ConfigRecord(facts)})
+
+
+def _pack_receipt(receipt: Receipt | None) -> dict[str, str]:
+    if receipt is None:
+        return dict.fromkeys(RECEIPT, "")
+    values = (str(receipt.head), receipt.key, receipt.signature)
+    return dict(zip(RECEIPT, values, strict=True))
+
+
+def _read_receipt(facts: ConfigRecord) -> Receipt | None:
+    head, key, signature = (_text(facts, name) for name in RECEIPT)
+    if not head and not key and not signature:
+        return None
+    receipt = Receipt(Head.parse(head), key, signature)
+    receipt.check()
+    return receipt
+
+
 def read_instruction(message: Message) -> Instruction:
     """Parses an instruction. Raises: VerificationError or ConfigError, never anything else."""
-    facts = _facts(message, {"run-id", "round", "config", "config-hash", "layout-digest"})
+    names = {"run-id", "round", "config", "config-hash", "layout-digest"}
+    facts = _facts(message, names | {*RECEIPT})
     config = from_canonical(_text(facts, "config"))
     if config_hash(config) != _text(facts, "config-hash"):
         raise VerificationError("instruction: config and config-hash disagree")
@@ -105,6 +158,7 @@ def read_instruction(message: Message) -> Instruction:
         config=config,
         layout_digest=_text(facts, "layout-digest"),
         vector=_unpack_vector(message),
+        receipt=_read_receipt(facts),
     )
 
 
@@ -124,9 +178,29 @@ def pack_update(update: Update) -> RecordDict:
     return RecordDict({VECTOR: pack_vector(update.vector), FACTS: facts})
 
 
-def _pack_books(books: SiteBooks | None) -> dict[str, str | float | list[float]]:
+def pack_count(count: Count) -> RecordDict:
+    """The message content of a count: the whole egress of one."""
+    books = _pack_books(count.books)
+    facts = ConfigRecord({"run-id": count.run_id, "correct": count.correct, **books})
+    return RecordDict({FACTS: facts})
+
+
+def read_count(message: Message) -> Count:
+    """Parses a count. Raises: VerificationError, never anything else."""
+    facts = _facts(message, COUNT_FACTS, records={FACTS})
+    correct = _number(facts, "correct")
+    try:
+        books = _read_books(facts)
+    except ConfigError as error:
+        raise VerificationError(f"count: {error}") from error
+    if books is None or not math.isfinite(correct):
+        raise VerificationError("count: comes without books, or is no number")
+    return Count(_text(facts, "run-id"), correct, books)
+
+
+def _pack_books(books: SiteBooks | None) -> dict[str, str | bytes | float | list[float]]:
     if books is None:
-        return {"ledger-head": "", "cap": 0.0, "spent": 0.0, "charged": []}
+        return {"ledger-head": "", "links": b"", "cap": 0.0, "spent": 0.0, "charged": []}
     charged = [
         value
         for event in books.charged
@@ -134,6 +208,7 @@ def _pack_books(books: SiteBooks | None) -> dict[str, str | float | list[float]]
     ]
     return {
         "ledger-head": str(books.head),
+        "links": books.links,
         "cap": books.cap,
         "spent": books.spent,
         "charged": charged,
@@ -142,8 +217,7 @@ def _pack_books(books: SiteBooks | None) -> dict[str, str | float | list[float]]
 
 def read_update(message: Message) -> Update:
     """Parses an update. Raises: VerificationError, never anything else."""
-    names = {"run-id", "round", "layout-digest", "noise-multiplier", "sample-rate", "steps"}
-    facts = _facts(message, names | {"ledger-head", "cap", "spent", "charged"})
+    facts = _facts(message, UPDATE_FACTS)
     try:
         books = _read_books(facts)
         charge = Event(
@@ -167,10 +241,10 @@ def _read_books(facts: ConfigRecord) -> SiteBooks | None:
     """Raises: VerificationError, or ConfigError for a number no accountant prices."""
     head, cap = _text(facts, "ledger-head"), _number(facts, "cap")
     spent = _number(facts, "spent")
-    charged = _numbers(facts, "charged")
+    charged, links = _numbers(facts, "charged"), _links(facts)
     if len(charged) % 3 or len(charged) > MAX_CHARGED:
         raise VerificationError("message: charged must be a list of events")
-    if not head and not cap and not spent and not charged:
+    if not head and not cap and not spent and not charged and not links:
         return None
     if (
         not 0 < cap < math.inf
@@ -181,7 +255,7 @@ def _read_books(facts: ConfigRecord) -> SiteBooks | None:
         raise VerificationError("message: the site's books are malformed")
     triples = zip(charged[::3], charged[1::3], charged[2::3], strict=True)
     events = tuple(Event(sigma, rate, int(steps)) for sigma, rate, steps in triples)
-    return SiteBooks(Head.parse(head), cap, spent, events)
+    return SiteBooks(Head.parse(head), cap, spent, events, links)
 
 
 def pack_vector(vector: Vector) -> ArrayRecord:
@@ -230,13 +304,17 @@ def _unpack_vector(message: Message) -> Vector:
     return unpack_arrays(message.content.array_records[VECTOR])
 
 
-def _facts(message: Message, names: set[str]) -> ConfigRecord:
-    """The facts of a message that holds exactly one vector and exactly these names."""
+def _facts(
+    message: Message, names: Set[str], records: Set[str] = frozenset({VECTOR, FACTS})
+) -> ConfigRecord:
+    """The facts of a message that holds exactly these records, and in its facts these names."""
     if message.has_error():
         raise VerificationError("message: carries an error, not content")
     content = message.content
-    if set(content) != {VECTOR, FACTS} or VECTOR not in content.array_records:
-        raise VerificationError("message: must hold a vector and facts, and nothing else")
+    if set(content) != records or (VECTOR in records and VECTOR not in content.array_records):
+        raise VerificationError(
+            f"message: must hold {', '.join(sorted(records))}, and nothing else"
+        )
     facts = content.config_records.get(FACTS)
     if facts is None or set(facts) != names:
         raise VerificationError(f"message: facts must be exactly {', '.join(sorted(names))}")
@@ -247,6 +325,15 @@ def _text(facts: ConfigRecord, name: str) -> str:
     value = facts[name]
     if not isinstance(value, str):
         raise VerificationError(f"message: {name} must be text")
+    return value
+
+
+def _links(facts: ConfigRecord) -> bytes:
+    value = facts["links"]
+    if not isinstance(value, bytes) or len(value) % LINK_BYTES:
+        raise VerificationError("message: links must be whole digests")
+    if len(value) > MAX_LINKS * LINK_BYTES:
+        raise VerificationError(f"message: its ledger grew by more than {MAX_LINKS} entries")
     return value
 
 

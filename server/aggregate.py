@@ -9,9 +9,11 @@ from flwr.serverapp.strategy import FedAvg
 from common import messages
 from common.config import PrivacyMode
 from common.errors import VerificationError
-from common.messages import Instruction, Update
+from common.messages import Instruction, SiteBooks, Update
 from common.parameters import Layout, Vector, check_vector
 from common.privacy.accounting import Event
+from common.privacy.chain import Receipt
+from server.heads import check_continuation
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,12 @@ class Verdicts:
         """Bytes of the accepted vectors."""
         return sum(messages.content_bytes(reply.content) for reply, _ in self.accepted.values())
 
+    @property
+    def books(self) -> dict[int, SiteBooks]:
+        """What each site with an accepted update says of its ledger, if it keeps one."""
+        accepted = ((node, update.books) for node, (_, update) in self.accepted.items())
+        return {node: books for node, books in accepted if books is not None}
+
 
 def judge(
     replies: Iterable[Message],
@@ -35,12 +43,14 @@ def judge(
     instruction: Instruction,
     layout: Layout,
     charge: Event,
+    receipts: Mapping[int, Receipt],
 ) -> Verdicts:
     """Accepts each reply that answers this round's instruction, whatever the others hold.
 
     Guarantee: at most one update per asked node; every accepted vector is finite float32 in
     the layout; a node that did not answer is listed as silent.
-    Args: sent: node id by message id; charge: what the instruction costs.
+    Args: sent: node id by message id; charge: what the instruction costs; receipts: the head of
+    its ledger that each node was sent, from which that ledger must go on.
     """
     accepted: dict[int, tuple[Message, Update]] = {}
     refused: dict[int, str] = {}
@@ -50,11 +60,13 @@ def judge(
         if node is None or node in accepted:
             continue
         if reply.has_error():
-            refused[node] = _reason(reply)
+            refused[node] = reason_of(reply)
             continue
         try:
             update = messages.read_update(reply)
             _check(update, instruction, layout, charge)
+            if update.books is not None:
+                check_continuation(receipts.get(node), update.books)
         except VerificationError as error:
             refused[node] = str(error)
             continue
@@ -99,6 +111,6 @@ def _check(update: Update, instruction: Instruction, layout: Layout, charge: Eve
     check_vector(update.vector, layout)
 
 
-def _reason(reply: Message) -> str:
+def reason_of(reply: Message) -> str:
     """A fixed text for a known code; whatever else a peer writes is not repeated."""
     return messages.REFUSALS.get(reply.error.code, f"error {reply.error.code}")

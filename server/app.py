@@ -1,26 +1,29 @@
 """The ServerApp: reads the resolved config, runs the rounds, writes everything a run leaves."""
 
-import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common import parameters
-from common.config import Config, from_canonical, to_yaml
+from common.config import Config, PrivacyMode, from_canonical, to_yaml
 from common.data import Records
 from common.durable import write_atomic
 from common.errors import VerificationError
+from common.messages import Instruction
 from common.model import build_classifier
 from common.parameters import Layout
+from server.count import count_correct
 from server.evaluate import Evaluator
+from server.heads import HeadBook
 from server.plan import RunPlan, is_private, make_plan, not_private_reason
+from server.record import RoundLine, append_line, round_line
 from server.release import write_model
-from server.report import RoundLine, RunFacts, build_report, round_line, write_report
+from server.report import RunFacts, build_report, write_report
 from server.rounds import OnReply, run_rounds
 
 CONFIG_KEY = "config"
@@ -60,30 +63,36 @@ def _run(grid: Grid, run_plan: RunPlan, public: Records, watch: Watch) -> None:
     run_id = os.urandom(16).hex()
     lines: list[RoundLine] = []
     vector = parameters.flatten(model)
+    heads = _heads(config, run_dir)
+    layout = Layout.of(model)
     rounds = run_rounds(
         grid,
         run_plan,
         vector,
         run_id=run_id,
-        layout=Layout.of(model),
+        layout=layout,
+        heads=heads,
         checkpoints=run_dir / "checkpoints",
         on_reply=watch.on_reply,
     )
     for outcome in rounds:
         vector = outcome.vector
         lines.append(round_line(outcome, evaluator.measure(vector), lines, run_plan))
-        _append(run_dir / "metrics.jsonl", lines[-1])
+        append_line(run_dir, lines[-1])
         watch.on_round(lines[-1])
+    last = Instruction(run_id, len(lines), config, layout.digest, vector)
+    counted = count_correct(grid, run_plan, last, heads)
     # 12. Report, and release the model of the final round: never the best on the hold-out.
-    facts = RunFacts(run_id, time.perf_counter() - started, len(public))
-    report = build_report(run_plan, lines, facts)
+    key = heads.key if heads else ""
+    facts = RunFacts(run_id, time.perf_counter() - started, len(public), key)
+    report = build_report(run_plan, lines, facts, counted)
     write_model(run_dir / "model", model, vector, config, report)
     write_report(run_dir, report, lines)
 
 
-def _append(path: Path, line: RoundLine) -> None:
-    """Adds one whole line and syncs it, so that a crash loses at most the round under way."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(line), ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _heads(config: Config, run_dir: Path) -> HeadBook | None:
+    """The coordinator's memory of its sites' ledgers; of books that last, one that lasts too."""
+    if config.privacy.mode is PrivacyMode.none:
+        return None
+    lasting = config.heads or (f"{config.ledger}.heads" if config.ledger else "")
+    return HeadBook(Path(lasting).expanduser() if lasting else run_dir / "ledgers" / "heads.db")

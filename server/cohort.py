@@ -17,7 +17,7 @@ def wait_for_sites(grid: Grid, *, sites: int, timeout_s: float) -> dict[int, str
     Raises: FederationError after `timeout_s` seconds, with the number that came.
     """
     deadline = monotonic() + timeout_s
-    while len(nodes := _nodes(grid)) < sites:
+    while len(nodes := sites_of(grid)) < sites:
         if monotonic() > deadline:
             raise FederationError(
                 f"{len(nodes)} of {sites} sites came within {timeout_s:g} s; start the others, "
@@ -36,8 +36,11 @@ def sample_cohort(nodes: Mapping[int, str]) -> tuple[int, ...]:
     return tuple(sorted(nodes))
 
 
-def _nodes(grid: Grid) -> dict[int, str]:
-    """Names are the nodes' own claims; where two claim the same, both get their id as well."""
+def sites_of(grid: Grid) -> dict[int, str]:
+    """Node ids that are there now, with their names.
+
+    Names are the nodes' own claims; where two claim the same, both get their id as well.
+    """
     named = {node.node_id: node.name or "node" for node in grid.get_nodes()}
     claims = Counter(named.values())
     return {

@@ -24,16 +24,18 @@ from common.errors import ConfigError
 from common.model import Classifier, build_classifier
 from common.parameters import Layout
 from common.privacy.accounting import (
+    LIVE_INTERVAL,
     Event,
     check_agreement,
     epsilon_by_round,
+    epsilon_pld,
     epsilons,
     number,
     shown,
     solve_noise_multiplier,
     within,
 )
-from common.privacy.mechanism import round_event
+from common.privacy.mechanism import count_event, round_event, run_events
 
 RELATION = "add_or_remove_one"
 BYTES_PER_PARAMETER = 4
@@ -48,17 +50,14 @@ class RunPlan:
 
     config: Config
     epsilon_by_round: tuple[float, ...]
-    """Spent by a site after each round it took part in; inf without privacy."""
+    """Spent by a site after each round it was charged, spares last; inf without privacy."""
+    epsilon: float
+    """What the whole run may cost each site."""
 
     @property
     def event(self) -> Event:
         """The charge of one round at one site."""
         return round_event(self.config)
-
-    @property
-    def epsilon(self) -> float:
-        """What the whole run costs each site."""
-        return self.epsilon_by_round[-1]
 
 
 @dataclass(frozen=True)
@@ -96,25 +95,35 @@ def make_plan(config: Config) -> RunPlan:
     Raises: ConfigError if a sigma given by hand exceeds the configured epsilon, or delta is
     not below one over the declared records of a site.
     """
-    privacy, rounds = config.privacy, config.federation.rounds
+    privacy, rounds = config.privacy, config.charged_rounds
     declared, sites = config.data.declared_records, config.federation.sites
     if privacy.mode is PrivacyMode.none:
-        return RunPlan(config, (math.inf,) * rounds)
+        return RunPlan(config, (math.inf,) * rounds, math.inf)
     if declared is not None:
         check_delta(privacy.delta, math.ceil(declared / sites), "a site")
     resolved = _with_sigma(config)
+    whole = run_events(resolved)
+    _check_bound(resolved, whole)
+    if not is_private(config):  # whoever knows the seed can subtract the noise
+        return RunPlan(resolved, (math.inf,) * rounds, math.inf)
+    # A solved sigma meets the bound on the finer grid at least; the coarse one may be above it.
     spent = epsilon_by_round(round_event(resolved), rounds, privacy.delta)
-    whole = [replace(round_event(resolved), steps=config.total_steps)]
+    by_round = tuple(min(epsilon, privacy.epsilon) for epsilon in spent)
+    return RunPlan(
+        resolved, by_round, min(epsilon_pld(whole, privacy.delta, LIVE_INTERVAL), privacy.epsilon)
+    )
+
+
+def _check_bound(config: Config, whole: tuple[Event, ...]) -> None:
+    """Raises: ConfigError if a sigma given by hand is too small; VerificationError."""
+    privacy = config.privacy
     if not within(whole, epsilon=privacy.epsilon, delta=privacy.delta):
         raise ConfigError(
             f"privacy.noise_multiplier={privacy.noise_multiplier}: spends epsilon "
-            f"{spent[-1]:.4g} in {config.total_steps} steps, above privacy.epsilon="
-            f"{privacy.epsilon:g}; raise either, or leave it null to have it solved"
+            f"{epsilon_pld(whole, privacy.delta):.4g} in {config.charged_steps} steps, above "
+            f"privacy.epsilon={privacy.epsilon:g}; raise either, or leave it null to have it solved"
         )
     check_agreement(epsilons(whole, privacy.delta))
-    if not is_private(config):  # whoever knows the seed can subtract the noise
-        return RunPlan(resolved, (math.inf,) * rounds)
-    return RunPlan(resolved, tuple(min(epsilon, privacy.epsilon) for epsilon in spent))
 
 
 def size_of(model: Classifier) -> ModelSize:
@@ -171,7 +180,8 @@ def plan_object(run_plan: RunPlan, size: ModelSize, seconds: float | None) -> di
         "rounds": config.federation.rounds,
         "steps_per_round": event.steps,
         "steps": config.total_steps,
-        "charge_per_site": {**asdict(event), "steps": config.total_steps},
+        "spare_rounds": config.privacy.spare_rounds,
+        "charge_per_site": {**asdict(event), "steps": config.charged_steps},
         "trainable": size.trainable,
         "parameters": size.total,
         "bytes_per_message": size.bytes_per_message,
@@ -201,8 +211,7 @@ def not_private_reason(config: Config) -> str:
     """Why a run protects nothing, with the stamp."""
     if config.privacy.mode is PrivacyMode.none:
         return f"{NOT_PRIVATE}: privacy.mode=none, no clipping and no noise."
-    whole = replace(round_event(config), steps=config.total_steps)
-    nominal = shown(epsilons([whole], config.privacy.delta).pld)
+    nominal = shown(epsilons(run_events(config), config.privacy.delta).pld)
     return (
         f"{NOT_PRIVATE}: privacy.noise=seeded, whoever knows the seed can subtract the noise. "
         f"With noise from entropy the whole run would cost a site epsilon {nominal}."
@@ -221,11 +230,18 @@ def show_plan(run_plan: RunPlan, size: ModelSize, seconds: float | None, console
         "federation": f"{federation.sites} sites, {federation.rounds} rounds of "
         f"{federation.local_steps} step{'s' if federation.local_steps > 1 else ''}, "
         f"{federation.partition.name}",
+        "spare rounds": f"{privacy.spare_rounds}, to repeat what a crash lost; paid for already",
         "each step": f"Poisson rate {event.sample_rate:g}{_drawn(privacy)}, clip "
         f"{privacy.clip_norm:g}, sigma {event.noise_multiplier:g}, noise from {privacy.noise.name}",
         "each site pays": _price(run_plan),
         "traffic": f"{size.bytes_per_message / 1e6:.2f} MB each way per site and round",
     }
+    if not privacy.spare_rounds:
+        del rows["spare rounds"]
+    if privacy.count_noise is not None:
+        rows["each site counts"] = (
+            f"its correct answers once, with noise of deviation {privacy.count_noise:g}"
+        )
     if seconds is not None:
         rows["sites' work here"] = f"about {seconds:.0f} s"
     for name, text in rows.items():
@@ -244,9 +260,11 @@ def _price(run_plan: RunPlan) -> str:
     if not is_private(run_plan.config):
         return not_private_reason(run_plan.config)
     spent = run_plan.epsilon_by_round
-    rounds = len(spent)
+    rounds = run_plan.config.federation.rounds
     picked = sorted({1, (rounds + 1) // 2, rounds})
     steps = ", ".join(f"{shown(spent[number - 1])} after round {number}" for number in picked)
+    if run_plan.epsilon > spent[rounds - 1]:
+        steps += f", {shown(run_plan.epsilon)} at most"
     return f"epsilon {steps} (delta {privacy.delta:g}, one {privacy.unit} added or removed)"
 
 
@@ -254,7 +272,12 @@ def _with_sigma(config: Config) -> Config:
     privacy = config.privacy
     if privacy.noise_multiplier is not None:
         return config
+    count = count_event(config)
     sigma = solve_noise_multiplier(
-        privacy.epsilon, privacy.delta, privacy.sample_rate, config.total_steps
+        privacy.epsilon,
+        privacy.delta,
+        privacy.sample_rate,
+        config.charged_steps,
+        beside=() if count is None else (count,),
     )
     return replace(config, privacy=replace(privacy, noise_multiplier=sigma))

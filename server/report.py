@@ -1,15 +1,12 @@
 """What a run leaves to read: `report.json`, `report.html`, and a line per round."""
 
-import base64
-import io
 import json
-import math
 import platform
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import typer
 from jinja2 import UndefinedError
@@ -20,16 +17,11 @@ from common.cli import Invocation, emit_json, run_typer
 from common.config import Config, DataSource, PrivacyMode, config_hash
 from common.durable import write_atomic
 from common.errors import ConfigError, VerificationError
-from common.privacy.accounting import (
-    Epsilons,
-    Event,
-    check_agreement,
-    epsilon_object,
-    epsilons,
-    number,
-    shown,
-)
+from common.privacy.accounting import epsilon_object, number, shown
+from common.privacy.mechanism import count_event
+from server.count import Counted
 from server.documents import render
+from server.guarantees import guarantees
 from server.plan import (
     NOT_PRIVATE,
     RELATION,
@@ -38,7 +30,9 @@ from server.plan import (
     not_private_reason,
     unit_facts,
 )
-from server.rounds import RoundOutcome
+from server.plots import plots_of
+from server.record import RoundLine, read_lines
+from server.spending import Spending, rounds_asked, spendings
 
 LIBRARIES = ("coterie", "torch", "opacus", "flwr", "transformers", "peft", "dp-accounting")
 REPORT_FIELDS = {
@@ -60,34 +54,6 @@ SELECTION_REASONS = {
 }
 
 
-class SiteLine(TypedDict):
-    """A site's ledger after a round, as plain values."""
-
-    head: str
-    cap: float
-    spent: float
-    charged: list[list[float]]
-    """[sigma, q, steps] of each distinct event ever charged."""
-
-
-@dataclass(frozen=True)
-class RoundLine:
-    """One line of `metrics.jsonl`."""
-
-    round: int
-    metrics: dict[str, float]
-    epsilon: float | str
-    """Of the site that was charged most, or "inf"."""
-    asked: tuple[str, ...]
-    refused: dict[str, str]
-    bytes_down: int
-    bytes_up: int
-    sites_s: float
-    private: bool
-    books: dict[str, SiteLine] = field(default_factory=dict)
-    """What each site that answered says of its ledger."""
-
-
 @dataclass(frozen=True)
 class RunFacts:
     """What is known only once a run is over."""
@@ -95,69 +61,46 @@ class RunFacts:
     run_id: str
     total_s: float
     evaluation_records: int
+    coordinator_key: str = ""
+    """That signed the sites' ledger heads; empty where there are none."""
 
 
-def round_line(
-    outcome: RoundOutcome, metrics: dict[str, float], before: list[RoundLine], run_plan: RunPlan
-) -> RoundLine:
-    """The line of a round that just ended, after the lines `before` it."""
-    asked = [*(line.asked for line in before), outcome.asked]
-    most = max(_rounds_charged(asked).values())
-    epsilon = run_plan.epsilon_by_round[most - 1]
-    if run_plan.config.ledger:  # other runs are in its books, too
-        known = [epsilon, *(books.spent for books in outcome.books.values())]
-        epsilon = max([*known, *(float(line.epsilon) for line in before)])
-    return RoundLine(
-        round=outcome.round,
-        private=is_private(run_plan.config),
-        metrics=metrics,
-        epsilon=number(epsilon),
-        asked=outcome.asked,
-        refused=outcome.refused,
-        bytes_down=outcome.bytes_down,
-        bytes_up=outcome.bytes_up,
-        sites_s=round(outcome.sites_s, 3),
-        books={
-            name: SiteLine(
-                head=str(books.head),
-                cap=books.cap,
-                spent=books.spent,
-                charged=[[e.noise_multiplier, e.sample_rate, e.steps] for e in books.charged],
-            )
-            for name, books in outcome.books.items()
-        },
-    )
-
-
-def build_report(run_plan: RunPlan, lines: list[RoundLine], facts: RunFacts) -> dict[str, Any]:
+def build_report(
+    run_plan: RunPlan, lines: list[RoundLine], facts: RunFacts, counted: Counted | None = None
+) -> dict[str, Any]:
     """The content of `report.json`.
 
-    Guarantee: a site's epsilon is that of every round it was *asked* in, answered or not, all
+    Guarantee: a site's epsilon is that of everything it was *asked*, answered or not, all
     composed together; the three accountants agree. Raises: VerificationError if they do not.
     """
-    config = run_plan.config
-    charged = _rounds_charged([line.asked for line in lines])
-    prices = {name: _price(run_plan, lines, name) for name in charged}
-    train_s = sum(line.sites_s for line in lines)
+    config, count = run_plan.config, count_event(run_plan.config)
+    asked = rounds_asked(run_plan, lines)
+    if counted is not None and count is not None:
+        asked.append(counted.question(count))
+    spent = spendings(run_plan, asked)
     return {
         "run_id": facts.run_id,
+        "coordinator_key": facts.coordinator_key,
         "task": config.task.name.name,
         "model": config.model.name,
         "tuning": config.tuning.method.name,
         "rounds": len(lines),
         "engine": config.engine.name.name,
-        "privacy": _privacy_section(
-            run_plan,
-            max(prices.values(), key=lambda price: price.pld),
-            bound=max(_bound(prices[name], lines, name) for name in prices),
-        ),
-        "sites": [
-            _site_section(name, prices[name], run_plan, lines)
-            for name in sorted(charged, key=_natural)
-        ],
+        "privacy": _privacy_section(run_plan, lines, spent),
+        "sites": [_site_section(name, spent[name], run_plan, lines) for name in spent],
         "evaluation": dict(lines[-1].metrics),
         "evaluation_split": config.evaluation.split.name,
         "evaluation_records": facts.evaluation_records,
+        **({} if counted is None else {"evaluation_private": counted.section()}),
+        **_cost_sections(lines, facts),
+        "config_hash": config_hash(config),
+        "seed": config.seed,
+    }
+
+
+def _cost_sections(lines: list[RoundLine], facts: RunFacts) -> dict[str, Any]:
+    train_s = sum(line.sites_s for line in lines)
+    return {
         "timing": {
             "total_s": round(facts.total_s, 2),
             "train_s": round(train_s, 2),
@@ -171,13 +114,15 @@ def build_report(run_plan: RunPlan, lines: list[RoundLine], facts: RunFacts) -> 
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in LIBRARIES},
         },
-        "config_hash": config_hash(config),
-        "seed": config.seed,
     }
 
 
-def _privacy_section(run_plan: RunPlan, worst: Epsilons, *, bound: float) -> dict[str, Any]:
+def _privacy_section(
+    run_plan: RunPlan, lines: list[RoundLine], spent: dict[str, Spending]
+) -> dict[str, Any]:
     config = run_plan.config
+    worst = max((spending.price for spending in spent.values()), key=lambda price: price.pld)
+    bound = max(spending.bound for spending in spent.values())
     return {
         "mode": config.privacy.mode.name,
         **unit_facts(config),
@@ -193,22 +138,25 @@ def _privacy_section(run_plan: RunPlan, worst: Epsilons, *, bound: float) -> dic
         "mechanism": asdict(run_plan.event),
         "clip_norm": config.privacy.clip_norm,
         "records": "counted" if config.data.records_counted else "declared",
+        "guarantees": guarantees(run_plan, lines, spent),
     }
 
 
 def _site_section(
-    name: str, price: Epsilons, run_plan: RunPlan, lines: list[RoundLine]
+    name: str, spent: Spending, run_plan: RunPlan, lines: list[RoundLine]
 ) -> dict[str, Any]:
     """`epsilon` is of the whole ledger, where it lasts, and by the accountant that this ledger may
     use; without one there is no cap.
     """
-    rounds, books = sum(name in line.asked for line in lines), _last_books(lines, name)
+    attempts = sum(line.asked.count(name) for line in lines)
+    rounds, books = sum(name in line.asked for line in lines), spent.books
     return {
         "name": name,
-        "epsilon": number(_bound(price, lines, name)),
+        "epsilon": number(spent.bound),
         "cap": books["cap"] if books else "inf",
         "rounds": rounds,
-        "steps": rounds * run_plan.event.steps,
+        "repeated": attempts - rounds,
+        "steps": attempts * run_plan.event.steps,
         "ledger_head": books["head"] if books else "",
         "not_answered": {
             str(line.round): line.refused[name] for line in lines if name in line.refused
@@ -227,8 +175,7 @@ def read_report(run_dir: Path) -> tuple[dict[str, Any], list[RoundLine]]:
     """Reads back what a run wrote. Raises: VerificationError if it is missing or malformed."""
     try:
         report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
-        text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
-        lines = [RoundLine(**json.loads(line)) for line in text.splitlines()]
+        lines = read_lines(run_dir)
     except (OSError, ValueError, TypeError) as error:
         raise VerificationError(f"{run_dir}: {NO_RUN}") from error
     if not isinstance(report, dict) or REPORT_FIELDS - set(report) or not lines:
@@ -283,13 +230,37 @@ def show_report(content: dict[str, Any], run_dir: Path, console: Console) -> Non
             console.print(f"{site['name']}: {reason} ({count} rounds)", highlight=False)
     metrics = _metrics(content["evaluation"])
     console.print(f"{metrics} on {content['evaluation_records']} public records", highlight=False)
+    if "evaluation_private" in content:
+        console.print(_counted_sentence(content["evaluation_private"]), highlight=False)
     if "baseline" in content:
         beside = _metrics(content["baseline"]["evaluation"])
         console.print(f"without privacy: {beside}", highlight=False)
     console.print(f"{privacy['private_reason']}", highlight=False)
+    _show_guarantees(privacy.get("guarantees", []), console)
     console.print(
         f"{content['timing']['total_s']:.0f} s; everything is in {run_dir}", highlight=False
     )
+
+
+def _counted_sentence(counted: dict[str, Any]) -> str:
+    return (
+        f"accuracy {counted['accuracy']:.4f} (standard error of the noise "
+        f"{counted['standard_error']:.4f}) on the sites' own training records, as "
+        f"{counted['sites']} sites counted"
+    )
+
+
+def _show_guarantees(rows: list[dict[str, Any]], console: Console) -> None:
+    if not rows:
+        return
+    table = Table(title="Against whom, and what", title_justify="left", show_lines=True)
+    table.add_column("epsilon", justify="right")
+    table.add_column("protects")
+    table.add_column("against")
+    table.add_column("because, and if")
+    for row in rows:
+        table.add_row(shown(row["epsilon"]), row["unit"], row["against"], row["sentence"])
+    console.print(table)
 
 
 def _metrics(evaluation: dict[str, float]) -> str:
@@ -298,47 +269,7 @@ def _metrics(evaluation: dict[str, float]) -> str:
 
 def render_html(content: dict[str, Any], lines: list[RoundLine]) -> str:
     """One self-contained page: no script, no address outside the file."""
-    return render("report.html.jinja", report=content, lines=lines, plots=_plots(content, lines))
-
-
-def _rounds_charged(asked: list[tuple[str, ...]]) -> dict[str, int]:
-    """Rounds each site was asked in: a site that fell silent may have trained all the same."""
-    charged: dict[str, int] = {}
-    for cohort in asked:
-        for name in cohort:
-            charged[name] = charged.get(name, 0) + 1
-    return charged
-
-
-def _price(run_plan: RunPlan, lines: list[RoundLine], name: str) -> Epsilons:
-    """Of what the site's ledger held when it last answered, and every round asked since.
-
-    Never less than all rounds of this run that it was asked in, whatever its ledger says.
-    """
-    if not is_private(run_plan.config):
-        return Epsilons(math.inf, math.inf, math.inf)
-    asked = [run_plan.event for line in lines if name in line.asked]
-    history: list[Event] = []
-    for line in lines:
-        if name in line.books:
-            charged = line.books[name]["charged"]
-            history = [Event(sigma, q, int(steps)) for sigma, q, steps in charged]
-        elif name in line.asked:  # it may have trained, and paid, all the same
-            history.append(run_plan.event)
-    priced = [epsilons(events, run_plan.config.privacy.delta) for events in (asked, history)]
-    for price in priced:
-        check_agreement(price)
-    return max(priced, key=lambda price: price.pld)
-
-
-def _bound(price: Epsilons, lines: list[RoundLine], name: str) -> float:
-    """Epsilon of a site that holds: PLD, or more where plans followed outputs (Renyi filter)."""
-    books = _last_books(lines, name)
-    return max(price.pld, books["spent"] if books else 0.0)
-
-
-def _last_books(lines: list[RoundLine], name: str) -> SiteLine | None:
-    return next((line.books[name] for line in reversed(lines) if name in line.books), None)
+    return render("report.html.jinja", report=content, lines=lines, plots=plots_of(content, lines))
 
 
 def _private_reason(run_plan: RunPlan) -> str:
@@ -382,47 +313,3 @@ def _baseline(folder: Path, beside: dict[str, Any]) -> dict[str, Any]:
         "config_hash": content["config_hash"],
         "seed": content["seed"],
     }
-
-
-def _plots(content: dict[str, Any], lines: list[RoundLine]) -> list[dict[str, str]]:
-    rounds = [line.round for line in lines]
-    name = next(iter(lines[0].metrics))
-    quality = {name: [line.metrics[name] for line in lines]}
-    levels = {}
-    if "baseline" in content:
-        levels["without privacy"] = content["baseline"]["evaluation"][name]
-    spent = [math.inf if line.epsilon == "inf" else float(line.epsilon) for line in lines]
-    plots = [_plot(rounds, quality, levels, f"{name} on public records")]
-    if all(map(math.isfinite, spent)):
-        plots.append(_plot(rounds, {"epsilon spent": spent}, {}, "epsilon spent by a site"))
-    return plots
-
-
-def _plot(
-    rounds: list[int], curves: dict[str, list[float]], levels: dict[str, float], title: str
-) -> dict[str, str]:
-    """One line plot as an SVG data address, with its description for those who cannot see it."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - half a second, for this page only
-    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
-
-    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    for label, values in curves.items():
-        axes.plot(rounds, values, marker="o", label=label)
-    for label, value in levels.items():
-        axes.axhline(value, linestyle="--", color="gray", label=label)
-    axes.set(xlabel="round", title=title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    if levels:
-        axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    last = "; ".join(f"{label}: {values[-1]:.4f}" for label, values in curves.items())
-    return {"src": f"data:image/svg+xml;base64,{encoded}", "alt": f"{title}, last round {last}"}
-
-
-def _natural(name: str) -> tuple[str, int]:
-    stem = name.rstrip("0123456789")
-    return stem, int(name[len(stem) :] or 0)

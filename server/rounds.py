@@ -8,18 +8,18 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic, perf_counter, sleep
+from time import perf_counter
 
-from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from common import messages
 from common.errors import FederationError
 from common.messages import Instruction, SiteBooks
 from common.parameters import Layout, Vector
 from server.aggregate import Verdicts, average, fedavg, judge
 from server.checkpoint import write_checkpoint
-from server.cohort import POLL_S, sample_cohort, wait_for_sites
+from server.cohort import sample_cohort, wait_for_sites
+from server.exchange import Exchange
+from server.heads import HeadBook, receipts_of
 from server.plan import RunPlan, is_private
 
 ROUNDING = 1e-9
@@ -35,7 +35,8 @@ class RoundOutcome:
 
     round: int
     asked: tuple[str, ...]
-    """Sites that were sent the instruction, and count as charged whatever they answered."""
+    """Sites that were sent the instruction, and count as charged whatever they answered; twice
+    where a spare round paid for another attempt."""
     refused: dict[str, str]
     """Sites without an accepted update, with the reason."""
     vector: Vector
@@ -55,37 +56,51 @@ def run_rounds(
     *,
     run_id: str,
     layout: Layout,
+    heads: HeadBook | None,
     checkpoints: Path,
     on_reply: OnReply,
 ) -> Iterator[RoundOutcome]:
     """Runs the planned rounds, from `vector`.
 
-    Guarantee: every wait has a deadline; a round that ends has its checkpoint on disk.
+    Guarantee: every wait has a deadline; a round that ends has its checkpoint, and the heads of
+    its sites' ledgers, on disk.
+    Args: heads: None where no site keeps a ledger.
     Raises: FederationError if too few sites come, or answer, in time.
     """
     config, strategy = run_plan.config, fedavg()
     timeout_s = config.federation.round_timeout_s
     nodes = wait_for_sites(grid, sites=config.federation.sites, timeout_s=timeout_s)
+    spares = dict.fromkeys(nodes, config.privacy.spare_rounds)
     for number in range(1, config.federation.rounds + 1):
         # 1. Sample the cohort.
         cohort = sample_cohort(nodes)
-        # 2. Send the instruction.
+        # 2. Send the instruction, to each site with the last head of its ledger that we signed.
         instruction = Instruction(run_id, number, config, layout.digest, vector)
+        receipts = receipts_of(nodes, heads)
         started = perf_counter()
-        sent, bytes_down = _send(grid, cohort, instruction, ttl_s=timeout_s)
+        exchange = Exchange(
+            grid, instruction, timeout_s=timeout_s, receipts=receipts, spares=spares
+        )
+        exchange.send(cohort)
         # 8. Collect replies until all have come, or the deadline.
         replies = []
-        for reply in _collect(grid, sent, timeout_s):
+        for reply in exchange.replies():
             replies.append(reply)
-            on_reply(number, nodes[sent[reply.metadata.reply_to_message_id]])
+            on_reply(number, nodes[exchange.sent[reply.metadata.reply_to_message_id]])
         sites_s = perf_counter() - started
         # 9. Validate each reply by itself, then aggregate.
         verdicts = judge(
-            replies, sent=sent, instruction=instruction, layout=layout, charge=run_plan.event
+            replies,
+            sent=exchange.sent,
+            instruction=instruction,
+            layout=layout,
+            charge=run_plan.event,
+            receipts=receipts,
         )
         _check_quorum(verdicts, run_plan, number)
         vector = average(verdicts, round_number=number, strategy=strategy)
-        # 10. Checkpoint, atomically.
+        books = {nodes[node]: books for node, books in verdicts.books.items()}
+        # 10. Checkpoint, atomically, and countersign the sites' ledgers.
         write_checkpoint(
             checkpoints,
             run_id=run_id,
@@ -93,53 +108,19 @@ def run_rounds(
             private=is_private(config),
             vector=vector,
         )
+        if heads is not None:
+            heads.countersign({site: each.head for site, each in books.items()})
         # 11. Record.
         yield RoundOutcome(
             round=number,
-            asked=tuple(nodes[node] for node in cohort),
+            asked=tuple(nodes[node] for node in exchange.sent.values()),
             refused={nodes[node]: reason for node, reason in verdicts.refused.items()},
             vector=vector,
-            bytes_down=bytes_down,
+            bytes_down=exchange.bytes_down,
             bytes_up=verdicts.bytes_up,
             sites_s=sites_s,
-            books={
-                nodes[node]: update.books
-                for node, (_, update) in verdicts.accepted.items()
-                if update.books is not None
-            },
+            books=books,
         )
-
-
-def _send(
-    grid: Grid, cohort: tuple[int, ...], instruction: Instruction, *, ttl_s: float
-) -> tuple[dict[str, int], int]:
-    """Pushes one message per node; returns node id by message id, and the bytes sent."""
-    content = messages.pack_instruction(instruction)
-    outgoing = [
-        Message(
-            content,
-            dst_node_id=node,
-            message_type=MessageType.TRAIN,
-            ttl=ttl_s,
-            group_id=str(instruction.round),
-        )
-        for node in cohort
-    ]
-    ids = grid.push_messages(outgoing)
-    return dict(zip(ids, cohort, strict=True)), len(cohort) * messages.content_bytes(content)
-
-
-def _collect(grid: Grid, sent: dict[str, int], timeout_s: float) -> Iterator[Message]:
-    """Polls until every message has its first answer or `timeout_s` seconds have passed."""
-    deadline, waiting = monotonic() + timeout_s, set(sent)
-    while waiting and monotonic() < deadline:
-        before = len(waiting)
-        for reply in grid.pull_messages(sorted(waiting)):
-            if reply.metadata.reply_to_message_id in waiting:
-                waiting.discard(reply.metadata.reply_to_message_id)
-                yield reply
-        if len(waiting) == before:
-            sleep(POLL_S)
 
 
 def _check_quorum(verdicts: Verdicts, run_plan: RunPlan, number: int) -> None:

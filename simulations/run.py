@@ -22,8 +22,7 @@ from rich.progress import (
 )
 
 from client.app import client_app
-from client.commitment import dataset_root
-from client.keys import generate_key
+from client.commitment import commit_to
 from client.ledger import Ledger, Store, Terms
 from client.persons import usable
 from client.site import Site
@@ -33,6 +32,7 @@ from common.composition import run_job, sweep_index
 from common.config import Config, PrivacyMode, Split, check_delta, to_canonical
 from common.data import Records, Splits, check_files, load_splits
 from common.errors import ConfigError, PrivacyRefusedError
+from common.keys import generate_key
 from common.model import build_classifier
 from common.privacy.accounting import shown
 from common.privacy.chain import public_hex
@@ -45,7 +45,8 @@ from server.plan import (
     show_plan,
     size_of,
 )
-from server.report import RoundLine, read_report, show_report
+from server.record import RoundLine
+from server.report import read_report, show_report
 from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid
 from simulations.partition import deal
 
@@ -182,9 +183,12 @@ def _store(config: Config, run_dir: Path) -> Store | None:
 def _ledgers(store: Store, config: Config, sites: dict[str, Records]) -> dict[str, Ledger]:
     """The ledger of each site, bound to its records; new ones where the run made the file.
 
-    Raises: ConfigError if a file that lasts holds no ledger of a site.
+    Raises: ConfigError if a file that lasts holds no ledger of a site, or knows a record of one
+    site as another's.
     """
-    roots = {name: dataset_root(records, store.key) for name, records in sites.items()}
+    secret = store.secret
+    unit = config.privacy.unit
+    commitments = {name: commit_to(records, secret, unit=unit) for name, records in sites.items()}
     with store.together():
         if config.ledger:
             ledgers = {name: store.ledger(name) for name in sites}
@@ -194,14 +198,13 @@ def _ledgers(store: Store, config: Config, sites: dict[str, Records]) -> dict[st
                         f"privacy.delta={config.privacy.delta:g}: must be at least "
                         f"{ledger.books.delta:g}, that of {config.ledger}#{name}"
                     )
-                ledger.bind(roots[name])
+                ledger.bind(commitments[name])
             return ledgers
         officer = public_hex(generate_key(store.path.with_name("officer.key")))
         source, cap, delta = config.data.source.name, config.privacy.epsilon, config.privacy.delta
-        unit = config.privacy.unit
         return {
-            name: store.open(name, Terms(source, root, cap, delta, officer, unit))
-            for name, root in roots.items()
+            name: store.open(name, Terms(source, cap, delta, officer, unit), commitment)
+            for name, commitment in commitments.items()
         }
 
 

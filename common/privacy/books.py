@@ -30,6 +30,10 @@ MOST_STEPS = 10**7
 """Steps of a whole plan."""
 
 
+class NoSpareRoundError(PrivacyRefusedError):
+    """The round was lost before, and its plan has no spare round left."""
+
+
 @dataclass
 class Plan:
     """A committed run: at most `rounds + spare_rounds` reservations of one event."""
@@ -96,6 +100,8 @@ class Books:
     filtered: bool = False
     """Whether anything was admitted by `filter`."""
     hashes: list[str] = field(default_factory=list)
+    receipts: dict[str, Head] = field(default_factory=dict)
+    """The latest head each coordinator, by its key, has signed."""
 
     @property
     def unit(self) -> str:
@@ -166,11 +172,11 @@ class Books:
         self.head = Head(entry.seq, entry.hash)
         self.hashes.append(entry.hash)
 
-    def admits(self, more: Event, admission: str) -> bool:
+    def admits(self, more: Iterable[Event], admission: str) -> bool:
         """Whether `more` fits under the cap beside all commitments."""
         if admission == "filter":
-            return self._filtered([*self.commitments(), more]) <= self.cap
-        return self.all_fixed() and self._affordable([*self._whole_plans(), more])
+            return self._filtered([*self.commitments(), *more]) <= self.cap
+        return self.all_fixed() and self._affordable([*self._whole_plans(), *more])
 
     def admission(self) -> str:
         """Which of the two ways is open to a new plan."""
@@ -264,7 +270,7 @@ def _take_reserve(books: Books, entry: Entry) -> None:
     if any(r.state != "lost" for r in earlier):
         raise PrivacyRefusedError(f"round {body['round']} of run {plan.run} was already answered")
     if earlier and plan.retries >= plan.spare_rounds:
-        raise PrivacyRefusedError(
+        raise NoSpareRoundError(
             f"round {body['round']} of run {plan.run} was lost; its plan has no spare round left"
         )
     if not books.covers_commitments():
@@ -298,6 +304,7 @@ def _take_receipt(books: Books, entry: Entry) -> None:
         _fault(entry, "is for a head that this chain never had")
     if not chain.head_is_signed(body["coordinator_key"], body["signature"], head):
         _fault(entry, "its receipt is not signed by the key it names")
+    books.receipts[body["coordinator_key"]] = head
 
 
 def _take_misc(books: Books, entry: Entry) -> None:
@@ -313,7 +320,7 @@ def _admit(books: Books, entry: Entry, event: Event) -> None:
         _fault(entry, f"is priced by {entry.body['unit']}, in a ledger whose unit is {books.unit}")
     if admission == "plan" and not books.all_fixed():
         _fault(entry, "is admitted as a plan after an output may have been seen")
-    if not books.admits(event, admission):
+    if not books.admits([event], admission):
         _over(books)
     books.filtered = books.filtered or admission == "filter"
 

@@ -8,6 +8,7 @@ Exports are canonical: every byte is under a signature, and the last line, signe
 head. Sources: FIPS 180-4 (SHA-256), RFC 8032 (Ed25519).
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -35,6 +36,8 @@ NONCE_BYTES = 16
 MANY, MIN_ORDER, MAX_ORDER, MIN_RATE = 10**6, 2, 256, 1e-6
 """Steps of an event and rounds of a plan, Renyi orders, Poisson rates: what accountants can price
 in seconds. A release that would cost nothing (no step, rate zero) is none of ours."""
+LINK_BYTES = 32
+"""Of a content digest."""
 MAX_LINE, MAX_TEXT = 1 << 16, 200
 """Characters of a line, far above any entry of ours, and of a name in it."""
 _ENTRY, _TAIL, _CAP = b"coterie ledger entry\n", b"coterie ledger tail\n", b"coterie ledger cap\n"
@@ -227,9 +230,40 @@ class Head:
 EMPTY = Head(0, NOTHING)
 
 
+@dataclass(frozen=True)
+class Receipt:
+    """A head under the signature of a coordinator, or a witness, that has seen it."""
+
+    head: Head
+    key: str
+    """Public key of whoever signed, in hex."""
+    signature: str
+
+    @classmethod
+    def sign(cls, head: Head, key: Ed25519PrivateKey) -> "Receipt":
+        """A receipt by the owner of `key`."""
+        return cls(head, public_hex(key), sign_head(key, head))
+
+    def check(self) -> None:
+        """Raises: VerificationError unless the key's owner has seen this head."""
+        if not _key(self.key) or not head_is_signed(self.key, self.signature, self.head):
+            raise VerificationError("receipt: its signature is not that of the key it names")
+
+
 def linked(prev: str, content_digest: str) -> str:
     """The hash of an entry with this content after one with the hash `prev`."""
     return hashlib.sha256(bytes.fromhex(prev) + bytes.fromhex(content_digest)).hexdigest()
+
+
+def continued(head: Head, links: bytes) -> Head:
+    """The head of the chain that went on from `head` by entries with these content digests.
+
+    Args: links: 32 bytes an entry. Whoever has a head can so tell a chain that goes on from it
+    from any other, and learns nothing of its entries: each digest covers a secret nonce.
+    """
+    digests = [links[at : at + LINK_BYTES] for at in range(0, len(links), LINK_BYTES)]
+    last = functools.reduce(linked, (digest.hex() for digest in digests), head.hash)
+    return Head(head.seq + len(digests), last)
 
 
 def write_entry(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from common.config import Config, PrivacyMode
 from common.errors import ConfigError
 from common.privacy.accounting import Event
+from common.privacy.noise import Randomness
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,47 @@ def mechanism_of(config: Config) -> Mechanism:
 def round_event(config: Config) -> Event:
     """What one round costs a site. Raises: ConfigError if sigma is not resolved."""
     return mechanism_of(config).event(config.federation.local_steps)
+
+
+def count_event(config: Config) -> Event | None:
+    """What counting correct answers once costs a site: every record it may use is looked at."""
+    sigma = config.privacy.count_noise
+    if sigma is None or config.privacy.mode is PrivacyMode.none:
+        return None
+    return Event(sigma, 1.0, 1)
+
+
+def count_std(config: Config) -> float:
+    """Standard deviation of the noise on a count: one record changes it by one at most, one
+    person by as many as a site uses of them. Zero where nothing is counted.
+    """
+    charge = count_event(config)
+    return charge.noise_multiplier * (_most_per_person(config) or 1) if charge else 0.0
+
+
+def noisy_count(count: int, std: float, randomness: Randomness) -> float:
+    """`count` plus Gaussian noise, rounded to a whole number: with `count_std` what `count_event`
+    pays for.
+
+    Rounding afterwards hides what a float's low bits could tell, and costs nothing.
+    """
+    (noise,) = randomness.normal(1, std)
+    return float(round(count + noise))
+
+
+def counting(run_id: str) -> str:
+    """The name under which a ledger holds the count of a run."""
+    return f"{run_id} count"
+
+
+def run_events(config: Config) -> tuple[Event, ...]:
+    """All that a run may charge a site: its rounds and spares, and the count at its end.
+
+    Raises: ConfigError if sigma is not resolved.
+    """
+    count = count_event(config)
+    rounds = mechanism_of(config).event(config.charged_steps)
+    return (rounds,) if count is None else (rounds, count)
 
 
 def _most_per_person(config: Config) -> int | None:

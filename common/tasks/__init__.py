@@ -24,6 +24,9 @@ class Task(Protocol):
     def loss_vector(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(B,) loss of each record, from nothing but that record."""
 
+    def correct(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(B,) whether each record is right, from nothing but that record."""
+
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """Metrics of public records, by name."""
 

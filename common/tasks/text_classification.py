@@ -31,6 +31,11 @@ def loss_vector(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits, labels, reduction="none")
 
 
+def correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) whether each record's likeliest class is its own."""
+    return logits.argmax(1) == labels
+
+
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy and macro-F1, both in [0, 1].
 

@@ -10,7 +10,6 @@ import traceback
 from client.ledger import Store, Terms
 from common.errors import CoterieError
 from common.privacy.accounting import Event
-from common.privacy.measurements import Measurements
 
 SITE, RUN, DELTA = "north", "run", 1e-5
 CHEAP = Event(50.0, 0.01, 2)
@@ -21,17 +20,7 @@ LIMIT_S = 60
 
 
 def terms(cap=3.0, unit="record"):
-    return Terms("letters", HASH, cap, DELTA, HASH, unit)
-
-
-def measured(event=CHEAP):
-    return Measurements(
-        steps=event.steps,
-        round_steps=event.steps,
-        noise_ratio=1.0,
-        noise_deviation=0.0,
-        coin_deviation=0.0,
-    )
+    return Terms("letters", cap, DELTA, HASH, unit)
 
 
 def commit(ledger, run=RUN, event=CHEAP, *, rounds=1000, spare_rounds=1000, unit="record"):
@@ -127,7 +116,7 @@ def take_rounds(path, *, rounds, reached=lambda step: None, training_s=0.001):
             note(touched, reservation)
             time.sleep(training_s)
             reached("touched")
-            ledger.prepare(reservation, content_of(reservation), measured())
+            ledger.prepare(reservation, content_of(reservation), steps=CHEAP.steps)
             reached("prepared")
             send(reservation)
 

@@ -15,4 +15,4 @@ atexit.register(_FOLDER.cleanup)
 def ledger_of(site="site-1", *, cap=100.0, delta=1e-3, unit="record"):
     """A fresh ledger, whose cap nothing reaches unless a test asks for less."""
     store = Store.create(Path(_FOLDER.name) / f"{next(_NUMBERS)}.db")
-    return store.open(site, Terms("made", "0" * 64, cap, delta, "1" * 64, unit))
+    return store.open(site, Terms("made", cap, delta, "1" * 64, unit))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.common.serde import message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
@@ -22,6 +23,7 @@ from common.messages import Instruction
 from common.model import build_classifier
 from common.parameters import Layout
 from common.privacy.accounting import epsilon_pld
+from common.privacy.chain import Receipt, continued
 from common.privacy.mechanism import round_event
 
 from .ledgers import ledger_of
@@ -32,6 +34,8 @@ CLASSES = ("sport", "money")
 COORDINATOR, SITE = 1, 2
 INVALID = (messages.INVALID_INSTRUCTION, "invalid instruction")
 EXHAUSTED = (messages.BUDGET_EXHAUSTED, "budget exhausted")
+BEHIND = (messages.BOOKS_BEHIND, messages.REFUSALS[messages.BOOKS_BEHIND])
+NO_SPARE = (messages.NO_SPARE_ROUND, messages.REFUSALS[messages.NO_SPARE_ROUND])
 FAILED = (messages.LOCAL_FAILURE, "local failure")
 
 
@@ -90,6 +94,10 @@ def send(app, content, *, ttl=3600.0, created_at=None):
 
 def ask(app, instruction):
     return send(app, messages.pack_instruction(instruction))
+
+
+def sent_vector(app, instruction):
+    return ask(app, instruction).content["vector"]["vector"].data
 
 
 def refusal(reply):
@@ -176,6 +184,7 @@ def test_update_holds_nothing_but_the_allow_list(instruction, start):
         "sample-rate": 0.5,
         "steps": 2,
         "ledger-head": str(site.ledger.head),
+        "links": b"",
         "cap": 100.0,
         "spent": site.ledger.books.spent(),
         "charged": [2.0, 0.5, 2.0],
@@ -310,12 +319,25 @@ def test_config_cannot_read_the_environment_of_a_site(instruction, monkeypatch):
     assert site.charges == {}
 
 
-def test_same_round_twice_is_refused_and_charged_once(instruction):
+def test_same_round_twice_gets_the_same_bytes_and_is_charged_once(instruction):
+    site = site_of()
+    app = app_of(site)
+    first, second = sent_vector(app, instruction), sent_vector(app, instruction)
+    assert first == second
+    assert len(site.ledger.books.reservations) == 1
+    elsewhere = replace(instruction, vector=instruction.vector + 1)
+    assert sent_vector(app, elsewhere) == first
+    assert len(site.ledger.books.reservations) == 1
+
+
+def test_a_round_whose_bytes_are_gone_is_not_trained_again(instruction):
+    """They are kept until the next round is reserved."""
     site = site_of()
     app = app_of(site)
     assert ask(app, instruction).has_content()
+    assert ask(app, replace(instruction, round=2)).has_content()
     assert refusal(ask(app, instruction)) == INVALID
-    assert len(site.charges) == 1
+    assert len(site.ledger.books.reservations) == 2
 
 
 def test_rounds_of_a_plan_are_all_answered(instruction):
@@ -418,8 +440,69 @@ def test_failure_on_the_data_gives_no_charge_back(instruction):
     site = unreadable_site()
     app = app_of(site)
     assert refusal(ask(app, instruction)) == FAILED
-    assert refusal(ask(app, instruction)) == INVALID
+    assert refusal(ask(app, instruction)) == NO_SPARE
     assert site.charges == {(instruction.run_id, 1): round_event(instruction.config)}
+
+
+def test_a_spare_round_pays_for_another_attempt(instruction):
+    instruction = changed(instruction, "privacy", spare_rounds=1, noise_multiplier=3.0)
+    site = site_of()
+    whole, site.records = site.records, unreadable_site().records
+    site.records.texts.bind(site)
+    app = app_of(site)
+    assert refusal(ask(app, instruction)) == FAILED
+    site.records = whole
+    assert ask(app, instruction).has_content()
+    states = [r.state for r in site.ledger.books.reservations.values()]
+    assert states == ["lost", "released"]
+    assert site.ledger.books.charges() == [replace(round_event(instruction.config), steps=4)]
+    site.records = unreadable_site().records
+    site.records.texts.bind(site)
+    app = app_of(site)  # a new process
+    assert refusal(ask(app, replace(instruction, round=2))) == FAILED
+    site.records = whole
+    assert refusal(ask(app, replace(instruction, round=2))) == NO_SPARE
+
+
+def test_a_run_is_priced_with_its_spares(instruction):
+    """Ten spare rounds cost what ten rounds cost: at this sigma, more than epsilon allows."""
+    assert refusal(ask(app_of(site_of()), changed(instruction, "privacy", spare_rounds=1000))) == (
+        EXHAUSTED
+    )
+
+
+KEY = Ed25519PrivateKey.generate()
+
+
+def test_a_receipt_is_kept_once_and_the_reply_goes_on_from_it(instruction):
+    site = site_of()
+    app = app_of(site)
+    head = messages.read_update(ask(app, instruction)).books.head
+    receipt = Receipt.sign(head, KEY)
+    second = messages.read_update(ask(app, replace(instruction, round=2, receipt=receipt))).books
+    assert continued(head, second.links) == second.head == site.ledger.head
+    assert site.ledger.books.receipts == {receipt.key: head}
+    again = messages.read_update(ask(app, replace(instruction, round=2, receipt=receipt))).books
+    assert again == second
+    kinds = [entry.kind.value for entry in site.ledger.entries()]
+    assert kinds.count("RECEIPT") == 1
+
+
+def test_a_ledger_put_back_to_an_older_copy_is_seen_before_data_are_touched(instruction):
+    ahead, behind = site_of(), unreadable_site()
+    head = messages.read_update(ask(app_of(ahead), instruction)).books.head
+    told = replace(instruction, receipt=Receipt.sign(head, KEY))
+    assert refusal(ask(app_of(behind), told)) == BEHIND
+    assert behind.records.texts.charged_when_touched is None
+    assert behind.charges == {}
+    assert behind.ledger.head.seq == 1
+
+
+def test_a_receipt_that_nobody_signed_is_refused(instruction):
+    site = site_of()
+    forged = replace(Receipt.sign(site.ledger.head, KEY), key="ab" * 32)
+    assert refusal(ask(app_of(site), replace(instruction, receipt=forged))) == INVALID
+    assert site.ledger.books.receipts == {}
 
 
 @pytest.mark.parametrize(
@@ -458,6 +541,8 @@ def test_refusals_are_fixed_and_tell_the_codes_of_flower_apart():
         602: "budget exhausted",
         603: "local failure",
         604: "against the site's policy",
+        605: "the site's ledger is an older copy, or a fork, of the one this coordinator knew",
+        606: "the round was lost at the site, and its plan has no spare round left",
     }
 
 
@@ -616,7 +701,7 @@ def test_no_id_of_a_person_reaches_a_log_or_a_reply(person_instruction, caplog, 
     site = person_site()
     with caplog.at_level(logging.DEBUG):
         reply = ask(app_of(site), person_instruction)
-    assert refusal(reply) == INVALID
+    assert refusal(reply) == FAILED
     assert "person-cap: " in caplog.text
     assert "4711" not in caplog.text
     assert b"4711" not in wire(reply)

@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import pytest
 
+from client.commitment import UNBOUND, Commitment
 from client.ledger import Store
 from common.errors import ConfigError, CoterieError, PrivacyRefusedError, VerificationError
 from common.privacy.accounting import Event, coalesce, epsilon_rdp, within
@@ -30,7 +31,6 @@ from common.privacy.verification import verify
 from .ledger_worker import (
     CHEAP,
     DELTA,
-    HASH,
     RUN,
     SITE,
     commit,
@@ -40,7 +40,6 @@ from .ledger_worker import (
     ended,
     forked,
     kill,
-    measured,
     next_round,
     notes,
     race,
@@ -77,7 +76,7 @@ def ledger(store):
 
 
 def prepare(ledger, reservation, event=CHEAP):
-    ledger.prepare(reservation, content_of(reservation), measured(event))
+    ledger.prepare(reservation, content_of(reservation), steps=event.steps)
 
 
 def take_one(ledger, run=RUN, event=CHEAP, round_number=1):
@@ -248,7 +247,7 @@ def test_only_what_was_prepared_is_released(path, ledger):
         ledger.release(reservation)
     prepare(ledger, reservation)
     with pytest.raises(VerificationError, match="is prepared"):
-        ledger.prepare(reservation, b"other", measured())
+        ledger.prepare(reservation, b"other", steps=CHEAP.steps)
     with closing(sqlite3.connect(path)) as other, other:
         other.execute("UPDATE prepared SET content = x'00'")
     with pytest.raises(VerificationError, match="not what was prepared"):
@@ -285,7 +284,11 @@ def test_a_prepared_update_outlives_a_reservation_of_another_run(ledger):
         assert ledger.release(reservation) == content_of(reservation)
 
 
-COLUMNS = {"entry": ["site", "seq", "line"], "prepared": ["site", "seq", "content"]}
+COLUMNS = {
+    "entry": ["site", "seq", "line"],
+    "prepared": ["site", "seq", "content"],
+    "seen": ["tag", "site"],
+}
 
 
 def columns(path):
@@ -311,7 +314,7 @@ def triggers(path):
 
 
 def test_nothing_but_entries_and_updates_is_kept(path, ledger):
-    """No batch size, no norm has a place to be in."""
+    """And tags of texts. No batch size, no norm has a place to be in."""
     reservation = take_one(ledger)
     assert columns(path) == COLUMNS
     bodies = [dict(entry.body) for entry in ledger.entries() if entry.kind is Kind.PREPARE]
@@ -469,7 +472,7 @@ def test_processes_at_once_do_not_pass_the_cap_together(tmp_path, mode, warm):
     with Store(path) as store:
         books = verified(store.ledger(SITE)).books
     assert len(books.plans) == fit + (mode == "filter")
-    assert books.admits(WHOLE, mode) is False
+    assert books.admits([WHOLE], mode) is False
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
@@ -914,7 +917,6 @@ def test_a_site_has_one_chain(store):
 
 
 WRONG = {
-    "root": {"dataset_root": "no hash"},
     "no delta": {"delta": 0.0},
     "delta above 1": {"delta": 2.0},
     "no cap": {"cap": 0.0},
@@ -931,6 +933,9 @@ def test_wrong_terms_open_no_chain(store, name):
     assert store.sites() == [SITE]
     with pytest.raises(ConfigError, match="no such site"):
         store.ledger("south")
+    with pytest.raises(CoterieError):
+        store.open("south", terms(), Commitment("no hash", frozenset({b"tag"})))
+    assert store.read("SELECT * FROM seen") == []
     commit(store.open("south", terms()))
 
 
@@ -1082,11 +1087,12 @@ def test_one_refusal_inside_a_transaction_may_be_passed_over(store, ledger):
 
 def test_the_dataset_may_be_bound_anew_and_spending_goes_on(ledger):
     take_one(ledger)
-    ledger.bind(HASH)
     head = ledger.head
-    assert [entry.kind for entry in ledger.entries()].count(Kind.DATASET) == 0
-    ledger.bind("cd" * 32)
-    assert ledger.head.seq == head.seq + 1
+    ledger.bind(UNBOUND)
+    assert ledger.head == head
+    for _ in range(2):
+        ledger.bind(Commitment("cd" * 32, frozenset()))
+        assert ledger.head.seq == head.seq + 1
     take_one(ledger, round_number=2)
     assert verified(ledger).books.genesis["dataset_root"] == "cd" * 32
     assert states(ledger) == ["released"] * 2

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from client import private_step
 from client.clipping.engines import ENGINES, SingleBackward
-from client.commitment import dataset_root
+from client.commitment import commit_to, secret_of
 from client.meters import Meters
 from client.persons import capped, usable
 from client.private_step import ParameterGroup, private_steps, sgd
@@ -361,7 +361,11 @@ def test_a_persons_price_is_that_of_the_mixture_they_make(rate, steps):
 
 # The commitment.
 
-KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+SECRET_BYTES = secret_of(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+
+
+def root_of(records):
+    return commit_to(records, SECRET_BYTES).root
 
 
 def test_the_commitment_changes_with_whose_a_record_is():
@@ -369,16 +373,29 @@ def test_the_commitment_changes_with_whose_a_record_is():
     moved = [("a", 0, "anna"), ("b", 1, "bert"), ("c", 0, "bert")]
     named = records_of_persons(rows)
     roots = {
-        dataset_root(records, KEY)
+        root_of(records)
         for records in (named, records_of_persons(moved), Records(named.texts, named.labels))
     }
     assert len(roots) == 3
-    assert dataset_root(records_of_persons(rows[::-1]), KEY) in roots
+    assert root_of(records_of_persons(rows[::-1])) in roots
 
 
 def test_the_commitment_of_records_of_nobody_is_as_it_was():
     """Computed once, before persons were in it."""
     records = Records(("a", "b", "c"), np.array([0, 1, 0], dtype=np.int64))
-    assert dataset_root(records, KEY) == (
-        "8128cca3795737668e36cb7571f9656658c503c493e183b207ed3b825afa33fd"
-    )
+    assert root_of(records) == "8128cca3795737668e36cb7571f9656658c503c493e183b207ed3b825afa33fd"
+
+
+def test_ledgers_of_persons_overlap_in_a_person_and_those_of_records_in_a_text_of_one():
+    anna, bert = records_of_persons([("a", 0, "anna")]), records_of_persons([("a", 0, "bert")])
+    other = records_of_persons([("b", 0, "anna")])
+
+    def overlap(one, two, unit):
+        first, second = (commit_to(each, SECRET_BYTES, unit=unit).tags for each in (one, two))
+        return bool(first & second)
+
+    assert not overlap(anna, bert, "record")  # two persons may have written the same
+    assert not overlap(anna, bert, "person")
+    assert overlap(anna, other, "person")  # at two sites
+    assert not overlap(anna, other, "record")
+    assert overlap(anna, anna, "record")

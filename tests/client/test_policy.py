@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from client.policy import PolicyRefusedError, check_policy
+from common.code import code_digest
 from common.config import NodeConfig, PrivacyMode, TaskName, TuningMethod
 from common.privacy.accounting import epsilon_pld
 from common.privacy.mechanism import mechanism_of
@@ -17,16 +18,18 @@ BROKEN = {
     "steps of a run 4 is above 3": NodeConfig(max_steps=3),
     "epsilon of a run 1.621 is above 1.5": NodeConfig(max_epsilon=1.5),
     "is not one of minilm": NodeConfig(models=["minilm"]),
+    "is not one that was reviewed": NodeConfig(code=["ab" * 32]),
     "tuning lora is not allowed": NodeConfig(tunings=[TuningMethod.head]),
     "unit record is not allowed": NodeConfig(units=[PrivacyMode.person]),
 }
 KEPT = [
     NodeConfig(),
+    NodeConfig(code=["ab" * 32, code_digest()]),
     NodeConfig(
         *(2.0, 2.0, 1.0, 2, 4, []),
         [TaskName.text_classification],
         [TuningMethod.lora],
-        [PrivacyMode.person, PrivacyMode.record],
+        units=[PrivacyMode.person, PrivacyMode.record],
     ),
 ]
 
@@ -39,7 +42,7 @@ def test_each_limit_refuses_and_is_named(text, tiny_config):
     assert ";" not in str(refused.value)  # that limit and no other
 
 
-@pytest.mark.parametrize("policy", KEPT, ids=["none", "met exactly"])
+@pytest.mark.parametrize("policy", KEPT, ids=["none", "reviewed code", "met exactly"])
 def test_what_is_within_every_limit_passes(policy, tiny_config):
     check_policy(policy, tiny_config)
     check_policy(replace(policy, models=[tiny_config.model.name]), tiny_config)

@@ -127,6 +127,7 @@ def test_an_update_tells_nothing_beyond_the_agreed_facts():
         "sample-rate": 0.25,
         "steps": 4,
         "ledger-head": f"7:{'a' * 64}",
+        "links": b"",
         "cap": 8.0,
         "spent": 2.5,
         "charged": [1.5, 0.25, 12.0],

@@ -1,8 +1,12 @@
 """The books as people use them: a run fills them, a stranger verifies them, a cap holds."""
 
 import json
+import re
+import shutil
+import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +14,9 @@ from client.ledger import Store
 from client.site import Site
 from common import cli
 from common.config import NodeConfig
+from common.privacy.chain import Kind
 from common.privacy.verification import verify
+from server.heads import HeadBook
 from simulations import run
 
 EPSILON = 8.0
@@ -114,6 +120,56 @@ def test_runs_on_lasting_books_compose_until_the_cap(tmp_path, tiny_overrides, c
     assert shown[0]["epsilon"]["proved"] > shown[0]["epsilon"]["pld"]
 
 
+def test_a_new_key_goes_on_where_the_old_one_stopped(tmp_path, tiny_overrides, coterie):
+    """A run before and one after, on the same records; who pinned the first key need not know."""
+    ledger = made(coterie, tmp_path, cap=30)
+    run = ["simulate", *tiny_overrides, "privacy.epsilon=4", f"ledger={ledger}", "--json"]
+    assert coterie(*run, f"run_dir={tmp_path / 'before'}").code == 0
+    shown = coterie("ledger", "show", ledger, "--json").json["sites"]
+    keys = [shown[0]["site_key"]]
+    for _ in range(2):
+        answer = coterie("ledger", "rotate", ledger, "--json")
+        assert answer.code == 0, answer.err
+        assert answer.json["heads"].keys() == {"site-1", "site-2"}
+        keys.append(answer.json["site_key"])
+    assert len({*keys}) == 3
+    assert coterie(*run, f"run_dir={tmp_path / 'after'}").code == 0
+    after = coterie("ledger", "show", ledger, "--json").json["sites"]
+    assert [site["rounds"] for site in after] == [4, 4]
+    assert [site["site_key"] for site in after] == [keys[-1]] * 2
+    with Store(ledger) as store:
+        kinds = [entry.kind for entry in store.ledger("site-1").entries()]
+    assert kinds.count(Kind.DATASET) == 1, "the same records got another commitment"
+    export = tmp_path / "one.ledger"
+    assert coterie("ledger", "export", f"{ledger}#site-1", "--output", export).code == 0
+    pins = ["--key", keys[0], "--head", shown[0]["head"]]
+    verified = coterie("ledger", "verify", export, *pins, "--json")
+    assert verified.code == 0, verified.err
+    assert verified.json["key_pinned"]
+    assert coterie("ledger", "verify", export, "--key", keys[-1]).code == 5
+    text = coterie("ledger", "rotate", ledger)
+    assert re.fullmatch(
+        rf"ledger {ledger}, site_key [0-9a-f]{{64}}\n"
+        r"site-1: head \d+:[0-9a-f]{64}\nsite-2: head \d+:[0-9a-f]{64}\n",
+        text.out,
+    )
+
+
+def test_the_key_is_not_changed_under_whoever_has_the_ledger_open(tmp_path, coterie):
+    ledger = made(coterie, tmp_path, cap=30)
+    with Store(ledger) as store:
+        key = (tmp_path / "books.db.key").read_text()
+        refused = coterie("ledger", "rotate", ledger)
+        assert refused.code == 2
+        assert refused.err == (
+            f"coterie ledger: {ledger}: another process has it open, with the old key; "
+            "stop it first\n"
+        )
+        assert (tmp_path / "books.db.key").read_text() == key
+        assert store.ledger("site-1").head.seq == 1
+    assert coterie("ledger", "rotate", ledger).code == 0
+
+
 def test_the_officer_raises_the_cap_and_nobody_else(tmp_path, tiny_overrides, coterie):
     ledger = made(coterie, tmp_path, cap=1)
     run = ["simulate", *tiny_overrides, "privacy.epsilon=4", f"ledger={ledger}", "--json"]
@@ -125,6 +181,88 @@ def test_the_officer_raises_the_cap_and_nobody_else(tmp_path, tiny_overrides, co
         assert "not signed by the officer" in refused.err
         assert coterie(*change, tmp_path / "officer.key").code == 0
     assert coterie(*run, f"run_dir={tmp_path / 'after'}").code == 0
+
+
+def copied(ledger, folder):
+    """A backup of the books, as a person would make one."""
+    folder.mkdir()
+    with sqlite3.connect(ledger) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    shutil.copy(ledger, folder / "books.db")
+    return folder / "books.db"
+
+
+def cut(ledger):
+    """Takes the last entries away, past the triggers that forbid it."""
+    with sqlite3.connect(ledger) as connection:
+        connection.execute("DROP TRIGGER entry_is_not_deleted")
+        connection.execute("DELETE FROM entry WHERE seq > 5")
+    connection.close()
+
+
+@pytest.mark.parametrize("way", ["older copy", "fork", "truncation"])
+def test_books_that_went_back_are_found_by_the_countersigned_head(
+    way, tmp_path, tiny_overrides, coterie
+):
+    """Each of the three is in itself a sound ledger: only a remembered head can tell."""
+    ledger = made(coterie, tmp_path, cap=30)
+    common = ["simulate", *tiny_overrides, "privacy.epsilon=2", f"ledger={ledger}", "--json"]
+    assert coterie(*common, f"run_dir={tmp_path / 'first'}").code == 0
+    old = copied(ledger, tmp_path / "backup")
+    second = coterie(*common, f"run_dir={tmp_path / 'second'}")
+    assert second.code == 0, second.err
+    heads = {site["name"]: site["ledger_head"] for site in second.json["sites"]}
+    for suffix in ("-wal", "-shm"):
+        Path(f"{ledger}{suffix}").unlink(missing_ok=True)
+    if way == "truncation":
+        cut(ledger)
+    else:
+        shutil.copy(old, ledger)
+    if way == "fork":  # the old copy lives on elsewhere, with a coordinator that knows no head
+        elsewhere = [*common, f"heads={tmp_path / 'other.db'}", f"run_dir={tmp_path / 'fork'}"]
+        assert coterie(*elsewhere).code == 0
+    before = coterie("ledger", "show", ledger, "--json").json["sites"]
+    refused = coterie(*common, f"run_dir={tmp_path / 'third'}")
+    assert refused.code == 4
+    assert "an older copy, or a fork" in refused.json["error"]["message"]
+    assert coterie("ledger", "show", ledger, "--json").json["sites"] == before
+    exported = tmp_path / "one"
+    assert coterie("ledger", "export", f"{ledger}#site-1", "--output", exported).code == 0
+    assert coterie("ledger", "verify", exported).code == 0
+    found = coterie("ledger", "verify", exported, "--head", heads["site-1"])
+    assert found.code == 5
+    assert "fork, or a copy older" in found.err
+
+
+def test_a_run_leaves_receipts_in_the_books_and_heads_with_the_coordinator(finished):
+    book = HeadBook(finished / "ledgers" / "heads.db")
+    with Store(finished / "ledgers" / "sites.db") as store:
+        for site in report_of(finished)["sites"]:
+            books = store.ledger(site["name"]).books
+            assert str(book.receipts()[site["name"]].head) == site["ledger_head"]
+            kept = books.receipts[book.key]  # of the first round: the last is on its way
+            assert 0 < kept.seq < books.head.seq
+            assert report_of(finished)["coordinator_key"] == book.key
+
+
+def test_records_dealt_to_other_sites_are_refused_before_a_model_sees_them(
+    tmp_path, tiny_overrides, coterie
+):
+    """A record under two ledgers would be charged by halves."""
+    ledger = made(coterie, tmp_path, cap=30)
+    run = ["simulate", *tiny_overrides, "privacy.epsilon=4", f"ledger={ledger}", "--json"]
+    assert coterie(*run, f"run_dir={tmp_path / 'first'}").code == 0
+    before = coterie("ledger", "show", ledger, "--json").json
+    again = tmp_path / "again"
+    refused = coterie(*run, f"run_dir={again}", "seed=9")
+    assert refused.code == 2
+    message = refused.json["error"]["message"]
+    assert re.search("#site-1: a record of its data .* under #site-2; .*seed, data", message)
+    assert "round 1/" not in refused.err
+    assert not again.exists()
+    assert coterie("ledger", "show", ledger, "--json").json == before
+    assert coterie(*run, f"run_dir={again}").code == 0
 
 
 @pytest.mark.parametrize("change", ["privacy=none", "privacy.noise=seeded"])
@@ -206,6 +344,8 @@ MISTAKES = {
         2,
         "above 0",
     ),
+    "no ledger to rotate": (["rotate", "{folder}/absent.db"], 2, "coterie ledger init"),
+    "a site's own key": (["rotate", "{ledger}#site-1"], 2, "one key is that of all sites"),
     "no such command": (["burn", "{ledger}"], 2, "burn"),
 }  # fmt: skip
 

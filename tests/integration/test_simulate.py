@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from client.ledger import Store
+from common.privacy.accounting import Event, epsilon_pld
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_overrides):
@@ -66,11 +69,13 @@ def test_report_has_every_field_of_the_contract(finished):
     assert {"total_s", "train_s", "overhead_s"} == set(report["timing"])
     assert {"bytes_up", "bytes_down"} == set(report["communication"])
     for site in report["sites"]:
-        told = {"name", "epsilon", "cap", "rounds", "steps", "ledger_head", "not_answered"}
-        assert told == set(site)
+        told = {"name", "epsilon", "cap", "rounds", "repeated", "steps", "ledger_head"}
+        assert told | {"not_answered"} == set(site)
         assert site["not_answered"] == {}
         assert site["cap"] == 8.0
-        assert int(site["ledger_head"].split(":")[0]) == 8  # genesis, plan, two rounds of three
+        assert (
+            int(site["ledger_head"].split(":")[0]) == 9
+        )  # genesis, plan, two rounds of three, a receipt
         assert site["steps"] == 4
         assert site["epsilon"] <= 8
     assert all(isinstance(value, float) for value in report["evaluation"].values())
@@ -154,6 +159,35 @@ def test_quorum_and_epsilon_count_every_round_asked(finished):
     assert [line["round"] for line in lines] == [1, 2]
     assert lines[0]["epsilon"] < lines[1]["epsilon"] <= 8
     assert lines[0]["asked"] == ["site-1", "site-2"]
+
+
+def test_sites_count_their_own_records_within_the_same_epsilon(coterie, tiny_overrides, tmp_path):
+    run_dir, sigma = tmp_path / "run", 3.0
+    settings = [f"privacy.count_noise={sigma}", "privacy.spare_rounds=1", f"run_dir={run_dir}"]
+    answer = coterie("simulate", *tiny_overrides, *settings, "--json")
+    assert answer.code == 0, answer.err
+    counted, privacy = answer.json["evaluation_private"], answer.json["privacy"]
+    assert counted["sites"] == 2
+    assert 0 <= counted["accuracy"] <= 1
+    assert counted["standard_error"] == pytest.approx(sigma * 2**0.5 / counted["records"], rel=0.01)
+    with Store(run_dir / "ledgers" / "sites.db") as store:
+        for site in answer.json["sites"]:
+            books = store.ledger(site["name"]).books
+            assert Event(sigma, 1.0, 1) in books.charges()
+            assert site["epsilon"] == pytest.approx(books.spent_pld(), abs=1e-6)
+            assert site["ledger_head"] == str(books.head)
+            planned = sum(plan.whole.steps for plan in books.plans.values())
+            assert planned == 3 * 2 + 1  # two rounds and a spare of two steps, and the count
+    rounds = {**privacy["mechanism"], "steps": 4}
+    assert privacy["epsilon"]["pld"] > epsilon_pld([Event(**rounds)], 1e-3) + 0.01
+    assert privacy["epsilon"]["pld"] < 8  # the spare round was not needed
+    page = (run_dir / "report.html").read_text()
+    assert "accuracy at the sites" in page
+    assert "shows nobody a single update" in page
+    assert len(privacy["guarantees"]) == 4
+    again = coterie("report", run_dir)
+    assert "as 2 sites counted" in again.out
+    assert "Against whom" in again.out
 
 
 def test_report_shows_the_baseline_beside(coterie, tiny_overrides, tmp_path, finished):

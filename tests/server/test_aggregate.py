@@ -68,6 +68,7 @@ def verdicts_of(replies, instruction):
         instruction=instruction,
         layout=LAYOUT,
         charge=round_event(instruction.config),
+        receipts={},
     )
 
 
@@ -142,7 +143,7 @@ FAULTS = {
     "nan charge": (altered_facts(**{"noise-multiplier": float("nan")}), "must be a number"),
     "fact of another type": (altered_facts(round="1"), "round must be a whole number"),
     "one fact more": (altered_facts(loss=0.1), "facts must be exactly"),
-    "a metric beside": (measured, "must hold a vector and facts, and nothing else"),
+    "a metric beside": (measured, "must hold facts, vector, and nothing else"),
     "too short": (altered(vector=np.float32([1, 2])), "float32 of shape (2,)"),
     "too long": (altered(vector=np.ones(6, dtype=np.float32)), "float32 of shape (6,)"),
     "two axes": (altered(vector=np.ones((5, 1), dtype=np.float32)), "vector"),
@@ -151,7 +152,7 @@ FAULTS = {
     "infinite": (altered(vector=np.float32([np.inf, 0, 0, 0, 0])), "parameters: not finite"),
     "empty content": (
         lambda i: content_reply("m-2", RecordDict()),
-        "must hold a vector and facts, and nothing else",
+        "must hold facts, vector, and nothing else",
     ),
 }
 

@@ -51,6 +51,7 @@ def test_plan_has_every_field_of_the_contract(default):
         "steps_per_round",
         "steps",
         "charge_per_site",
+        "spare_rounds",
         "trainable",
         "parameters",
         "bytes_per_message",

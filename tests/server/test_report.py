@@ -10,9 +10,10 @@ import pytest
 from common import cli
 from common.errors import VerificationError
 from common.privacy.accounting import Epsilons, epsilon_pld
-from server import report as reports
+from server import spending
 from server.plan import make_plan
-from server.report import RoundLine, RunFacts, build_report, read_report, render_html, round_line
+from server.record import RoundLine, round_line
+from server.report import RunFacts, build_report, read_report, render_html
 from server.rounds import RoundOutcome
 
 FACTS = RunFacts("0123456789abcdef", 10.0, 24)
@@ -79,7 +80,7 @@ def test_three_accountants_agree(built):
 
 
 def test_report_is_not_built_on_accountants_that_disagree(plan, monkeypatch):
-    monkeypatch.setattr(reports, "epsilons", lambda *_: Epsilons(pld=1.0, rdp=0.5, prv=1.0))
+    monkeypatch.setattr(spending, "epsilons", lambda *_: Epsilons(pld=1.0, rdp=0.5, prv=1.0))
     with pytest.raises(VerificationError, match="disagree"):
         build_report(plan, LINES, FACTS)
 

@@ -15,6 +15,7 @@ from scipy.stats import norm
 
 from common.errors import ConfigError, VerificationError
 from common.privacy.accounting import (
+    COARSE_INTERVAL,
     LIVE_INTERVAL,
     REPORT_INTERVAL,
     Epsilons,
@@ -22,6 +23,7 @@ from common.privacy.accounting import (
     check_agreement,
     coalesce,
     epsilon_by_round,
+    epsilon_of_group,
     epsilon_pld,
     epsilon_prv,
     epsilon_rdp,
@@ -300,3 +302,39 @@ def test_a_file_that_is_not_text_is_refused(coterie, tmp_path):
     answer = coterie("account", file, "--delta", "1e-5")
     assert (answer.code, answer.out) == (2, "")
     assert "not UTF-8 text" in answer.err
+
+
+@given(
+    sigma=st.floats(0.7, 20),
+    q=st.sampled_from([0.01, 0.2, 0.5, 1.0]),
+    steps=st.integers(1, 20),
+    size=st.integers(1, 3),
+)
+@settings(max_examples=10)
+def test_a_group_costs_between_one_record_and_all_of_it_always_drawn_together(
+    sigma, q, steps, size
+):
+    event = Event(sigma, q, steps)
+    group = epsilon_of_group([event], size, DELTA)
+    alone = epsilon_pld([event], DELTA, LIVE_INTERVAL)
+    assert group >= alone - 1e-3
+    together = Event(sigma / size, 1 - (1 - q) ** size, steps)
+    assert group <= epsilon_pld([together], DELTA, LIVE_INTERVAL) + COARSE_INTERVAL
+    if size == 1:
+        assert group == pytest.approx(alone, abs=COARSE_INTERVAL)
+    elif alone > 0.1:
+        assert group > 1.05 * alone
+
+
+def test_a_group_in_full_batches_is_a_gaussian_of_that_sensitivity():
+    """An independent closed form: q = 1 leaves nothing to mix."""
+    event = Event(6.0, 1.0, 4)
+    assert epsilon_of_group([event], 3, DELTA) == pytest.approx(
+        epsilon_pld([Event(2.0, 1.0, 4)], DELTA, LIVE_INTERVAL), abs=1e-3
+    )
+
+
+def test_a_group_of_what_is_free_or_unprotected():
+    assert epsilon_of_group([], 2, DELTA) == 0
+    assert math.isinf(epsilon_of_group([Event(0.0, 0.5, 1)], 2, DELTA))
+    assert epsilon_of_group([Event(0.05, 1.0, 100)], 2, DELTA) > 300  # by RDP, in no time

@@ -1,0 +1,23 @@
+"""Which code this is: a digest that a site's officer can review once, and then hold it to."""
+
+import functools
+import hashlib
+from pathlib import Path
+
+PACKAGES = ("client", "common")
+"""What runs beside the data."""
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256, in hex, of every Python file of the client's packages, by path and content.
+
+    Guarantee: another digest if any of them is edited, added, renamed or removed. What the
+    libraries below are is not in it; their versions stand in each report.
+    """
+    root = Path(__file__).parent.parent
+    whole = hashlib.sha256()
+    for file in sorted(path for name in PACKAGES for path in (root / name).rglob("*.py")):
+        whole.update(hashlib.sha256(str(file.relative_to(root)).encode()).digest())
+        whole.update(hashlib.sha256(file.read_bytes()).digest())
+    return whole.hexdigest()

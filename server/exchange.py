@@ -1,0 +1,84 @@
+"""One instruction to each site of a cohort, and what comes back before the deadline."""
+
+from collections.abc import Iterator, Mapping
+from time import monotonic, sleep
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from common import messages
+from common.messages import Instruction
+from common.privacy.chain import Receipt
+from server.cohort import POLL_S
+
+
+class Exchange:
+    """The messages of one round.
+
+    Guarantee: a site whose attempt was lost is asked again while it has spare rounds, never
+    after the deadline; every attempt counts as charged, answered or not.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        instruction: Instruction,
+        *,
+        timeout_s: float,
+        receipts: Mapping[int, Receipt],
+        spares: dict[int, int],
+    ) -> None:
+        """Args: receipts, spares: by node id; a repeated attempt is
+        taken from `spares`, which outlives the round.
+        """
+        self.sent: dict[str, int] = {}
+        """Node id by message id, repeated attempts included."""
+        self.bytes_down = 0
+        self._grid, self._group = grid, str(instruction.round)
+        self._content = messages.pack_instruction(instruction)
+        self._bytes = messages.content_bytes(self._content)
+        self._receipts, self._spares = receipts, spares
+        self._deadline = monotonic() + timeout_s
+
+    def send(self, nodes: tuple[int, ...], kind: str = MessageType.TRAIN) -> list[str]:
+        """Pushes the instruction to these nodes; returns the messages' ids."""
+        outgoing = [self._addressed(node, kind) for node in nodes]
+        ids = list(self._grid.push_messages(outgoing))
+        self.sent.update(zip(ids, nodes, strict=True))
+        self.bytes_down += len(nodes) * self._bytes
+        return ids
+
+    def replies(self) -> Iterator[Message]:
+        """The last reply of each site, as they come; ends when all have, or at the deadline."""
+        waiting = set(self.sent)
+        while waiting and monotonic() < self._deadline:
+            before = frozenset(waiting)
+            for reply in self._grid.pull_messages(sorted(waiting)):
+                answered = reply.metadata.reply_to_message_id
+                if answered not in waiting:  # unasked, or a second reply to the same message
+                    continue
+                waiting.discard(answered)
+                again = self._again(self.sent[answered], reply)
+                waiting.update(again)
+                if not again:
+                    yield reply
+            if waiting == before:
+                sleep(POLL_S)
+
+    def _again(self, node: int, reply: Message) -> list[str]:
+        """Asks once more where the site lost the round and its plan still has a spare."""
+        lost = reply.has_error() and reply.error.code == messages.LOCAL_FAILURE
+        if not lost or self._spares.get(node, 0) < 1:
+            return []
+        self._spares[node] -= 1
+        return self.send((node,))
+
+    def _addressed(self, node: int, kind: str) -> Message:
+        content: RecordDict = messages.addressed(self._content, self._receipts.get(node))
+        return Message(
+            content,
+            dst_node_id=node,
+            message_type=kind,
+            ttl=max(self._deadline - monotonic(), POLL_S),
+            group_id=self._group,
+        )

@@ -1,0 +1,94 @@
+"""What is recorded of each round: a line of `metrics.jsonl`."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TypedDict
+
+from common.messages import SiteBooks
+from common.privacy.accounting import number
+from server.plan import RunPlan, is_private
+from server.rounds import RoundOutcome
+
+FILE = "metrics.jsonl"
+
+
+class SiteLine(TypedDict):
+    """A site's ledger after a round, as plain values."""
+
+    head: str
+    cap: float
+    spent: float
+    charged: list[list[float]]
+    """[sigma, q, steps] of each distinct event ever charged."""
+
+
+@dataclass(frozen=True)
+class RoundLine:
+    """One line of `metrics.jsonl`."""
+
+    round: int
+    metrics: dict[str, float]
+    epsilon: float | str
+    """Of the site that was charged most, or "inf"."""
+    asked: tuple[str, ...]
+    refused: dict[str, str]
+    bytes_down: int
+    bytes_up: int
+    sites_s: float
+    private: bool
+    books: dict[str, SiteLine] = field(default_factory=dict)
+    """What each site that answered says of its ledger."""
+
+
+def append_line(run_dir: Path, line: RoundLine) -> None:
+    """Adds one whole line and syncs it, so that a crash loses at most the round under way."""
+    with (run_dir / FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(line), ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(run_dir: Path) -> list[RoundLine]:
+    """The lines of a run. Raises: OSError, ValueError or TypeError if they are none of ours."""
+    text = (run_dir / FILE).read_text(encoding="utf-8")
+    return [RoundLine(**json.loads(line)) for line in text.splitlines()]
+
+
+def round_line(
+    outcome: RoundOutcome, metrics: dict[str, float], before: list[RoundLine], run_plan: RunPlan
+) -> RoundLine:
+    """The line of a round that just ended, after the lines `before` it."""
+    asked = Counter(name for line in before for name in line.asked) + Counter(outcome.asked)
+    epsilon = run_plan.epsilon_by_round[max(asked.values()) - 1]
+    if run_plan.config.ledger:  # other runs are in its books, too
+        known = [epsilon, *(books.spent for books in outcome.books.values())]
+        epsilon = max([*known, *(float(line.epsilon) for line in before)])
+    return RoundLine(
+        round=outcome.round,
+        private=is_private(run_plan.config),
+        metrics=metrics,
+        epsilon=number(epsilon),
+        asked=outcome.asked,
+        refused=outcome.refused,
+        bytes_down=outcome.bytes_down,
+        bytes_up=outcome.bytes_up,
+        sites_s=round(outcome.sites_s, 3),
+        books=site_lines(outcome.books),
+    )
+
+
+def site_lines(books: Mapping[str, SiteBooks]) -> dict[str, SiteLine]:
+    """What sites said of their ledgers, by name, as plain values."""
+    return {
+        name: SiteLine(
+            head=str(each.head),
+            cap=each.cap,
+            spent=each.spent,
+            charged=[[e.noise_multiplier, e.sample_rate, e.steps] for e in each.charged],
+        )
+        for name, each in books.items()
+    }

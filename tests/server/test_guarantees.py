@@ -1,0 +1,107 @@
+"""Several honest numbers for one run, each computed here a second way."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from common.privacy.accounting import Event, epsilon_of_group, epsilon_pld
+from server.guarantees import guarantees
+from server.plan import make_plan
+from server.record import RoundLine, SiteLine
+from server.spending import Asked, rounds_asked, spendings
+
+DELTA = 1e-3
+
+
+def planned(config, **federation):
+    return make_plan(replace(config, federation=replace(config.federation, **federation)))
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_config):
+    return planned(tiny_config, rounds=3, local_steps=1)
+
+
+def line(number, asked, refused=(), books=None):
+    reasons = dict.fromkeys(refused, "silent")
+    return RoundLine(
+        number, {"accuracy": 0.5}, 1.0, tuple(asked), reasons, 10, 5, 2.0, True, books or {}
+    )
+
+
+ALL = ("site-1", "site-2", "site-3")
+LINES = [line(1, ALL), line(2, ALL, refused=["site-3"]), line(3, [*ALL, "site-3"])]
+
+
+def rows_of(plan, lines):
+    return guarantees(plan, lines, spendings(plan, rounds_asked(plan, lines)))
+
+
+def test_against_everybody_it_is_the_site_that_was_charged_most(plan):
+    first = rows_of(plan, LINES)[0]
+    assert first["unit"] == "one record"
+    four = Event(2.0, 0.5, 4)  # site-3 was asked twice in the last round
+    assert first["epsilon"] == pytest.approx(epsilon_pld([four], DELTA), abs=1e-6)
+
+
+def test_whoever_sees_models_alone_faces_the_noise_of_all_who_answered(plan):
+    row = rows_of(plan, LINES)[1]
+    noise = [2.0 * math.sqrt(sites) for sites in (3, 2, 3)]
+    whole = epsilon_pld([Event(sigma, 0.5, 1) for sigma in noise], DELTA)
+    assert row["epsilon"] == pytest.approx(whole, abs=0.01)
+    assert row["epsilon"] >= whole - 1e-9
+    assert "shows nobody a single update" in row["sentence"]
+    assert row["epsilon"] < rows_of(plan, LINES)[0]["epsilon"] / 1.5
+
+
+def test_with_several_local_steps_no_smaller_number_is_claimed(tiny_config):
+    plan = planned(tiny_config, rounds=3, local_steps=2)
+    row = rows_of(plan, LINES)[1]
+    assert row["epsilon"] >= epsilon_pld([Event(2.0, 0.5, 6)], DELTA) - 1e-9
+    assert "no smaller number" in row["sentence"]
+
+
+def test_two_records_and_two_sites_cost_more_than_one(plan):
+    one, _, two_records, two_sites = (row["epsilon"] for row in rows_of(plan, LINES))
+    assert two_records == pytest.approx(epsilon_of_group([Event(2.0, 0.5, 4)], 2, DELTA))
+    assert two_sites == pytest.approx(epsilon_pld([Event(2.0, 0.5, 7)], DELTA), abs=0.01)
+    assert one < two_sites < two_records
+
+
+def test_a_run_that_protects_nothing_claims_nothing(tiny_config):
+    seeded = replace(
+        tiny_config, privacy=replace(tiny_config.privacy, noise=type(tiny_config.privacy.noise)(
+            "seeded"))
+    )  # fmt: skip
+    assert rows_of(make_plan(seeded), LINES) == []
+
+
+def test_a_count_is_in_the_price_of_whoever_was_asked(plan):
+    count = Event(5.0, 1.0, 1)
+    asked = [*rounds_asked(plan, LINES[:1]), Asked(count, ("site-1",))]
+    spent = spendings(plan, asked)
+    alone = epsilon_pld([plan.event], DELTA)
+    assert spent["site-2"].bound == pytest.approx(alone, abs=1e-6)
+    both = epsilon_pld([plan.event, count], DELTA)
+    assert spent["site-1"].bound == pytest.approx(both, abs=1e-6)
+
+
+def test_what_a_ledger_says_counts_where_it_is_more_and_never_where_it_is_less(plan):
+    whole, part = [[2.0, 0.5, 9.0]], [[2.0, 0.5, 1.0]]
+    for charged, steps in ((whole, 9), (part, 3)):
+        books = {"site-1": SiteLine(head="9:" + "a" * 64, cap=8.0, spent=0.5, charged=charged)}
+        lines = [*LINES[:2], line(3, ALL, books=books)]
+        spent = spendings(plan, rounds_asked(plan, lines))["site-1"]
+        assert spent.price.pld == pytest.approx(epsilon_pld([Event(2.0, 0.5, steps)], DELTA))
+        assert spent.books == books["site-1"]
+
+
+def test_by_person_every_row_is_about_persons(person_config):
+    plan = planned(person_config, rounds=3, local_steps=1)
+    rows = rows_of(plan, LINES)
+    assert [row["unit"] for row in rows] == ["one person", "one person", "one person at two sites"]
+    four = Event(2.0, 0.5, 4)  # the event of a run by record: k is in the noise
+    assert rows[0]["epsilon"] == pytest.approx(epsilon_pld([four], DELTA), abs=1e-6)
+    assert "is an assumption" in rows[-1]["sentence"]
+    assert rows[-1]["epsilon"] > rows[0]["epsilon"]

@@ -351,7 +351,7 @@ MUTATIONS = {
     ),
     "seeded noise": Mutation(
         edit(
-            client.train._randomness,
+            client.train.randomness_of,
             ("config.privacy.noise is NoiseSource.entropy", "config.seed is None"),
         ),
         check_fresh_noise,
@@ -439,8 +439,8 @@ MUTATIONS = {
     "a fresh accountant each round": Mutation(
         edit(
             Books.admits,
-            ("[*self.commitments(), more]", "[more]"),
-            ("[*self._whole_plans(), more]", "[more]"),
+            ("[*self.commitments(), *more]", "[*more]"),
+            ("[*self._whole_plans(), *more]", "[*more]"),
         ),
         check_accounts_compose,
         "accounts-compose:",

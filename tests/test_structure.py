@@ -104,6 +104,8 @@ def test_every_group_file_composes_and_its_values_arrive(path):
             assert OmegaConf.is_missing(composed[group], key)
             continue
         arrived = OmegaConf.to_container(composed[group])[key]
+        if isinstance(arrived, list):
+            arrived = [getattr(each, "name", each) for each in arrived]
         # YAML 1.1 reads 1e-4 as text; OmegaConf reads it as a number.
         assert getattr(arrived, "name", arrived) == (
             float(value) if isinstance(arrived, float) else value

@@ -134,7 +134,8 @@ def filtered(*events):
 def refuses(call, *arguments, error=PrivacyRefusedError, match=None, **keywords):
     with pytest.raises(error, match=match) as refused:
         call(*arguments, **keywords)
-    assert type(refused.value) is error
+    assert isinstance(refused.value, error)
+    return refused
 
 
 # Any sequence at all.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from common.errors import PrivacyRefusedError, VerificationError
 from common.privacy import chain
 from common.privacy.accounting import Event, epsilon_pld, epsilon_rdp, within
-from common.privacy.books import Books, filter_order
+from common.privacy.books import Books, NoSpareRoundError, filter_order
 from common.privacy.chain import Head, Kind, event_body
 
 SITE, OFFICER, NEXT = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2, 3))
@@ -134,8 +134,7 @@ def filtered(*events):
 def refuses(call, *arguments, error=PrivacyRefusedError, match=None, **keywords):
     with pytest.raises(error, match=match) as refused:
         call(*arguments, **keywords)
-    assert isinstance(refused.value, error)
-    return refused
+    assert type(refused.value) in {error, NoSpareRoundError}
 
 
 # Any sequence at all.

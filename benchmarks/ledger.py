@@ -20,10 +20,10 @@ import numpy as np
 
 from client.commitment import Commitment, commit_to
 from client.ledger import Ledger, Store, Terms
-from common.data import Records
 from common.privacy import accounting
 from common.privacy.accounting import Event
 from common.privacy.verification import verify
+from common.records import Records
 
 HASH = "ab" * 32
 TERMS = Terms("letters", 8.0, 1e-5, HASH)

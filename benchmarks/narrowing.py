@@ -24,13 +24,15 @@ from client.clipping.engines import SingleBackward
 from client.private_step import ParameterGroup, plain_steps, private_steps, sgd
 from common.composition import CONF
 from common.config import Config, from_composed, register_schemas
-from common.data import Records, load_splits
-from common.model import Classifier, build_classifier, load_tokenizer
+from common.data import load_splits
+from common.model import Classifier
 from common.prefix import Inputs
+from common.pretrained import load_tokenizer
 from common.privacy.accounting import solve_noise_multiplier
 from common.privacy.mechanism import Mechanism
 from common.privacy.noise import Randomness
-from common.tasks import TASKS
+from common.records import Records
+from common.tasks import TASKS, build_model
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def main() -> None:
 def run(setting: Setting, seed: int) -> tuple[float, float]:
     """Validation accuracy and cross entropy after the last step."""
     config = _config(setting, seed)
-    model, splits = build_classifier(config), load_splits(config.data)
+    model, splits = build_model(config), load_splits(config.data)
     train, labels = _prepared(config, model, splits.train)
     held, held_labels = _prepared(config, model, splits.validation)
     task = TASKS[config.task.name]
@@ -136,7 +138,7 @@ def _config(setting: Setting, seed: int) -> Config:
 
 def _prepared(config: Config, model: Classifier, records: Records) -> tuple[Inputs, Tensor]:
     encoded = TASKS[config.task.name].encode(
-        load_tokenizer(config.model), list(records.texts), max_tokens=config.task.max_tokens
+        load_tokenizer(config.model), list(records.contents), max_tokens=config.task.max_tokens
     )
     return model.prepare(encoded, batch=16), torch.tensor(np.array(records.labels))
 

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from common.canonical import canonical_json
 
 if TYPE_CHECKING:  # the books open without pandas
-    from common.data import Records
+    from common.records import Records
 
 _LEAF, _NODE, _TEXT, _OWNED, _PERSON = b"\x00", b"\x01", b"\x02", b"\x03", b"\x04"
 """What a hash is of: none of one kind can stand for one of another."""
@@ -57,10 +57,10 @@ def commit_to(records: "Records", secret: bytes, *, unit: str = "record") -> Com
 def _tagged(records: "Records", unit: str) -> Iterator[bytes]:
     persons = records.persons
     if persons is None:
-        return (_TEXT + _bytes(text) for text in records.texts)
+        return (_TEXT + _bytes(_name(key)) for key in records.identities())
     if unit == "person":
         return (_PERSON + _bytes(person) for person in persons)
-    pairs = zip(persons, records.texts, strict=True)
+    pairs = zip(persons, map(_name, records.identities()), strict=True)
     return (_OWNED + _bytes(canonical_json([*pair])) for pair in pairs)
 
 
@@ -79,11 +79,16 @@ def _root(leaves: Iterator[bytes]) -> str:
 
 
 def _leaves(records: "Records", secret: bytes) -> Iterator[bytes]:
-    columns = [records.texts, records.labels.tolist()]
+    columns = [[*map(_name, records.identities())], records.labels.tolist()]
     if records.persons is not None:
         columns.append(records.persons)
     for fields in zip(*columns, strict=True):
         yield hmac.digest(secret, _LEAF + _bytes(canonical_json([*fields])), "sha256")
+
+
+def _name(key: object) -> str:
+    """A text is its own name; several texts have that of their list."""
+    return key if isinstance(key, str) else canonical_json(key)
 
 
 def _bytes(text: str) -> bytes:

@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 
 from common.config import PrivacyConfig, PrivacyMode
-from common.data import Records
 from common.errors import ConfigError
+from common.records import Records
 
 
 def usable(records: Records, privacy: PrivacyConfig) -> Records:
@@ -23,14 +23,15 @@ def usable(records: Records, privacy: PrivacyConfig) -> Records:
 
 
 def capped(records: Records, most: int) -> Records:
-    """At most `most` records of each person: those with the smallest SHA-256 of their text.
+    """At most `most` records of each person: those with the smallest SHA-256 of their content.
 
     Guarantee: what is kept of a person depends on that person's records alone: on nobody else's,
     and on no order. A person of at most `most` records keeps all. The order stays.
     """
     owners, labels = records.owners(), records.labels.tolist()
-    digests = [hashlib.sha256(text.encode(errors="surrogatepass")) for text in records.texts]
-    keys = [*zip(owners.tolist(), [d.digest() for d in digests], labels, strict=True)]
+    names = [str(key).encode(errors="surrogatepass") for key in records.identities()]
+    digests = [hashlib.sha256(name).digest() for name in names]
+    keys = [*zip(owners.tolist(), digests, labels, strict=True)]
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
     by_person = owners[order]
     rank = np.arange(len(order)) - np.searchsorted(by_person, by_person)

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from client.ledger import Ledger
 from common.config import NodeConfig
-from common.data import Records
 from common.privacy.accounting import Event
+from common.records import Records
 
 
 @dataclass

@@ -17,12 +17,12 @@ from client.private_step import ParameterGroup, plain_steps, private_steps, sgd
 from client.site import Site
 from common import parameters
 from common.config import Config, NoiseSource, PrivacyMode
-from common.data import Records
-from common.model import build_classifier, load_tokenizer
+from common.model import read_of, targets_of
 from common.parameters import Layout, Vector
 from common.prefix import Inputs
 from common.privacy.mechanism import Mechanism, mechanism_of
 from common.privacy.noise import Randomness
+from common.records import Records
 from common.tasks import TASKS
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ class Held:
     source: Records
     """What it was prepared from: other records of that site are prepared anew."""
     inputs: Inputs
-    labels: Tensor
-    """(N,) class index of each record."""
+    records: int
+    """N, how many."""
     owners: NDArray[np.int64] | None
     """(N,) number of the person each record is of, where persons are drawn."""
 
@@ -52,8 +52,8 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._task = TASKS[config.task.name]
-        self._tokenizer = load_tokenizer(config.model)
-        self._model = build_classifier(config)
+        self._processor = self._task.load_processor(config.model)
+        self._model = self._task.build(config)
         self.layout = Layout.of(self._model)
         self.parameters = sum(parameter.numel() for parameter in self._model.parameters())
         """Of the whole model, frozen ones included."""
@@ -61,19 +61,18 @@ class Trainer:
             f"{name}: frozen, the output does not depend on it" for name in self._model.unused
         )
         """What building the model changed in it, in words."""
-        self._groups = [
-            ParameterGroup(
-                tuple(self._model.classifier.parameters()), config.tuning.head_learning_rate
-            )
-        ]
+        rates = config.tuning
+        adapters = tuple(p for p in self._model.encoder.parameters() if p.requires_grad)
+        named = (
+            (self._model.head_parameters(), rates.head_learning_rate),
+            (adapters, rates.adapter_learning_rate),
+        )
+        self._groups = [ParameterGroup(group, rate) for group, rate in named if group]
         self._engine: ClippingEngine | None = None
         self._meters: dict[str, Meters] = {}
         """What each site drew and added so far; private, and stays in this process."""
         self._held: dict[str, Held] = {}
         """What is prepared, by site: a trainer is one per config, as what is prepared must be."""
-        adapters = tuple(p for p in self._model.encoder.parameters() if p.requires_grad)
-        if adapters:
-            self._groups.append(ParameterGroup(adapters, config.tuning.adapter_learning_rate))
 
     def train(
         self, site: Site, vector: Vector, *, round_number: int
@@ -89,11 +88,11 @@ class Trainer:
         """
         parameters.load(self._model, vector)
         held = self._prepared(site)
-        loss_of = self._loss_of(held.inputs, held.labels)
+        loss_of = self._loss_of(held.inputs)
         randomness = randomness_of(self._config, site.name, round_number)
         measured = None
         if self._config.privacy.mode is PrivacyMode.none:
-            self._plain_steps(loss_of, randomness, len(held.labels))
+            self._plain_steps(loss_of, randomness, held.records)
         else:
             mechanism = mechanism_of(self._config)
             measured = self._private_steps(
@@ -101,7 +100,7 @@ class Trainer:
                 mechanism,
                 randomness,
                 groups=self._groups,
-                records=len(held.labels),
+                records=held.records,
                 owners=held.owners,
                 steps=self._config.federation.local_steps,
                 meters=self._meters.setdefault(site.name, Meters(mechanism)),
@@ -116,9 +115,9 @@ class Trainer:
         self._model.eval()
         held, size = self._prepared(site), self._config.engine.physical_batch
         count = 0
-        for start in range(0, len(held.labels), size):
+        for start in range(0, held.records, size):
             piece = {name: tensor[start : start + size] for name, tensor in held.inputs.items()}
-            right = self._task.correct(self._model(**piece), held.labels[start : start + size])
+            right = self._task.correct(self._model(**read_of(piece)), targets_of(piece))
             count += int(right.sum())
         return count
 
@@ -205,18 +204,17 @@ class Trainer:
     @torch.no_grad()
     def _made(self, records: int) -> LossOf:
         """Losses of made records of full length, some of them padded."""
-        encoded = self._task.made(self._tokenizer, records, max_tokens=self._config.task.max_tokens)
-        inputs = self._model.prepare(encoded, batch=self._config.engine.physical_batch)
-        return self._loss_of(inputs, torch.arange(records) % len(self._config.data.labels))
+        encoded = self._task.made(self._processor, records, self._config)
+        return self._loss_of(self._model.prepare(encoded, batch=self._config.engine.physical_batch))
 
-    def _loss_of(self, prepared: Inputs, labels: Tensor) -> LossOf:
+    def _loss_of(self, prepared: Inputs) -> LossOf:
         def loss_of(indices: NDArray[np.int64]) -> Tensor:
-            dtype = self._model.classifier.weight.dtype
-            inputs = {
+            dtype = next(self._model.parameters()).dtype
+            rows = {
                 name: tensor[indices].to(dtype) if tensor.is_floating_point() else tensor[indices]
                 for name, tensor in prepared.items()
             }
-            return self._task.loss_vector(self._model(**inputs), labels[indices])
+            return self._task.loss_vector(self._model(**read_of(rows)), targets_of(rows))
 
         return loss_of
 
@@ -229,8 +227,8 @@ class Trainer:
         persons = self._config.privacy.mode is PrivacyMode.person
         held = Held(
             site.records,
-            self._prepare(list(records.texts)) if len(records) else {},
-            torch.from_numpy(records.labels),
+            self._prepare(records) if len(records) else {},
+            len(records),
             records.owners() if persons else None,
         )
         if len(records):
@@ -238,8 +236,8 @@ class Trainer:
         return held
 
     @torch.no_grad()
-    def _prepare(self, texts: list[str]) -> Inputs:
-        encoded = self._task.encode(self._tokenizer, texts, max_tokens=self._config.task.max_tokens)
+    def _prepare(self, records: Records) -> Inputs:
+        encoded = self._task.encode(self._processor, records, self._config.task)
         return self._model.prepare(encoded, batch=self._config.engine.physical_batch)
 
 

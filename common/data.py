@@ -8,8 +8,7 @@ that looked across would let one person's presence change what is done with anot
 import hashlib
 import importlib.util
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,41 +17,7 @@ from numpy.typing import NDArray
 
 from common.config import DataConfig, DataSource
 from common.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Records:
-    """Texts with their labels: one record a text."""
-
-    texts: tuple[str, ...]
-    labels: NDArray[np.int64]
-    """(N,) index into the config's `data.labels`."""
-    persons: tuple[str, ...] | None = field(default=None, repr=False)
-    """(N,) id of the person each record is of; None where nobody says. Never leaves a site."""
-
-    def __len__(self) -> int:
-        """N, the number of records."""
-        return len(self.texts)
-
-    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> "Records":
-        """The records at `indices`, in that order."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        persons = self.persons
-        return Records(
-            tuple(self.texts[i] for i in chosen),
-            self.labels[chosen],
-            None if persons is None else tuple(persons[i] for i in chosen),
-        )
-
-    def owners(self) -> NDArray[np.int64]:
-        """(N,) whose each record is, as a number: persons from 0 up, in the order of their ids.
-
-        Raises: ValueError if the records name no persons.
-        """
-        if self.persons is None:
-            raise ValueError("records name no persons")
-        number = {person: index for index, person in enumerate(sorted(set(self.persons)))}
-        return np.array([number[person] for person in self.persons], dtype=np.int64)
+from common.records import Records
 
 
 @dataclass(frozen=True)
@@ -103,7 +68,7 @@ def check_files(config: DataConfig) -> None:
 
 def _places(records: Records, seed: int) -> NDArray[np.float64]:
     """(N,) where each text, or person, falls in [0, 1), by hash: whatever the order and others."""
-    names = records.texts if records.persons is None else records.persons
+    names = records.identities() if records.persons is None else records.persons
     hashes = [hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8] for name in names]
     return np.array([int.from_bytes(h, "big") / 2**64 for h in hashes])
 
@@ -113,19 +78,22 @@ def _deduplicate(rows: Records) -> Records:
 
     With persons, of every text of a person: two persons may have written the same.
     """
-    keys = rows.texts if rows.persons is None else [*zip(rows.persons, rows.texts, strict=True)]
+    keys = rows.identities()
+    if rows.persons is not None:
+        keys = [*zip(rows.persons, keys, strict=True)]
     first = {key: index for index, key in reversed(list(enumerate(keys)))}
     return rows.subset(sorted(first.values()))
 
 
 def _apart(records: Records, *public: Records) -> Records:
     """The records whose text, and person, stand in none of the public ones: those are fixed."""
-    texts = {text for part in public for text in part.texts}
+    contents = {key for part in public for key in part.identities()}
     persons = {person for part in public for person in part.persons or ()}
-    owners = records.persons or records.texts  # a text is no person: nothing is dropped for it
+    keys = records.identities()
+    owners = records.persons or keys  # a content is no person: nothing is dropped for it
     apart = [
-        text not in texts and owner not in persons
-        for text, owner in zip(records.texts, owners, strict=True)
+        key not in contents and owner not in persons
+        for key, owner in zip(keys, owners, strict=True)
     ]
     return records.subset(np.flatnonzero(apart))
 

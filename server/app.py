@@ -11,12 +11,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from common import parameters
 from common.config import Config, PrivacyMode, from_canonical, to_yaml
-from common.data import Records
 from common.durable import write_atomic
 from common.errors import VerificationError
 from common.messages import Instruction
-from common.model import build_classifier
 from common.parameters import Layout
+from common.records import Records
+from common.tasks import build_model
 from server.count import count_correct
 from server.evaluate import Evaluator
 from server.heads import HeadBook
@@ -58,7 +58,7 @@ def _run(grid: Grid, run_plan: RunPlan, public: Records, watch: Watch) -> None:
     run_dir = Path(config.run_dir)
     stamp = "" if is_private(config) else f"# {not_private_reason(config)}\n"
     write_atomic(run_dir / "config.yaml", stamp + to_yaml(config))
-    model = build_classifier(config)
+    model = build_model(config)
     evaluator = Evaluator(config, model, public)
     run_id = os.urandom(16).hex()
     lines: list[RoundLine] = []

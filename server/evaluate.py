@@ -4,31 +4,28 @@ import torch
 
 from common import parameters
 from common.config import Config
-from common.data import Records
-from common.model import Classifier, load_tokenizer
+from common.model import FineTuned, pieces, read_of, targets_of
 from common.parameters import Vector
+from common.records import Records
 from common.tasks import TASKS
 
 
 class Evaluator:
     """Measures parameters on a public split; what training cannot change is computed once."""
 
-    def __init__(self, config: Config, model: Classifier, public: Records) -> None:
-        self._task, self._model, self._records = TASKS[config.task.name], model, public
-        self._batch = config.engine.physical_batch
-        tokenizer = load_tokenizer(config.model)
-        encoded = self._task.encode(
-            tokenizer, list(public.texts), max_tokens=config.task.max_tokens
-        )
-        self._inputs = model.prepare(encoded, batch=self._batch)
+    def __init__(self, config: Config, model: FineTuned, public: Records) -> None:
+        self._config, self._model, self._task = config, model, TASKS[config.task.name]
+        encoded = self._task.encode(self._task.load_processor(config.model), public, config.task)
+        self._inputs = model.prepare(encoded, batch=config.engine.physical_batch)
 
     @torch.inference_mode()
     def measure(self, vector: Vector) -> dict[str, float]:
         """Metrics of the task, by name, with `vector` loaded into the model."""
         parameters.load(self._model, vector)
         self._model.eval()
-        pieces = [
-            self._model(**{n: t[start : start + self._batch] for n, t in self._inputs.items()})
-            for start in range(0, len(self._records), self._batch)
+        scores = [
+            self._task.score(self._model(**read_of(piece)), targets_of(piece))
+            for piece in pieces(self._inputs, self._config.engine.physical_batch)
         ]
-        return self._task.metrics(torch.cat(pieces), torch.from_numpy(self._records.labels))
+        whole = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
+        return self._task.metrics(whole, self._config)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +20,7 @@ from common.config import (
     config_hash,
 )
 from common.errors import ConfigError
-from common.model import Classifier, build_classifier
+from common.model import FineTuned, read_of, targets_of
 from common.parameters import Layout
 from common.privacy.accounting import (
     LIVE_INTERVAL,
@@ -36,6 +35,7 @@ from common.privacy.accounting import (
     within,
 )
 from common.privacy.mechanism import count_event, round_event, run_events
+from common.tasks import TASKS, build_model
 
 RELATION = "add_or_remove_one"
 BYTES_PER_PARAMETER = 4
@@ -78,7 +78,7 @@ def plan(invocation: Invocation) -> None:
 
     def job(config: Config) -> None:
         run_plan = make_plan(config)
-        model = build_classifier(config)
+        model = build_model(config)
         size = size_of(model)
         seconds = estimate_seconds(run_plan.config, model)
         if invocation.json:
@@ -126,25 +126,28 @@ def _check_bound(config: Config, whole: tuple[Event, ...]) -> None:
     check_agreement(epsilons(whole, privacy.delta))
 
 
-def size_of(model: Classifier) -> ModelSize:
+def size_of(model: FineTuned) -> ModelSize:
     """Counts the parameters of a model."""
     return ModelSize(Layout.of(model).size, sum(p.numel() for p in model.parameters()))
 
 
-def estimate_seconds(config: Config, model: Classifier) -> float | None:
+def estimate_seconds(config: Config, model: FineTuned) -> float | None:
     """Rough wall time of the sites' work here, from one timed synthetic batch; None if the
     number of records is not declared. Evaluation and start-up come on top.
     """
     records = config.data.declared_records
     if records is None:
         return None
-    inputs = {
-        name: torch.ones((PROBE, config.task.max_tokens), dtype=torch.long)
-        for name in ("input_ids", "attention_mask")
-    }
-    prepared = model.prepare(inputs)
-    prepare_s = _fastest(lambda: model.prepare(inputs)) / PROBE
-    step_s = _fastest(lambda: model(**prepared).sum().backward()) / PROBE
+    task = TASKS[config.task.name]
+    made = task.made(task.load_processor(config.model), PROBE, config)
+    prepared = model.prepare(made)
+    prepare_s = _fastest(lambda: model.prepare(made)) / PROBE
+
+    def step() -> None:
+        losses = task.loss_vector(model(**read_of(prepared)), targets_of(prepared))
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+
+    step_s = _fastest(step) / PROBE
     model.zero_grad(set_to_none=True)
     visits = config.total_steps * config.privacy.sample_rate
     return records * (prepare_s + visits * step_s)

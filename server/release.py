@@ -6,80 +6,55 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from common import parameters
+from common.classes import COTERIE_KEY
 from common.cli import Invocation, emit_json, run_typer
 from common.config import Config, ModelConfig, TaskConfig, TaskName
 from common.durable import folder_atomic
 from common.errors import ConfigError, VerificationError
-from common.model import Classifier, load_encoder, load_tokenizer
+from common.model import FineTuned
 from common.parameters import Vector
 from common.tasks import TASKS
 from server.documents import render
 from server.plan import is_private
 
-HEAD_WEIGHT, HEAD_BIAS = "classifier.weight", "classifier.bias"
-WEIGHTS = "model.safetensors"
-COTERIE_KEY = "coterie"
-"""Entry of `config.json` that says how the head reads the encoder."""
-
 
 def write_model(
-    folder: Path, model: Classifier, vector: Vector, config: Config, report: dict[str, Any]
+    folder: Path, model: FineTuned, vector: Vector, config: Config, report: dict[str, Any]
 ) -> None:
-    """Writes encoder (adapters merged), head, tokenizer and model card, whole or not at all.
+    """Writes weights (adapters merged), processor and model card, whole or not at all.
 
-    `AutoModel` and `AutoTokenizer` open the folder without Coterie. `model` is used up.
+    Plain transformers opens the folder without Coterie. `model` is used up.
     """
     parameters.load(model, vector)
-    encoder = model.merged_encoder()
-    encoder.config.id2label = dict(enumerate(config.data.labels))
-    encoder.config.label2id = {label: index for index, label in enumerate(config.data.labels)}
-    head = {
-        "pooling": "mean",
+    task = TASKS[config.task.name]
+    facts = {
         "feature_scale": config.model.feature_scale,
         "max_tokens": config.task.max_tokens,
         "task": config.task.name.name,
         "private": is_private(config),
     }
-    setattr(encoder.config, COTERIE_KEY, head)
-    prefix = encoder.base_model_prefix
-    weights = {f"{prefix}.{name}": t.contiguous() for name, t in encoder.state_dict().items()}
-    weights[HEAD_WEIGHT] = model.classifier.weight.detach().contiguous()
-    weights[HEAD_BIAS] = model.classifier.bias.detach().contiguous()
     with folder_atomic(folder) as temporary:
-        encoder.config.save_pretrained(temporary)
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        load_tokenizer(config.model).save_pretrained(temporary)
+        task.save(model, temporary, facts)
+        task.load_processor(config.model).save_pretrained(temporary)
         (temporary / "README.md").write_text(
-            render("model_card.md.jinja", report=report, head=head)
+            render("model_card.md.jinja", report=report, head=facts)
         )
 
 
-def load_released(folder: Path) -> tuple[Classifier, TaskConfig]:
+def load_released(folder: Path) -> tuple[FineTuned, TaskConfig]:
     """Opens what `write_model` wrote. Raises: VerificationError if it is something else."""
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        head = settings[COTERIE_KEY]
-        labels = [settings["id2label"][str(i)] for i in range(len(settings["id2label"]))]
-        task = TaskConfig(TaskName[head["task"]], int(head["max_tokens"]))
-        scale = float(head["feature_scale"])
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            weight, bias = file.get_tensor(HEAD_WEIGHT), file.get_tensor(HEAD_BIAS)
+        facts = settings[COTERIE_KEY]
+        task = TaskConfig(TaskName[facts["task"]], int(facts["max_tokens"]))
+        model = TASKS[task.name].restore(folder, settings)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise VerificationError(f"{folder}: not a model released by coterie") from error
-    try:
-        encoder = load_encoder(ModelConfig(str(folder.resolve()), scale))
     except ConfigError as error:
         raise VerificationError(str(error)) from error
-    model = Classifier(encoder, labels=labels, feature_scale=scale)
-    if weight.shape != model.classifier.weight.shape or bias.shape != model.classifier.bias.shape:
-        raise VerificationError(f"{folder}: its head does not fit its encoder")
-    with torch.no_grad():
-        model.classifier.weight.copy_(weight)
-        model.classifier.bias.copy_(bias)
     return model.eval(), task
 
 
@@ -94,25 +69,21 @@ def predict(invocation: Invocation) -> None:
 
         Example: coterie predict runs/demo "The striker scored twice in the final"
         """
-        answers = classify(run / "model", texts)
+        answers = answers_of(run / "model", texts)
         if invocation.json:
             emit_json({"predictions": answers})
             return
         for answer in answers:
-            print(f"{answer['label']} ({answer['probability']:.0%}): {answer['text']}")
+            print(answer["sentence"])
 
     run_typer(command, invocation)
 
 
 @torch.inference_mode()
-def classify(folder: Path, texts: list[str]) -> list[dict[str, Any]]:
-    """Label and probability of each text, by the model in `folder`."""
-    model, task = load_released(folder)
-    tokenizer = load_tokenizer(ModelConfig(str(folder.resolve()), model.feature_scale))
-    inputs = TASKS[task.name].encode(tokenizer, texts, max_tokens=task.max_tokens)
-    probabilities = model(**inputs).softmax(1)
-    best = probabilities.max(1)
-    return [
-        {"text": text, "label": model.labels[int(index)], "probability": round(float(value), 4)}
-        for text, value, index in zip(texts, best.values, best.indices, strict=True)
-    ]
+def answers_of(folder: Path, asked: list[str]) -> list[dict[str, Any]]:
+    """What the model in `folder` answers to each."""
+    model, config = load_released(folder)
+    task = TASKS[config.name]
+    return task.answer(
+        model, task.load_processor(ModelConfig(str(folder.resolve()))), asked, config
+    )

@@ -13,8 +13,8 @@ from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Part
 from numpy.typing import NDArray
 
 from common.config import FederationConfig, Partition
-from common.data import Records
 from common.errors import ConfigError
+from common.records import Records
 
 
 def deal(records: Records, config: FederationConfig, *, seed: int) -> list[Records]:

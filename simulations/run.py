@@ -30,12 +30,13 @@ from common.allocation import keep_freed_memory
 from common.cli import Invocation, emit_json
 from common.composition import run_job, sweep_index
 from common.config import Config, PrivacyMode, Split, check_delta, to_canonical
-from common.data import Records, Splits, check_files, load_splits
+from common.data import Splits, check_files, load_splits
 from common.errors import ConfigError, PrivacyRefusedError
 from common.keys import generate_key
-from common.model import build_classifier
 from common.privacy.accounting import shown
 from common.privacy.chain import public_hex
+from common.records import Records
+from common.tasks import build_model
 from server.app import CONFIG_KEY, Watch, server_app
 from server.plan import (
     estimate_seconds,
@@ -82,7 +83,7 @@ def run_simulation(config: Config, console: Console) -> Path:
     check_files(config.data)
     run_plan = make_plan(config)
     _check_ledger(run_plan.config)
-    model = build_classifier(config)
+    model = build_model(config)
     show_plan(run_plan, size_of(model), estimate_seconds(config, model), console)
     splits = load_splits(config.data)
     console.print(

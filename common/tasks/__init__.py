@@ -1,34 +1,76 @@
 """One file a task; `TASKS` is the list."""
 
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from common.config import TaskName
+from common.config import Config, ModelConfig, TaskConfig, TaskName
+from common.model import FineTuned
 from common.prefix import Inputs
-from common.tasks import text_classification
+from common.records import Records
+from common.tasks.text_classification import TextClassification
+
+Processor = Any
+"""What turns contents into tensors: a tokenizer, or a processor of images or sounds."""
 
 
 class Task(Protocol):
-    """What a task's module provides."""
+    """What a task is. Tensors have the records along their first axis."""
 
-    def encode(
-        self, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, max_tokens: int
-    ) -> Inputs:
-        """Model inputs of some records, padded to `max_tokens`."""
+    CLASSES: bool
+    """Whether records carry one of `data.labels`."""
 
-    def made(self, tokenizer: PreTrainedTokenizerBase, records: int, *, max_tokens: int) -> Inputs:
-        """Model inputs of made records: the same on every call, of full length, some padded."""
+    def load_processor(self, model: ModelConfig) -> Processor:
+        """What belongs to the model. Raises: ConfigError if it has none."""
 
-    def loss_vector(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def build(self, config: Config) -> FineTuned:
+        """The model with what is tuned in it; the same on every side. Raises: ConfigError."""
+
+    def encode(self, processor: Processor, records: Records, task: TaskConfig) -> Inputs:
+        """What the model reads and, under names with `TARGET`, what it should have answered; of
+        a size that depends on the config alone.
+        """
+
+    def toy_examples(self, count: int) -> Records:
+        """Made records that can be learned, the same on every call: for tests and examples."""
+
+    def made(self, processor: Processor, records: int, config: Config) -> Inputs:
+        """The same of made records: equal on every call, of full size, some of them padded."""
+
+    def loss_vector(self, output: Tensor, targets: Inputs) -> Tensor:
         """(B,) loss of each record, from nothing but that record."""
 
-    def correct(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def correct(self, output: Tensor, targets: Inputs) -> Tensor:
         """(B,) whether each record is right, from nothing but that record."""
 
-    def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
-        """Metrics of public records, by name."""
+    def score(self, output: Tensor, targets: Inputs) -> Inputs:
+        """What `metrics` needs of each record, small."""
+
+    def metrics(self, scores: Inputs, config: Config) -> dict[str, float]:
+        """Metrics of public records, by name, the headline first."""
+
+    def save(self, model: FineTuned, folder: Path, facts: dict[str, Any]) -> None:
+        """Writes the tuned model into `folder`, adapters merged, so that plain transformers opens
+        it; `facts` go into its config.json. `model` is used up.
+        """
+
+    def restore(self, folder: Path, settings: dict[str, Any]) -> FineTuned:
+        """Opens what `save` wrote. Args: settings: its config.json.
+
+        Raises: OSError, ValueError, KeyError, TypeError or ConfigError where it is not that.
+        """
+
+    def answer(
+        self, model: FineTuned, processor: Processor, asked: list[str], task: TaskConfig
+    ) -> list[dict[str, Any]]:
+        """What a person asked, answered: each with a `sentence` for them."""
 
 
-TASKS: dict[TaskName, Task] = {TaskName.text_classification: text_classification}
+TASKS: dict[TaskName, Task] = {TaskName.text_classification: TextClassification()}
+"""By name; `build_model` and the rest find them here."""
+
+
+def build_model(config: Config) -> FineTuned:
+    """The model of the config's task. Raises: ConfigError."""
+    return TASKS[config.task.name].build(config)

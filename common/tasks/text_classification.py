@@ -1,49 +1,90 @@
 """Text classification: one label per text."""
 
+import random
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 from transformers import PreTrainedTokenizerBase
 
+from common.classes import ClassTask, class_targets, likeliest
+from common.config import Config, ModelConfig, TaskConfig
+from common.model import Classifier, FineTuned
 from common.prefix import Inputs
+from common.pretrained import load_encoder, load_tokenizer
+from common.records import Records
+from common.tuning import tune
+
+TOPICS = (
+    ("goal", "match", "team", "coach", "cup", "score"),
+    ("bank", "shares", "market", "profit", "loan", "trade"),
+)
+FILLING = ("the", "a", "of", "in", "was", "on", "today", "said")
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, max_tokens: int) -> Inputs:
-    """(N, T) token ids and attention mask; T is `max_tokens` whatever the texts hold."""
+class TextClassification(ClassTask):
+    """One label per text."""
+
+    def load_processor(self, model: ModelConfig) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. Raises: ConfigError."""
+        return load_tokenizer(model)
+
+    def build(self, config: Config) -> FineTuned:
+        """Mean-pooled text encoder with a linear head. Raises: ConfigError."""
+        model = Classifier(
+            load_encoder(config.model),
+            labels=list(config.data.labels),
+            feature_scale=config.model.feature_scale,
+        )
+        ones = torch.ones((2, config.task.max_tokens), dtype=torch.long)
+        return tune(model, config, {"input_ids": ones, "attention_mask": ones})
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, records: Records, task: TaskConfig
+    ) -> Inputs:
+        """(N, T) token ids and attention mask; T is `max_tokens` whatever the texts hold."""
+        texts = [str(text) for text in records.contents]
+        return {**_read(tokenizer, texts, task), **class_targets(records)}
+
+    def toy_examples(self, count: int) -> Records:
+        """Short texts of two classes, sport and money, that share their filling words."""
+        draw = random.Random(0)  # noqa: S311 - made texts, no secret
+        labels, texts = [], []
+        for _ in range(count):
+            labels.append(draw.randrange(len(TOPICS)))
+            words = [*draw.sample(FILLING, 4), *draw.sample(TOPICS[labels[-1]], 3)]
+            texts.append(" ".join(words))
+        return Records(tuple(texts), np.array(labels, dtype=np.int64))
+
+    def made(self, tokenizer: PreTrainedTokenizerBase, records: int, config: Config) -> Inputs:
+        """(N, T) random token ids; every second record is padded from its middle on."""
+        tokens = config.task.max_tokens
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(len(tokenizer), (records, tokens), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1::2, (tokens + 1) // 2 :] = 0
+        ids = torch.where(mask > 0, ids, tokenizer.pad_token_id)
+        labels: Tensor = torch.arange(records) % len(config.data.labels)
+        return {"input_ids": ids, "attention_mask": mask, "target_labels": labels}
+
+    def answer(
+        self,
+        model: FineTuned,
+        tokenizer: PreTrainedTokenizerBase,
+        asked: list[str],
+        task: TaskConfig,
+    ) -> list[dict[str, Any]]:
+        """Label and probability of each text."""
+        return likeliest(model, model(**_read(tokenizer, asked, task)), asked)
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, texts: list[str], task: TaskConfig) -> Inputs:
     encoded = tokenizer(
-        texts, truncation=True, max_length=max_tokens, padding="max_length", return_tensors="pt"
+        texts,
+        truncation=True,
+        max_length=task.max_tokens,
+        padding="max_length",
+        return_tensors="pt",
     )
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
-
-
-def made(tokenizer: PreTrainedTokenizerBase, records: int, *, max_tokens: int) -> Inputs:
-    """(N, T) random token ids; every second record is padded from its middle on."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(len(tokenizer), (records, max_tokens), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1::2, (max_tokens + 1) // 2 :] = 0
-    return {"input_ids": torch.where(mask > 0, ids, tokenizer.pad_token_id), "attention_mask": mask}
-
-
-def loss_vector(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) cross entropy of each record: never a mean, which would mix records."""
-    return functional.cross_entropy(logits, labels, reduction="none")
-
-
-def correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) whether each record's likeliest class is its own."""
-    return logits.argmax(1) == labels
-
-
-def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy and macro-F1, both in [0, 1].
-
-    >>> import torch
-    >>> metrics(torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0]]), torch.tensor([0, 1, 1]))
-    {'accuracy': 0.6667, 'macro_f1': 0.6667}
-    """
-    classes, predicted = logits.shape[1], logits.argmax(1)
-    accuracy = multiclass_accuracy(predicted, labels, num_classes=classes, average="micro")
-    macro = multiclass_f1_score(predicted, labels, num_classes=classes, average="macro")
-    return {"accuracy": round(float(accuracy), 4), "macro_f1": round(float(macro), 4)}

@@ -17,14 +17,14 @@ from client.site import Site
 from common import messages, parameters
 from common.canonical import canonical_json, digest
 from common.config import NodeConfig, NoiseSource, PrivacyMode, config_hash, to_canonical
-from common.data import Records
 from common.errors import ConfigError, FederationError, PrivacyRefusedError
 from common.messages import Instruction
-from common.model import build_classifier
 from common.parameters import Layout
 from common.privacy.accounting import epsilon_pld
 from common.privacy.chain import Receipt, continued
 from common.privacy.mechanism import round_event
+from common.records import Records
+from common.tasks import build_model
 
 from .ledgers import ledger_of
 
@@ -48,7 +48,7 @@ def _identity():
 @pytest.fixture(scope="module")
 def start(tiny_config):
     """The layout and the initial parameters that both sides share."""
-    model = build_classifier(tiny_config)
+    model = build_model(tiny_config)
     return Layout.of(model), parameters.flatten(model)
 
 
@@ -431,7 +431,7 @@ def unreadable_site():
 def test_charge_is_there_before_data_are_touched(instruction):
     site = unreadable_site()
     assert refusal(ask(app_of(site), instruction)) == FAILED
-    assert site.records.texts.charged_when_touched == {
+    assert site.records.contents.charged_when_touched == {
         (instruction.run_id, 1): round_event(instruction.config)
     }
 
@@ -448,7 +448,7 @@ def test_a_spare_round_pays_for_another_attempt(instruction):
     instruction = changed(instruction, "privacy", spare_rounds=1, noise_multiplier=3.0)
     site = site_of()
     whole, site.records = site.records, unreadable_site().records
-    site.records.texts.bind(site)
+    site.records.contents.bind(site)
     app = app_of(site)
     assert refusal(ask(app, instruction)) == FAILED
     site.records = whole
@@ -457,7 +457,7 @@ def test_a_spare_round_pays_for_another_attempt(instruction):
     assert states == ["lost", "released"]
     assert site.ledger.books.charges() == [replace(round_event(instruction.config), steps=4)]
     site.records = unreadable_site().records
-    site.records.texts.bind(site)
+    site.records.contents.bind(site)
     app = app_of(site)  # a new process
     assert refusal(ask(app, replace(instruction, round=2))) == FAILED
     site.records = whole
@@ -493,7 +493,7 @@ def test_a_ledger_put_back_to_an_older_copy_is_seen_before_data_are_touched(inst
     head = messages.read_update(ask(app_of(ahead), instruction)).books.head
     told = replace(instruction, receipt=Receipt.sign(head, KEY))
     assert refusal(ask(app_of(behind), told)) == BEHIND
-    assert behind.records.texts.charged_when_touched is None
+    assert behind.records.contents.charged_when_touched is None
     assert behind.charges == {}
     assert behind.ledger.head.seq == 1
 

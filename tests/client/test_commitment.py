@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from client.commitment import commit_to, secret_of
 from client.ledger import Store
-from common.data import Records
 from common.errors import ConfigError
 from common.privacy.chain import Kind
 from common.privacy.verification import verify
+from common.records import Records
 
 from .ledger_worker import terms
 

@@ -13,9 +13,7 @@ from client.app import client_app
 from client.site import Site
 from client.train import Trainer
 from common import messages, parameters
-from common.data import Records
 from common.messages import Instruction
-from common.model import build_classifier
 from common.parameters import Layout
 from common.privacy.accounting import Event, epsilon_pld
 from common.privacy.mechanism import (
@@ -26,6 +24,8 @@ from common.privacy.mechanism import (
     run_events,
 )
 from common.privacy.noise import Randomness
+from common.records import Records
+from common.tasks import build_model
 
 from .ledgers import ledger_of
 
@@ -46,7 +46,7 @@ def config(tiny_config):
 
 @pytest.fixture(scope="module")
 def instruction(config):
-    model = build_classifier(config)
+    model = build_model(config)
     layout = Layout.of(model)
     return Instruction("run", 2, config, layout.digest, parameters.flatten(model))
 
@@ -92,7 +92,7 @@ def test_it_is_released_once_whatever_is_asked(instruction):
 def test_it_counts_what_the_model_gets_right(config, instruction):
     trainer, site = Trainer(config), site_of()
     right = trainer.count_correct(site, instruction.vector)
-    flipped = replace(site, records=Records(site.records.texts, 1 - site.records.labels))
+    flipped = replace(site, records=Records(site.records.contents, 1 - site.records.labels))
     assert 0 < right < 40
     assert trainer.count_correct(flipped, instruction.vector) == 40 - right
     with pytest.MonkeyPatch.context() as patch:

@@ -38,15 +38,15 @@ from client.train import Trainer
 from common import messages, parameters
 from common.composition import CONF
 from common.config import NoiseSource
-from common.data import Records
 from common.errors import PrivacyRefusedError
 from common.messages import Instruction
-from common.model import build_classifier
 from common.parameters import Layout
 from common.privacy.accounting import epsilon_pld
 from common.privacy.books import Books
 from common.privacy.mechanism import Mechanism, mechanism_of, round_event
 from common.privacy.noise import Randomness
+from common.records import Records
+from common.tasks import build_model
 
 from .ledgers import ledger_of
 
@@ -197,7 +197,7 @@ def check_accounts_compose(config):
     """A second run beyond the site's cap is refused, though each alone would not be."""
     tight = replace(config, federation=replace(config.federation, rounds=1))
     once = epsilon_pld([round_event(tight)], tight.privacy.delta, 1e-3)
-    model = build_classifier(tight)
+    model = build_model(tight)
     digest, vector = Layout.of(model).digest, parameters.flatten(model)
     site = replace(site_of(), ledger=ledger_of(cap=1.8 * once))
     app = client_app(lambda _: site)
@@ -668,7 +668,7 @@ def replayed(config, site, round_number):
     update = trainer.train(site, vector, round_number=round_number)[0] - vector
     parameters.load(trainer._model, vector)
     held = trainer._prepared(site)
-    loss_of = trainer._loss_of(held.inputs, held.labels)
+    loss_of = trainer._loss_of(held.inputs)
     engine, mechanism, sums = Loop(trainer._model), mechanism_of(config), {}
     engine.add_clipped(loss_of, np.arange(len(site.records)), mechanism.clip_norm, sums)
     stream = Randomness.seeded(config.seed, site.name, round_number)

@@ -23,14 +23,15 @@ from client.private_step import ParameterGroup, private_steps, sgd
 from client.site import Site
 from client.train import Trainer
 from common import parameters
-from common.data import Records
 from common.errors import ConfigError, PrivacyRefusedError
-from common.model import build_classifier, load_tokenizer
+from common.model import read_of, targets_of
+from common.pretrained import load_tokenizer
 from common.privacy.accounting import epsilon_pld, solve_noise_multiplier
 from common.privacy.mechanism import Mechanism, round_event
 from common.privacy.noise import Randomness
 from common.privacy.sampling import poisson_sample
-from common.tasks import TASKS
+from common.records import Records
+from common.tasks import TASKS, build_model
 
 from .ledgers import ledger_of
 
@@ -43,7 +44,7 @@ def records_of_persons(rows):
 
 
 def rows_of(records):
-    return Counter(zip(records.texts, records.labels.tolist(), records.persons, strict=True))
+    return Counter(zip(records.contents, records.labels.tolist(), records.persons, strict=True))
 
 
 rows = st.lists(
@@ -85,14 +86,16 @@ def test_the_order_of_a_file_changes_nothing_and_stays(rows, most, draw):
     kept, again = capped(records_of_persons(rows), most), capped(records_of_persons(other), most)
     assert rows_of(kept) == rows_of(again)
     remaining = iter(rows)
-    assert all(row in remaining for row in zip(kept.texts, kept.labels, kept.persons, strict=True))
+    assert all(
+        row in remaining for row in zip(kept.contents, kept.labels, kept.persons, strict=True)
+    )
 
 
 def test_the_records_kept_are_those_of_the_smallest_hashes():
     texts = [f"letter {n}" for n in range(50)]
     kept = capped(records_of_persons([(text, 0, "anna") for text in texts]), 4)
     by_hash = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
-    assert set(kept.texts) == set(by_hash[:4])
+    assert set(kept.contents) == set(by_hash[:4])
 
 
 def test_a_run_by_record_uses_all_records_as_they_are(tiny_config, person_config):
@@ -125,15 +128,15 @@ class Bench:
     """A tiny model, prepared texts, and what a step makes of persons who have some of them."""
 
     def __init__(self, config):
-        self.model = build_classifier(config)
+        self.model = build_model(config)
         with torch.no_grad():  # a zero head would give the adapters no gradient
             generator = torch.Generator().manual_seed(1)
             for parameter in self.trainable(self.model):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
         self.task = TASKS[config.task.name]
-        encoded = self.task.encode(load_tokenizer(config.model), TEXTS, max_tokens=12)
+        records = Records(tuple(TEXTS), np.arange(len(TEXTS)) % 2)
+        encoded = self.task.encode(load_tokenizer(config.model), records, config.task)
         self.inputs = self.model.prepare(encoded)
-        self.labels = torch.arange(len(TEXTS)) % 2
 
     @staticmethod
     def trainable(model):
@@ -145,8 +148,8 @@ class Bench:
 
         def loss_of(indices):
             at = texts[indices]
-            inputs = {name: tensor[at] for name, tensor in self.inputs.items()}
-            return scale * self.task.loss_vector(model(**inputs), self.labels[at])
+            rows = {name: tensor[at] for name, tensor in self.inputs.items()}
+            return scale * self.task.loss_vector(model(**read_of(rows)), targets_of(rows))
 
         return loss_of
 
@@ -297,17 +300,17 @@ def test_the_site_caps_whatever_it_was_dealt(person_config, monkeypatch):
     trainer, site = Trainer(person_config), site_of(rows)
     encode = trainer._task.encode
 
-    def spying(tokenizer, texts, **settings):
-        read.append(list(texts))
-        return encode(tokenizer, texts, **settings)
+    def spying(tokenizer, records, task):
+        read.append(list(records.contents))
+        return encode(tokenizer, records, task)
 
     monkeypatch.setattr(trainer._task, "encode", spying)
     trainer.train(site, parameters.flatten(trainer._model), round_number=1)
     kept = capped(site.records, 3)
     assert len(kept) == 12
-    assert list(kept.texts) in read
+    assert list(kept.contents) in read
     assert not any(
-        text in texts for texts in read for text in set(site.records.texts) - {*kept.texts}
+        text in texts for texts in read for text in set(site.records.contents) - {*kept.contents}
     )
 
 
@@ -374,7 +377,7 @@ def test_the_commitment_changes_with_whose_a_record_is():
     named = records_of_persons(rows)
     roots = {
         root_of(records)
-        for records in (named, records_of_persons(moved), Records(named.texts, named.labels))
+        for records in (named, records_of_persons(moved), Records(named.contents, named.labels))
     }
     assert len(roots) == 3
     assert root_of(records_of_persons(rows[::-1])) in roots

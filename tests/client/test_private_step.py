@@ -24,11 +24,13 @@ from client.private_step import (
     sgd,
 )
 from common.errors import PrivacyRefusedError
-from common.model import build_classifier, load_tokenizer
+from common.model import read_of, targets_of
+from common.pretrained import load_tokenizer
 from common.privacy.mechanism import Mechanism
 from common.privacy.noise import Randomness
 from common.privacy.sampling import poisson_sample
-from common.tasks import TASKS
+from common.records import Records
+from common.tasks import TASKS, build_model
 
 CLIP = 0.5
 TEXTS = ["goal match team", "bank shares", "the coach said score", "a loan", "trade", "cup cup"]
@@ -58,23 +60,23 @@ class Bench:
     """A tiny model with prepared inputs, and sums and steps on chosen records of them."""
 
     def __init__(self, config):
-        self.model = build_classifier(config)
+        self.model = build_model(config)
         with torch.no_grad():  # a zero head would give the adapters no gradient
             generator = torch.Generator().manual_seed(1)
             for parameter in trainable(self.model):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
         self.task = TASKS[config.task.name]
-        encoded = self.task.encode(load_tokenizer(config.model), TEXTS, max_tokens=12)
+        records = Records(tuple(TEXTS), np.arange(len(TEXTS)) % 2)
+        encoded = self.task.encode(load_tokenizer(config.model), records, config.task)
         self.inputs = self.model.prepare(encoded)
-        self.labels = torch.arange(len(TEXTS)) % 2
 
     def losses(self, model, chosen):
         chosen = np.array(chosen, dtype=np.int64)
 
         def loss_of(indices):
             at = chosen[indices]
-            inputs = {name: tensor[at] for name, tensor in self.inputs.items()}
-            return self.task.loss_vector(model(**inputs), self.labels[at])
+            rows = {name: tensor[at] for name, tensor in self.inputs.items()}
+            return self.task.loss_vector(model(**read_of(rows)), targets_of(rows))
 
         return loss_of
 
@@ -117,8 +119,8 @@ def bench(tiny_config):
 def clipped_alone(bench, record):
     """The clipped gradient of one record, by ordinary autograd on a batch of one."""
     model = copy.deepcopy(bench.model)
-    inputs = {name: tensor[record : record + 1] for name, tensor in bench.inputs.items()}
-    loss = functional.cross_entropy(model(**inputs), bench.labels[record : record + 1])
+    row = {name: tensor[record : record + 1] for name, tensor in bench.inputs.items()}
+    loss = functional.cross_entropy(model(**read_of(row)), row["target_labels"])
     gradient = flat(torch.autograd.grad(loss, trainable(model)))
     return gradient * min(1.0, CLIP / float(gradient.norm()))
 
@@ -405,7 +407,10 @@ def test_the_batches_of_two_private_runs_differ():
 def test_plain_steps_are_ordinary_gradient_descent(bench):
     model = copy.deepcopy(bench.model)
     before = flat(trainable(model))
-    loss = functional.cross_entropy(model(**bench.inputs), bench.labels, reduction="sum") / 6
+    loss = functional.cross_entropy(
+        model(**read_of(bench.inputs)), bench.inputs["target_labels"], reduction="sum"
+    )
+    loss = loss / 6
     expected = flat(torch.autograd.grad(loss, trainable(model)))
     plain_steps(
         sgd([ParameterGroup(trainable(model), 0.1)]),

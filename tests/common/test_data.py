@@ -12,8 +12,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from common.config import DataConfig, DataSource
-from common.data import Records, check_files, load_splits
+from common.data import check_files, load_splits
 from common.errors import ConfigError
+from common.records import Records
 
 SECRET = "swordfish"  # stands in private texts; must stand in no message
 
@@ -42,7 +43,7 @@ def place_of(splits):
     return {
         text: name
         for name in ("train", "validation", "holdout")
-        for text in getattr(splits, name).texts
+        for text in getattr(splits, name).contents
     }
 
 
@@ -50,7 +51,7 @@ def label_of(splits):
     return {
         text: int(label)
         for part in (splits.train, splits.validation, splits.holdout)
-        for text, label in zip(part.texts, part.labels, strict=True)
+        for text, label in zip(part.contents, part.labels, strict=True)
     }
 
 
@@ -61,7 +62,7 @@ def test_bbc_news_has_the_declared_numbers(bbc, compose_config):
 
 
 def test_bbc_news_splits_share_no_text_and_lose_none(bbc):
-    parts = [set(part.texts) for part in (bbc.train, bbc.validation, bbc.holdout)]
+    parts = [set(part.contents) for part in (bbc.train, bbc.validation, bbc.holdout)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 2225 - 100
     assert set(bbc.train.labels.tolist()) == set(range(5))
 
@@ -114,7 +115,7 @@ def test_subset_keeps_the_order_asked(tmp_path):
         )
     )
     subset = splits.train.subset([4, 1])
-    assert subset.texts == ("text number 4", "text number 1")
+    assert subset.contents == ("text number 4", "text number 1")
     assert subset.labels.tolist() == [0, 1]
     assert len(splits.train.subset(np.array([], dtype=np.int64))) == 0
 
@@ -123,8 +124,8 @@ def test_a_test_file_is_the_whole_hold_out_and_is_never_trained_on(tmp_path):
     private = write(tmp_path / "private.csv", records(100))
     public = write(tmp_path / "public.csv", [*records(20, start=90), ("text number 95", "no")])
     splits = load_splits(config_of(private, test_path=str(public)))
-    assert set(splits.holdout.texts) == {text for text, _ in records(20, start=90)}
-    assert not set(splits.holdout.texts) & {*splits.train.texts, *splits.validation.texts}
+    assert set(splits.holdout.contents) == {text for text, _ in records(20, start=90)}
+    assert not set(splits.holdout.contents) & {*splits.train.contents, *splits.validation.contents}
     assert len(splits.train) + len(splits.validation) == 90
     assert 0 < len(splits.validation) < 30
     assert splits.duplicates == 10 + 1
@@ -248,7 +249,7 @@ def splits_of(rows, **changes):
 
 
 def held(records):
-    return Counter(zip(records.persons, records.texts, records.labels.tolist(), strict=True))
+    return Counter(zip(records.persons, records.contents, records.labels.tolist(), strict=True))
 
 
 @given(rows=rows_of_persons)
@@ -257,7 +258,7 @@ def test_splits_of_persons_share_no_person_and_no_text(rows):
     parts = (splits.train, splits.validation, splits.holdout)
     for one, other in itertools.combinations(parts, 2):
         assert not persons_of(one) & persons_of(other)
-        assert not set(one.texts) & set(other.texts)
+        assert not set(one.contents) & set(other.contents)
     assert sum(map(len, parts)) + splits.duplicates == len(rows)
 
 
@@ -291,9 +292,9 @@ def test_a_person_of_the_test_file_is_public_with_every_record(tmp_path):
     splits = load_splits(config_of(private, test_path=str(public), **PERSONS))
     inside = persons_of(splits.train) | persons_of(splits.validation)
     assert inside == {f"person {n}" for n in range(10)} - {"person 3"}
-    assert "text 7" not in {*splits.train.texts, *splits.validation.texts}
+    assert "text 7" not in {*splits.train.contents, *splits.validation.contents}
     assert splits.duplicates == 6 + 1
-    assert set(splits.holdout.texts) == {"new", "text 7"}
+    assert set(splits.holdout.contents) == {"new", "text 7"}
 
 
 def test_ids_are_those_of_the_file_without_blanks_around_them():

@@ -10,8 +10,9 @@ import torch
 from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
 
 from common.errors import ConfigError
-from common.model import build_classifier, load_encoder, load_tokenizer
 from common.parameters import Layout, flatten
+from common.pretrained import load_encoder, load_tokenizer
+from common.tasks import build_model
 
 
 def with_model(config, name):
@@ -60,14 +61,14 @@ def test_pickled_weights_are_refused_and_never_opened(tiny_config, folder, tmp_p
         weights.unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(trap)))
     with pytest.raises(ConfigError, match=r"model\.name=.*no weights.*never opened"):
-        build_classifier(with_model(tiny_config, folder))
+        build_model(with_model(tiny_config, folder))
     assert not trap.exists()
 
 
 def test_a_pickle_beside_the_weights_is_not_opened(tiny_config, folder, tmp_path):
     trap = tmp_path / "opened"
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(trap)))
-    build_classifier(with_model(tiny_config, folder))
+    build_model(with_model(tiny_config, folder))
     assert not trap.exists()
 
 
@@ -129,56 +130,53 @@ def test_a_model_without_tokenizer_is_refused(tiny_config, folder):
 
 def test_targets_that_no_block_has_are_refused_with_those_it_has(tiny_config):
     with pytest.raises(ConfigError, match=r"^tuning\.targets=\['q_lin'\].*\bquery\b.*\bvalue\b"):
-        build_classifier(with_tuning(tiny_config, targets=["q_lin"]))
+        build_model(with_tuning(tiny_config, targets=["q_lin"]))
 
 
 def test_more_layers_than_the_model_has_are_refused(tiny_config):
     with pytest.raises(ConfigError, match=r"^tuning\.last_layers=3: must be at most 2"):
-        build_classifier(with_tuning(tiny_config, last_layers=3))
+        build_model(with_tuning(tiny_config, last_layers=3))
 
 
 def test_initialisation_depends_on_the_seed_only(tiny_config):
     """Every site builds the model itself; what differed would be averaged away or worse."""
     torch.manual_seed(1)
-    first = flatten(build_classifier(tiny_config))
+    first = flatten(build_model(tiny_config))
     torch.manual_seed(2)
-    second = flatten(build_classifier(tiny_config))
-    other = flatten(build_classifier(dataclasses.replace(tiny_config, seed=1)))
+    second = flatten(build_model(tiny_config))
+    other = flatten(build_model(dataclasses.replace(tiny_config, seed=1)))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)
 
 
 def test_what_is_trained_is_the_head_and_the_adapters_of_the_last_blocks(tiny_config):
-    names = Layout.of(build_classifier(tiny_config)).names
+    names = Layout.of(build_model(tiny_config)).names
     assert len(names) == 2 + 2 * len(tiny_config.tuning.targets)
     assert {name for name in names if "lora_" not in name} == {
         "classifier.weight",
         "classifier.bias",
     }
     assert all("layer.1." in name for name in names if "lora_" in name)
-    both = Layout.of(build_classifier(with_tuning(tiny_config, last_layers=2))).names
+    both = Layout.of(build_model(with_tuning(tiny_config, last_layers=2))).names
     assert {name for name in both if "layer.0." in name}
 
 
 def test_rank_and_alpha_reach_the_adapters(tiny_config, inputs):
-    layouts = [
-        Layout.of(build_classifier(with_tuning(tiny_config, rank=rank))).size for rank in (2, 4)
-    ]
+    layouts = [Layout.of(build_model(with_tuning(tiny_config, rank=rank))).size for rank in (2, 4)]
     head = 2 * 32 + 2
     assert layouts[1] - head == 2 * (layouts[0] - head)
     logits = [
-        stirred(build_classifier(with_tuning(tiny_config, alpha=alpha)))(**inputs)
-        for alpha in (8, 16)
+        stirred(build_model(with_tuning(tiny_config, alpha=alpha)))(**inputs) for alpha in (8, 16)
     ]
     assert not torch.allclose(*logits)
 
 
 def test_a_new_model_favours_no_class(tiny_config, inputs):
-    assert torch.equal(build_classifier(tiny_config)(**inputs), torch.zeros(4, 2))
+    assert torch.equal(build_model(tiny_config)(**inputs), torch.zeros(4, 2))
 
 
 def test_padding_does_not_change_the_logits(tiny_config, inputs):
-    model = stirred(build_classifier(tiny_config))
+    model = stirred(build_model(tiny_config))
     short = {name: tensor[1:2, :4] for name, tensor in inputs.items()}
     torch.testing.assert_close(model(**short), model(**inputs)[1:2], rtol=1e-5, atol=1e-5)
 
@@ -220,7 +218,7 @@ def test_dropout_is_off_in_train_mode(tiny_config, tmp_path, inputs, make, targe
     encoder.train()
     first, second = (encoder(**inputs).last_hidden_state for _ in range(2))
     assert not torch.equal(first, second)  # it is on before us
-    model = build_classifier(with_tuning(with_model(tiny_config, tmp_path), targets=targets))
+    model = build_model(with_tuning(with_model(tiny_config, tmp_path), targets=targets))
     stirred(model).train()
     assert torch.equal(model(**inputs), model(**inputs))
     prepared = model.prepare(inputs)
@@ -230,9 +228,9 @@ def test_dropout_is_off_in_train_mode(tiny_config, tmp_path, inputs, make, targe
 
 
 def test_the_merged_encoder_gives_the_logits_of_the_adapters(tiny_config, inputs):
-    model = stirred(build_classifier(tiny_config))
+    model = stirred(build_model(tiny_config))
     logits = model(**inputs)
-    plain = build_classifier(tiny_config)(**inputs)
+    plain = build_model(tiny_config)(**inputs)
     merged = model.merged_encoder()
     assert not [name for name, _ in merged.named_modules() if "lora" in name]
     assert not [name for name in merged.state_dict() if "lora" in name or "base_layer" in name]
@@ -244,6 +242,6 @@ def test_the_merged_encoder_gives_the_logits_of_the_adapters(tiny_config, inputs
 
 def test_without_adapters_the_merged_encoder_is_the_encoder(tiny_config, compose_config):
     method = compose_config("tuning=head").tuning.method
-    model = build_classifier(with_tuning(tiny_config, method=method))
+    model = build_model(with_tuning(tiny_config, method=method))
     assert model.merged_encoder() is model.encoder
     assert Layout.of(model).names == ("classifier.weight", "classifier.bias")

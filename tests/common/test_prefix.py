@@ -13,8 +13,9 @@ from transformers import (
     RobertaModel,
 )
 
-from common.model import HIDDEN, POOLED, Classifier, build_classifier
+from common.model import HIDDEN, POOLED, Classifier
 from common.prefix import FrozenPrefix, NoPrefixError, trainable_depth
+from common.tasks import build_model
 
 HIDDEN_SIZE, TOKENS, RECORDS = 32, 10, 5
 
@@ -89,7 +90,7 @@ def stirred(model):
 @pytest.fixture
 def model(family, tiny_config):
     return stirred(
-        build_classifier(
+        build_model(
             changed(tiny_config, model=family.folder, targets=family.targets, last_layers=1)
         )
     )
@@ -184,7 +185,7 @@ def test_the_blocks_above_the_cut_do_not_run_for_the_prefix(model, inputs, famil
 
 def test_adapters_in_every_block_leave_nothing_to_prepare(family, tiny_config, inputs):
     model = stirred(
-        build_classifier(
+        build_model(
             changed(
                 tiny_config,
                 model=family.folder,
@@ -201,7 +202,7 @@ def test_adapters_in_every_block_leave_nothing_to_prepare(family, tiny_config, i
 
 def test_head_tuning_keeps_the_pooled_feature_only(family, tiny_config, inputs, compose_config):
     method = compose_config("tuning=head").tuning.method
-    model = stirred(build_classifier(changed(tiny_config, model=family.folder, method=method)))
+    model = stirred(build_model(changed(tiny_config, model=family.folder, method=method)))
     prepared = model.prepare(inputs)
     assert set(prepared) == {POOLED}
     assert prepared[POOLED].shape == (RECORDS, HIDDEN_SIZE)

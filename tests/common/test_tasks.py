@@ -1,11 +1,19 @@
+"""The contract of a task: whoever adds one file and one line gets all of this for it."""
+
+import numpy as np
 import pytest
 import torch
 
+from client.train import Trainer
+from common import parameters
 from common.config import TaskName
-from common.model import load_tokenizer
-from common.tasks import TASKS
+from common.model import TARGET, read_of, targets_of
+from common.parameters import Layout
+from common.tasks import TASKS, build_model
 
-RECORDS, CLASSES = 6, 3
+from .toy import toy_config
+
+RECORDS = 6
 
 
 def test_there_are_tasks_and_each_name_has_one():
@@ -14,89 +22,167 @@ def test_there_are_tasks_and_each_name_has_one():
     assert set(TASKS) == set(TaskName)
 
 
-@pytest.fixture(params=list(TASKS), ids=lambda name: name.value)
-def task(request):
-    return TASKS[request.param]
+@pytest.fixture(scope="module", params=list(TASKS), ids=lambda name: name.value)
+def config(request, tiny_config, tmp_path_factory):
+    return toy_config(request.param, tiny_config, tmp_path_factory.mktemp("toy"))
 
 
-@pytest.fixture
-def logits():
-    return torch.randn((RECORDS, CLASSES), generator=torch.Generator().manual_seed(2))
+@pytest.fixture(scope="module")
+def task(config):
+    return TASKS[config.task.name]
 
 
-@pytest.fixture
-def labels():
-    return torch.tensor([0, 1, 2, 0, 1, 2])
+@pytest.fixture(scope="module")
+def processor(task, config):
+    return task.load_processor(config.model)
 
 
-def test_loss_has_one_entry_a_record(task, logits, labels):
-    loss = task.loss_vector(logits, labels)
+@pytest.fixture(scope="module")
+def encoded(task, processor, config):
+    return task.encode(processor, task.toy_examples(RECORDS), config.task)
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    """With parameters moved off zero, where a fresh head gives everything the same answer."""
+    model = build_model(config)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+def losses(task, model, inputs):
+    with torch.no_grad():
+        return task.loss_vector(model(**read_of(inputs)), targets_of(inputs))
+
+
+def rows(inputs, chosen):
+    return {name: tensor[chosen] for name, tensor in inputs.items()}
+
+
+def test_loss_has_one_finite_entry_a_record(task, model, encoded):
+    loss = losses(task, model, encoded)
     assert loss.shape == (RECORDS,)
     assert torch.isfinite(loss).all()
-    assert (loss > 0).all()
+    assert len({round(float(each), 5) for each in loss}) > 1
 
 
-def test_loss_of_a_record_does_not_change_with_the_others(task, logits, labels):
+def test_loss_of_a_record_does_not_change_with_the_others(task, model, encoded):
     """Clipping bounds one record's influence only if no other record is in its loss."""
-    before = task.loss_vector(logits, labels)
+    whole = losses(task, model, encoded)
     for record in range(RECORDS):
-        others = torch.arange(RECORDS) != record
-        changed, relabelled = logits.clone(), labels.clone()
-        changed[others] = changed[others] * 3 + 1e3 * torch.randn(RECORDS - 1, CLASSES)
-        relabelled[others] = (relabelled[others] + 1) % CLASSES
-        after = task.loss_vector(changed, relabelled)
-        assert torch.equal(after[record], before[record])
-        assert not torch.equal(after[others], before[others])
-    for keep in range(1, RECORDS):
-        alone = task.loss_vector(logits[:keep], labels[:keep])
-        assert torch.equal(alone, before[:keep])
+        alone = losses(task, model, rows(encoded, [record]))
+        assert alone[0] == pytest.approx(float(whole[record]), rel=1e-4, abs=1e-5)
+    mixed = losses(task, model, rows(encoded, [3, 0, 0]))
+    assert mixed.tolist() == pytest.approx([float(whole[i]) for i in (3, 0, 0)], rel=1e-4, abs=1e-5)
 
 
-def test_gradient_of_a_record_reaches_that_record_only(task, logits, labels):
-    logits.requires_grad_()
-    task.loss_vector(logits, labels)[2].backward()
-    touched = logits.grad.abs().sum(1) > 0
-    assert touched.tolist() == [False, False, True, False, False, False]
+def test_loss_of_a_record_does_not_change_with_the_targets_of_others(task, model, encoded):
+    output = model(**read_of(encoded)).detach()
+    targets = targets_of(encoded)
+    assert targets
+    whole = task.loss_vector(output, targets)
+    for record in range(RECORDS):
+        others = {name: tensor.clone() for name, tensor in targets.items()}
+        for tensor in others.values():
+            kept = tensor[record].clone()
+            tensor[:] = tensor[torch.arange(RECORDS - 1, -1, -1)].clone()
+            tensor[record] = kept
+        assert task.loss_vector(output, others)[record] == pytest.approx(float(whole[record]))
 
 
-def test_loss_of_no_records_is_empty(task, logits, labels):
-    """A Poisson sample may be empty."""
-    assert task.loss_vector(logits[:0], labels[:0]).shape == (0,)
+def test_gradient_of_a_records_loss_reaches_its_output_only(task, model, encoded):
+    output = model(**read_of(encoded)).detach().requires_grad_()
+    task.loss_vector(output, targets_of(encoded))[2].backward()
+    touched = output.grad.reshape(RECORDS, -1).abs().sum(1) > 0
+    assert touched.tolist() == [record == 2 for record in range(RECORDS)]
 
 
-def test_right_answers_cost_less_than_wrong_ones(task, labels):
-    sure = 5 * torch.eye(CLASSES)[labels]
-    assert (task.loss_vector(sure, labels) < task.loss_vector(-sure, labels)).all()
+def test_no_record_gives_an_empty_loss(task, model, encoded):
+    """A Poisson sample may be empty, and the step goes on; the model itself is not run."""
+    output = model(**read_of(encoded)).detach()
+    targets = {name: tensor[:0] for name, tensor in targets_of(encoded).items()}
+    assert task.loss_vector(output[:0], targets).shape == (0,)
 
 
-@pytest.mark.parametrize("max_tokens", [4, 12])
-def test_inputs_are_max_tokens_wide_whatever_the_texts_hold(task, tiny_config, max_tokens):
-    """A width that follows the longest text would tell of it, and of the batch."""
-    texts = ["goal", "goal match team " * 20, ""]
-    tokenizer = load_tokenizer(tiny_config.model)
-    encoded = task.encode(tokenizer, texts, max_tokens=max_tokens)
-    assert {"input_ids", "attention_mask"} <= set(encoded)
-    for tensor in encoded.values():
-        assert tensor.shape == (3, max_tokens)
-        assert tensor.dtype == torch.long
-    assert encoded["attention_mask"].sum(1).tolist() == [3, max_tokens, 2]
+def test_sizes_do_not_depend_on_the_records(task, processor, config, encoded):
+    """A width that follows the longest record would tell of it, and of the batch."""
+    examples = task.toy_examples(40)
+    shortest = min(range(40), key=lambda i: np.size(examples.contents[i][0]))
+    for chosen in ([shortest], [0, 1], [*range(40)]):
+        some = task.encode(processor, examples.subset(chosen), config.task)
+        assert {*some} == {*encoded}
+        for name, tensor in some.items():
+            assert tensor.shape == (len(chosen), *encoded[name].shape[1:])
 
 
-def test_encoding_of_a_text_does_not_change_with_the_others(task, tiny_config):
-    tokenizer = load_tokenizer(tiny_config.model)
-    together = task.encode(tokenizer, ["goal match", "bank loan today said"], max_tokens=8)
-    alone = task.encode(tokenizer, ["goal match"], max_tokens=8)
+def test_encoding_of_a_record_does_not_change_with_the_others(task, processor, config, encoded):
+    alone = task.encode(processor, task.toy_examples(RECORDS).subset([2]), config.task)
     for name, tensor in alone.items():
-        assert torch.equal(tensor[0], together[name][0])
+        assert torch.equal(tensor[0], encoded[name][2])
 
 
-def test_metrics_are_shares_and_the_best_is_one(task, logits, labels):
-    perfect = task.metrics(10 * torch.eye(CLASSES)[labels], labels)
-    worst = task.metrics(-10 * torch.eye(CLASSES)[labels], labels)
-    middling = task.metrics(logits, labels)
-    assert set(perfect) == set(worst) == set(middling)
-    assert set(perfect.values()) == {1.0}
-    for name, value in middling.items():
-        assert isinstance(value, float)
-        assert 0 <= worst[name] <= value <= 1
-        assert worst[name] < 1
+def test_made_records_are_like_encoded_ones_and_always_the_same(task, processor, config, encoded):
+    made, again = (task.made(processor, 5, config) for _ in range(2))
+    assert {*made} == {*encoded}
+    for name, tensor in made.items():
+        assert tensor.shape == (5, *encoded[name].shape[1:])
+        assert tensor.dtype == encoded[name].dtype
+        assert torch.equal(tensor, again[name])
+
+
+def test_toy_examples_are_always_the_same_and_differ_from_each_other(task):
+    first, again = task.toy_examples(20), task.toy_examples(30)
+    assert first.identities() == again.identities()[:20]
+    assert len({*first.identities()}) > 10
+    assert (first.labels == again.labels[:20]).all()
+    assert (len({*first.labels.tolist()}) > 1) == task.CLASSES
+
+
+def test_prepared_records_give_the_loss_of_raw_ones(task, model, encoded):
+    assert losses(task, model, model.prepare(encoded, batch=4)).tolist() == pytest.approx(
+        losses(task, model, encoded).tolist(), rel=1e-4, abs=1e-5
+    )
+
+
+def test_a_model_is_saved_and_restored_with_the_answers_it_gave(
+    task, config, processor, encoded, tmp_path
+):
+    built = build_model(config)
+    draw = np.random.default_rng(2)
+    size = Layout.of(built).size
+    parameters.load(built, (0.2 * draw.normal(size=size)).astype(np.float32))
+    before = losses(task, built.eval(), encoded)
+    task.save(built, tmp_path, {"task": config.task.name.name, "feature_scale": 4.0})
+    processor.save_pretrained(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in {".bin", ".pt", ".pkl"}]
+    import json
+
+    settings = json.loads((tmp_path / "config.json").read_text())
+    restored = task.restore(tmp_path, settings).eval()
+    after = losses(task, restored, encoded)
+    assert after.tolist() == pytest.approx(before.tolist(), rel=1e-3, abs=1e-4)
+
+
+def test_metrics_have_names_and_are_finite(task, model, encoded, config):
+    with torch.no_grad():
+        scores = task.score(model(**read_of(encoded)), targets_of(encoded))
+    assert all(len(tensor) == RECORDS for tensor in scores.values())
+    metrics = task.metrics(scores, config)
+    assert metrics
+    assert all(isinstance(value, float) and np.isfinite(value) for value in metrics.values())
+
+
+def test_targets_are_what_the_model_does_not_read(encoded):
+    assert {*targets_of(encoded)} == {name for name in encoded if name.startswith(TARGET)}
+    assert read_of(encoded)
+
+
+def test_preflight_finds_an_exact_engine_of_ours(config):
+    verdict = Trainer(config).preflight(precision=torch.float64)
+    assert verdict.engine is not None, verdict.refused
+    assert verdict.engine.name.name == "single_backward", verdict.refused
+    assert verdict.max_rel_error <= 1e-5

@@ -6,8 +6,9 @@ import torch
 
 from common import parameters
 from common.data import load_splits
-from common.model import build_classifier, load_tokenizer
-from common.tasks import TASKS
+from common.model import read_of, targets_of
+from common.pretrained import load_tokenizer
+from common.tasks import TASKS, build_model
 from server.evaluate import Evaluator
 
 
@@ -17,27 +18,25 @@ def tuned(request, compose_config, tiny_overrides):
     config = compose_config(*tiny_overrides, f"tuning={request.param}")
     public = load_splits(config.data).train
     draw = np.random.default_rng(3)
-    size = parameters.Layout.of(build_classifier(config)).size
+    size = parameters.Layout.of(build_model(config)).size
     return config, public, draw.normal(size=size).astype(np.float32)
 
 
 def direct(config, public, vector):
     """Metrics of one whole forward pass, from token ids, with no prefix cut off."""
-    model = build_classifier(config)
+    model = build_model(config)
     parameters.load(model, vector)
     model.eval()
     task = TASKS[config.task.name]
-    encoded = task.encode(
-        load_tokenizer(config.model), list(public.texts), max_tokens=config.task.max_tokens
-    )
+    encoded = task.encode(load_tokenizer(config.model), public, config.task)
     with torch.no_grad():
-        logits = model(**encoded)
-    return task.metrics(logits, torch.from_numpy(public.labels))
+        logits = model(**read_of(encoded))
+    return task.metrics(task.score(logits, targets_of(encoded)), config)
 
 
 def test_metrics_equal_those_of_a_whole_forward_pass(tuned):
     config, public, vector = tuned
-    measured = Evaluator(config, build_classifier(config), public).measure(vector)
+    measured = Evaluator(config, build_model(config), public).measure(vector)
     assert measured == direct(config, public, vector)
     assert set(measured) == {"accuracy", "macro_f1"}
     assert 0.05 < measured["accuracy"] < 0.95
@@ -45,7 +44,7 @@ def test_metrics_equal_those_of_a_whole_forward_pass(tuned):
 
 def test_second_measurement_does_not_remember_the_first(tuned):
     config, public, vector = tuned
-    evaluator = Evaluator(config, build_classifier(config), public)
+    evaluator = Evaluator(config, build_model(config), public)
     first = evaluator.measure(vector)
     assert evaluator.measure(-vector) == direct(config, public, -vector) != first
     assert evaluator.measure(vector) == first
@@ -53,5 +52,5 @@ def test_second_measurement_does_not_remember_the_first(tuned):
 
 def test_zero_head_predicts_one_class(tuned):
     config, public, vector = tuned
-    measured = Evaluator(config, build_classifier(config), public).measure(np.zeros_like(vector))
+    measured = Evaluator(config, build_model(config), public).measure(np.zeros_like(vector))
     assert measured["accuracy"] == pytest.approx(np.mean(public.labels == 0), abs=1e-4)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import cli, parameters
+from common import classes, cli, parameters
 from common.errors import VerificationError
-from common.model import build_classifier
+from common.tasks import build_model, text_classification
 from server import release
-from server.release import classify, load_released, write_model
+from server.release import answers_of, load_released, write_model
 
 TEXTS = [
     "some text",
@@ -123,7 +123,7 @@ def test_released_weights_hold_no_adapter_and_no_pickle(private):
 
 def test_released_model_is_that_of_the_final_checkpoint(private, tiny_config, tmp_path):
     vector = load_file(private / "checkpoints" / "round-0002.safetensors")["vector"]
-    model = build_classifier(tiny_config)
+    model = build_model(tiny_config)
     parameters.load(model, vector.numpy())
     released, _ = load_released(private / "model")
     inputs = {
@@ -211,7 +211,7 @@ def test_folder_that_is_no_released_model_is_refused(fault, folder):
 
 def test_undamaged_copy_is_opened(folder):
     """Or the refusals above would mean nothing."""
-    labels = [answer["label"] for answer in classify(folder, ["goal match team"])]
+    labels = [answer["label"] for answer in answers_of(folder, ["goal match team"])]
     assert labels[0] in ("sport", "money")
 
 
@@ -228,15 +228,18 @@ def test_label_with_odd_characters_comes_back_whole(
     odd = '"quoted" & <b>, ü'
     config = compose_config(*tiny_overrides, "tuning=head")
     config.data.labels[:] = ["sport", odd]
-    model = build_classifier(config)
+    model = build_model(config)
     vector = parameters.flatten(model)
     vector[-1] = 100.0
     write_model(tmp_path / "model", model, vector, config, report)
-    assert classify(tmp_path / "model", ["goal"])[0]["label"] == odd
+    assert answers_of(tmp_path / "model", ["goal"])[0]["label"] == odd
+
+
+STEPS = {"save_file": classes, "load_tokenizer": text_classification, "render": release}
 
 
 @pytest.mark.parametrize("interrupt", [OSError, KeyboardInterrupt])
-@pytest.mark.parametrize("step", ["save_file", "load_tokenizer", "render"])
+@pytest.mark.parametrize("step", [*STEPS])
 def test_interrupted_write_leaves_no_half_model(
     step, interrupt, tiny_report, tmp_path, monkeypatch
 ):
@@ -245,8 +248,8 @@ def test_interrupted_write_leaves_no_half_model(
     def stop(*_, **__):
         raise interrupt
 
-    model = build_classifier(tiny_config)
-    monkeypatch.setattr(release, step, stop)
+    model = build_model(tiny_config)
+    monkeypatch.setattr(STEPS[step], step, stop)
     with pytest.raises(interrupt):
         write_model(tmp_path / "model", model, parameters.flatten(model), tiny_config, report)
     assert list(tmp_path.iterdir()) == []

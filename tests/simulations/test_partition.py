@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from common.config import Partition
-from common.data import Records
 from common.errors import ConfigError
+from common.records import Records
 from simulations.partition import deal
 
 
@@ -39,14 +39,16 @@ SETTINGS = [
 def test_every_record_is_dealt_once_with_its_label(settings, federation):
     sites = deal(RECORDS, federation(**settings), seed=0)
     assert len(sites) == settings["sites"]
-    dealt = [pair for site in sites for pair in zip(site.texts, site.labels.tolist(), strict=True)]
-    assert Counter(dealt) == Counter(zip(RECORDS.texts, RECORDS.labels.tolist(), strict=True))
+    dealt = [
+        pair for site in sites for pair in zip(site.contents, site.labels.tolist(), strict=True)
+    ]
+    assert Counter(dealt) == Counter(zip(RECORDS.contents, RECORDS.labels.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["iid", "iid of one", "dirichlet"])
 def test_same_seed_deals_the_same_and_another_seed_deals_otherwise(settings, federation):
     first, again, other = (
-        [site.texts for site in deal(RECORDS, federation(**settings), seed=seed)]
+        [site.contents for site in deal(RECORDS, federation(**settings), seed=seed)]
         for seed in (0, 0, 1)
     )
     assert first == again
@@ -54,7 +56,7 @@ def test_same_seed_deals_the_same_and_another_seed_deals_otherwise(settings, fed
 
 
 def test_another_seed_gives_a_site_other_records_and_not_only_another_order(federation):
-    first, other = (deal(RECORDS, federation(sites=5), seed=seed)[0].texts for seed in (0, 1))
+    first, other = (deal(RECORDS, federation(sites=5), seed=seed)[0].contents for seed in (0, 1))
     assert set(first) != set(other)
 
 
@@ -148,7 +150,7 @@ def test_a_person_is_at_one_site_with_all_records(partition, federation, pairs, 
 
 
 def rows_of(site):
-    return list(zip(site.texts, site.labels.tolist(), site.persons, strict=True))
+    return list(zip(site.contents, site.labels.tolist(), site.persons, strict=True))
 
 
 def test_sizes_of_an_iid_deal_of_persons_differ_by_at_most_one_person(federation):
@@ -188,4 +190,4 @@ def test_persons_make_no_difference_where_each_has_one_record_but_to_the_order(f
     labels = np.arange(203) % 4
     plain = deal(Records(texts, labels), federation(sites=5), seed=7)
     owned_by_one = deal(Records(texts, labels, texts), federation(sites=5), seed=7)
-    assert [sorted(site.texts) for site in plain] == [sorted(s.texts) for s in owned_by_one]
+    assert [sorted(site.contents) for site in plain] == [sorted(s.contents) for s in owned_by_one]

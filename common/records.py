@@ -1,0 +1,64 @@
+"""Records: what a site owns, whatever the task reads in them."""
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Content = str | tuple[str, ...] | NDArray[Any]
+"""What one record holds beside its label: a text; several texts, as a question and its context;
+an image (H, W, C) of uint8; a sound (samples,) of float32."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """Contents with their labels: one record a content."""
+
+    contents: tuple[Content, ...]
+    labels: NDArray[np.int64]
+    """(N,) index into the config's `data.labels`; zeros where the task knows no classes."""
+    persons: tuple[str, ...] | None = field(default=None, repr=False)
+    """(N,) id of the person each record is of; None where nobody says. Never leaves a site."""
+
+    def __len__(self) -> int:
+        """N, the number of records."""
+        return len(self.contents)
+
+    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> "Records":
+        """The records at `indices`, in that order."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        persons = self.persons
+        return Records(
+            tuple(self.contents[i] for i in chosen),
+            self.labels[chosen],
+            None if persons is None else tuple(persons[i] for i in chosen),
+        )
+
+    def owners(self) -> NDArray[np.int64]:
+        """(N,) whose each record is, as a number: persons from 0 up, in the order of their ids.
+
+        Raises: ValueError if the records name no persons.
+        """
+        if self.persons is None:
+            raise ValueError("records name no persons")
+        number = {person: index for index, person in enumerate(sorted(set(self.persons)))}
+        return np.array([number[person] for person in self.persons], dtype=np.int64)
+
+    def identities(self) -> list[Hashable]:
+        """(N,) equal where contents are."""
+        return [identity(content) for content in self.contents]
+
+
+def identity(content: Content) -> str | tuple[str, ...]:
+    """What a content is hashed and compared by; of an array, its SHA-256 with shape and type.
+
+    >>> identity("goal"), identity(np.zeros(3, np.uint8))[:23]
+    ('goal', 'uint8 (3,) 709e80c88487')
+    """
+    if not isinstance(content, np.ndarray):
+        return content
+    digest = hashlib.sha256(np.ascontiguousarray(content).tobytes()).hexdigest()
+    return f"{content.dtype} {content.shape} {digest}"

@@ -16,6 +16,7 @@ from common.model import Classifier, FineTuned
 from common.prefix import Inputs
 from common.pretrained import load_encoder
 from common.records import Records
+from common.tuning import tune
 
 HEAD_WEIGHT, HEAD_BIAS, WEIGHTS = "classifier.weight", "classifier.bias", "model.safetensors"
 COTERIE_KEY = "coterie"
@@ -80,19 +81,38 @@ class ClassTask:
         return model
 
 
+def build_classifier(config: Config, probe: Inputs) -> FineTuned:
+    """Mean-pooled encoder with a linear head, tuned as the config says.
+
+    Args: probe: two made records of full size, as the model reads them.
+    Raises: ConfigError if the model is not one, cannot read them, or has nothing to tune.
+    """
+    encoder = load_encoder(config.model)
+    if not isinstance(getattr(encoder.config, "hidden_size", None), int):
+        raise ConfigError(
+            f"model.name={config.model.name}: {type(encoder).__name__} has no hidden size; "
+            "choose a Transformer encoder"
+        )
+    scale = config.model.feature_scale
+    model = Classifier(encoder, labels=list(config.data.labels), feature_scale=scale)
+    return tune(model, config, probe)
+
+
 def class_targets(records: Records) -> Inputs:
     """(N,) class index of each record."""
     return {LABELS: torch.from_numpy(records.labels)}
 
 
-def likeliest(model: FineTuned, logits: Tensor, asked: list[str]) -> list[dict[str, Any]]:
-    """Label and probability of each, and a sentence that says so."""
+def likeliest(
+    model: FineTuned, logits: Tensor, asked: list[str], kind: str = "text"
+) -> list[dict[str, Any]]:
+    """Label and probability of each, and a sentence that says so; `kind` is what was asked."""
     assert isinstance(model, Classifier)
     best = logits.softmax(1).max(1)
     found = zip(asked, best.values.tolist(), best.indices.tolist(), strict=True)
     return [
         {
-            "text": text,
+            kind: text,
             "label": model.labels[index],
             "probability": round(value, 4),
             "sentence": f"{model.labels[index]} ({value:.0%}): {text}",

@@ -22,6 +22,8 @@ from common.errors import ConfigError
 
 MAX_SPARES = 1000
 """Rounds a run may keep in reserve."""
+MAX_SECONDS = 3600
+"""Longest sound a task may keep."""
 
 # Enums are read by member *name* (OmegaConf), so members are spelled as people type them.
 
@@ -30,6 +32,8 @@ class TaskName(Enum):
     """What the model learns to do."""
 
     text_classification = "text_classification"
+    image_classification = "image_classification"
+    audio_classification = "audio_classification"
 
 
 class TuningMethod(Enum):
@@ -61,6 +65,7 @@ class DataSource(Enum):
     """Where records are read from."""
 
     bbc_news = "bbc_news"
+    digits = "digits"
     csv = "csv"
 
 
@@ -90,8 +95,10 @@ class TaskConfig:
 
     name: TaskName = MISSING
     """One of the tasks in `common/tasks`."""
-    max_tokens: int = MISSING
-    """Tokens kept per record; longer records are truncated, shorter ones padded."""
+    max_tokens: int = 128
+    """Tokens kept of a text; longer texts are truncated, shorter ones padded."""
+    max_seconds: float = 1.0
+    """Seconds kept of a sound; longer sounds are cut, shorter ones padded with zeros."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ class ModelConfig:
     """The pretrained encoder."""
 
     name: str = MISSING
-    """Hub name, local folder, or the name of an embedded model of the `demo` extra."""
+    """Hub name, local folder, an embedded model of the `demo` extra, or one of `made_models`."""
     feature_scale: float = MISSING
     """Length to which pooled features are normalised before the classification head."""
 
@@ -467,6 +474,7 @@ def _broken(config: Config) -> Iterator[str]:
     if public >= 1:
         yield f"data.holdout_fraction + data.validation_fraction={public}: must be below 1"
     yield from _broken_of_persons(config)
+    yield from _broken_of_contents(config)
     sites, declared = config.federation.sites, config.data.declared_records
     if declared is not None and 1 <= declared < sites:
         yield f"federation.sites={sites}: must be at most {declared}, the training records"
@@ -483,9 +491,12 @@ def _broken_of_persons(config: Config) -> Iterator[str]:
             f"privacy.max_records_per_person={most}: must be left out with "
             f"privacy={config.privacy.mode.name}; only privacy=person bounds persons"
         )
-    if data.source is DataSource.bbc_news and (person or data.person_column):
+    if data.source in _NO_PERSONS and (person or data.person_column):
         setting = "privacy=person" if person else f"data.person_column={data.person_column}"
-        yield f"{setting}: data=bbc_news names no persons; give data=csv with data.person_column"
+        yield (
+            f"{setting}: data={data.source.name} names no persons; "
+            "give data=csv with data.person_column"
+        )
     elif person and not data.person_column:
         yield (
             "data.person_column='': must name the column of person ids with privacy=person; "
@@ -493,6 +504,15 @@ def _broken_of_persons(config: Config) -> Iterator[str]:
         )
     elif data.person_column and data.person_column in (data.text_column, data.label_column):
         yield f"data.person_column={data.person_column}: must be a column of its own"
+
+
+def _broken_of_contents(config: Config) -> Iterator[str]:
+    """Data that hold what the task does not read, as far as the source alone tells."""
+    source, task = config.data.source, config.task.name
+    if source is DataSource.digits and task is not TaskName.image_classification:
+        yield f"task={task.name}: data=digits holds images; choose task=image_classification"
+    if source is DataSource.bbc_news and task in _NO_TEXTS:
+        yield f"task={task.name}: data=bbc_news holds texts; choose other data or another task"
 
 
 def _distinct_names(labels: list[str]) -> bool:
@@ -503,6 +523,11 @@ def _distinct_names(labels: list[str]) -> bool:
 def _positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
+
+_NO_PERSONS = (DataSource.bbc_news, DataSource.digits)
+"""Sources that say of no record whose it is."""
+_NO_TEXTS = (TaskName.image_classification, TaskName.audio_classification)
+"""Tasks whose records are no texts."""
 
 _Rule = tuple[str, Callable[[Any], bool]]
 """What a value must be, in words and as a test."""
@@ -516,6 +541,7 @@ _PUBLIC_SHARE: _Rule = ("at least 0 and below 1", lambda value: bool(0 <= value 
 _RULES: dict[str, _Rule] = {
     "seed": ("at least 0 and below 2**32", lambda value: bool(0 <= value < 2**32)),
     "task.max_tokens": _COUNT,
+    "task.max_seconds": ("above 0 and at most 3600", lambda value: bool(0 < value <= MAX_SECONDS)),
     "model.feature_scale": _POSITIVE,
     "privacy.epsilon": _POSITIVE,
     "privacy.delta": ("between 0 and 1, both excluded", lambda value: bool(0 < value < 1)),

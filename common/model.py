@@ -87,12 +87,19 @@ class FineTuned(nn.Module):
             whole: Tensor = self.encoder(**inputs).last_hidden_state
             return whole
         assert self._prefix is not None
-        # The encoder reads the shape of the token ids, and no longer the ids.
-        placeholder = torch.zeros(hidden.shape[:2], dtype=torch.long)
-        main = {self.encoder.main_input_name: placeholder}
+        main = {self.encoder.main_input_name: self._placeholder(hidden)}
         with self._prefix.entered(hidden):
             entered: Tensor = self.encoder(**main, **inputs).last_hidden_state
         return entered
+
+
+    def _placeholder(self, hidden: Tensor) -> Tensor:
+        """Zeros of the shape of the ids, or the pixels, that the encoder no longer reads."""
+        if self.encoder.main_input_name != "pixel_values":
+            return torch.zeros(hidden.shape[:2], dtype=torch.long)
+        size, channels = self.encoder.config.image_size, self.encoder.config.num_channels
+        height, width = (size, size) if isinstance(size, int) else size
+        return hidden.new_zeros(1).expand(len(hidden), channels, height, width)
 
 
 class Classifier(FineTuned):

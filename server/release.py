@@ -33,6 +33,7 @@ def write_model(
     facts = {
         "feature_scale": config.model.feature_scale,
         "max_tokens": config.task.max_tokens,
+        "max_seconds": config.task.max_seconds,
         "task": config.task.name.name,
         "private": is_private(config),
     }
@@ -49,7 +50,9 @@ def load_released(folder: Path) -> tuple[FineTuned, TaskConfig]:
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         facts = settings[COTERIE_KEY]
-        task = TaskConfig(TaskName[facts["task"]], int(facts["max_tokens"]))
+        task = TaskConfig(
+            TaskName[facts["task"]], int(facts["max_tokens"]), float(facts["max_seconds"])
+        )
         model = TASKS[task.name].restore(folder, settings)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise VerificationError(f"{folder}: not a model released by coterie") from error
@@ -63,13 +66,16 @@ def predict(invocation: Invocation) -> None:
 
     def command(
         run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-        texts: Annotated[list[str], typer.Argument(help="One or more texts.", metavar="TEXT...")],
+        asked: Annotated[
+            list[str],
+            typer.Argument(help="One or more texts, or files of what the model reads."),
+        ],
     ) -> None:
-        """Labels texts with the model of a run. RUN is the folder of a finished run.
+        """Labels texts, or image or sound files, with the model of a run, a finished run's folder.
 
         Example: coterie predict runs/demo "The striker scored twice in the final"
         """
-        answers = answers_of(run / "model", texts)
+        answers = answers_of(run / "model", asked)
         if invocation.json:
             emit_json({"predictions": answers})
             return

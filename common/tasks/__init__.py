@@ -9,6 +9,8 @@ from common.config import Config, ModelConfig, TaskConfig, TaskName
 from common.model import FineTuned
 from common.prefix import Inputs
 from common.records import Records
+from common.tasks.audio_classification import AudioClassification
+from common.tasks.image_classification import ImageClassification
 from common.tasks.text_classification import TextClassification
 
 Processor = Any
@@ -64,10 +66,17 @@ class Task(Protocol):
     def answer(
         self, model: FineTuned, processor: Processor, asked: list[str], task: TaskConfig
     ) -> list[dict[str, Any]]:
-        """What a person asked, answered: each with a `sentence` for them."""
+        """What a person asked, a text or a file, answered: each with a `sentence` for them.
+
+        Raises: ConfigError if a file is not what the task reads.
+        """
 
 
-TASKS: dict[TaskName, Task] = {TaskName.text_classification: TextClassification()}
+TASKS: dict[TaskName, Task] = {
+    TaskName.text_classification: TextClassification(),
+    TaskName.image_classification: ImageClassification(),
+    TaskName.audio_classification: AudioClassification(),
+}
 """By name; `build_model` and the rest find them here."""
 
 

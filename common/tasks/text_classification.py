@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from common.classes import ClassTask, class_targets, likeliest
+from common.classes import ClassTask, build_classifier, class_targets, likeliest
 from common.config import Config, ModelConfig, TaskConfig
-from common.model import Classifier, FineTuned
+from common.model import FineTuned
 from common.prefix import Inputs
-from common.pretrained import load_encoder, load_tokenizer
+from common.pretrained import load_tokenizer
 from common.records import Records
-from common.tuning import tune
 
 TOPICS = (
     ("goal", "match", "team", "coach", "cup", "score"),
@@ -32,13 +31,8 @@ class TextClassification(ClassTask):
 
     def build(self, config: Config) -> FineTuned:
         """Mean-pooled text encoder with a linear head. Raises: ConfigError."""
-        model = Classifier(
-            load_encoder(config.model),
-            labels=list(config.data.labels),
-            feature_scale=config.model.feature_scale,
-        )
         ones = torch.ones((2, config.task.max_tokens), dtype=torch.long)
-        return tune(model, config, {"input_ids": ones, "attention_mask": ones})
+        return build_classifier(config, {"input_ids": ones, "attention_mask": ones})
 
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, records: Records, task: TaskConfig

@@ -24,7 +24,8 @@ FORBIDDEN = {
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 CONF = ROOT / "conf"
 YAMLS = sorted(CONF.rglob("*.yaml"))
-GROUPS = [path for path in YAMLS if path.parent != CONF]
+EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
+GROUPS = [path for path in YAMLS if path.parent != CONF and path not in EXPERIMENTS]
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|root|tmp|home)/")
 
 
@@ -110,6 +111,23 @@ def test_every_group_file_composes_and_its_values_arrive(path):
         assert getattr(arrived, "name", arrived) == (
             float(value) if isinstance(arrived, float) else value
         )
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_every_experiment_composes_and_its_choices_and_values_arrive(path):
+    """An experiment is chosen beside the main job's groups: `+experiment=NAME`."""
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("simulate", [f"+experiment={path.stem}"], return_hydra_config=True)
+    assert path.read_text(encoding="utf-8").startswith("# @package _global_")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    choices = composed.hydra.runtime.choices
+    for entry in values.pop("defaults"):
+        ((group, name),) = entry.items()
+        assert choices[group.removeprefix("override /")] == name
+    for group, settings in values.items():
+        arrived = OmegaConf.to_container(composed[group])
+        assert {key: arrived[key] for key in settings} == settings
 
 
 def test_every_default_of_the_main_job_is_a_file():

@@ -28,6 +28,9 @@ OWN_CSV = ["data.path=records.csv", "data.labels=[a,b]"]
 OWED = {
     "data/csv": OWN_CSV,
     "privacy/person": ["data=csv", *OWN_CSV, "data.person_column=patient"],
+    "data/digits": ["task=image_classification"],
+    "task/image_classification": ["data=digits"],
+    "task/audio_classification": ["data=csv", *OWN_CSV],
 }
 
 
@@ -79,20 +82,23 @@ LEAVES = sorted(
 
 
 def test_there_are_as_many_yaml_files_as_we_know_of():
-    """Seventeen: the job and sixteen choices in eight groups. A forgotten one goes untested."""
-    assert len(YAMLS) == 17
+    """Twenty-three: the job, twenty-one choices in eight groups, and an experiment. A forgotten one
+    goes untested.
+    """
+    assert len(YAMLS) == 23
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(CONF)))
 def test_every_yaml_composes(path):
     name = str(path.relative_to(CONF).with_suffix(""))
-    choice = [] if name == "simulate" else [name.replace("/", "=")]
+    experiment = name.startswith("experiment/")
+    choice = [] if name == "simulate" else ["+" * experiment + name.replace("/", "=")]
     register_schemas()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("simulate", [*choice, *OWED.get(name, [])])
     config = from_composed(composed)
     written = OmegaConf.to_container(OmegaConf.load(path))
-    if name != "simulate":
+    if name != "simulate" and not experiment:  # what these set: tests/test_structure.py
         group = json.loads(to_canonical(config))[path.parent.name]
         missing = {key for key, value in written.items() if value == "???"}
         assert {key: group[key] for key in set(written) - missing} == {
@@ -108,6 +114,23 @@ def test_canonical_text_round_trips_both_ways(compose_config, tiny_config, perso
             assert from_canonical(text) == config
         else:
             assert to_canonical(from_canonical(text)) == text == canonical_json(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    ("choice", "fault"),
+    [
+        (["data=digits"], "task=text_classification: data=digits holds images; choose task=image"),
+        (["task=image_classification"], "task=image_classification: data=bbc_news holds texts"),
+        (["task=audio_classification"], "task=audio_classification: data=bbc_news holds texts"),
+        (["+experiment=digits", "data.person_column=p"], "data=digits names no persons"),
+        (["+experiment=digits", "data.labels=['1']"], "data.labels=.*two or more"),
+    ],
+)
+def test_data_that_the_task_does_not_read_are_refused_before_they_are_opened(
+    compose_config, choice, fault
+):
+    with pytest.raises(ConfigError, match=fault):
+        compose_config(*choice)
 
 
 def test_the_yaml_people_read_is_the_same_config(tiny_config):
@@ -152,6 +175,9 @@ def test_a_key_forced_in_is_refused(compose_config, override):
 
 BROKEN_RULES = [
     "task.max_tokens=0",
+    "task.max_seconds=0",
+    "task.max_seconds=nan",
+    "task.max_seconds=3601",
     "model.feature_scale=0",
     "model.feature_scale=inf",
     "privacy.epsilon=0",

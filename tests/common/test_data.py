@@ -1,9 +1,11 @@
 import csv
 import dataclasses
 import gzip
+import importlib.util
 import itertools
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,43 @@ def label_of(splits):
         for part in (splits.train, splits.validation, splits.holdout)
         for text, label in zip(part.contents, part.labels, strict=True)
     }
+
+
+@pytest.fixture(scope="module")
+def digits(compose_config):
+    return compose_config("data=digits", "task=image_classification").data
+
+
+def test_digits_have_the_declared_numbers(digits):
+    """All 1,797 scans, no two alike, of which a share is public, whatever their order."""
+    splits = load_splits(digits)
+    parts = (splits.train, splits.validation, splits.holdout)
+    assert [len(part) for part in parts] == [1259, 171, 367]
+    assert splits.duplicates == 0
+    assert digits.declared_records == len(splits.train)
+    assert len({key for part in parts for key in part.identities()}) == 1797
+    for part in parts:
+        assert {*part.labels.tolist()} == {*range(10)}
+        assert {(image.shape, image.dtype.name) for image in part.contents} == {((8, 8, 1), "uint8")}
+    assert max(int(image.max()) for image in splits.train.contents) == 255
+
+
+def test_some_of_the_digits_keep_their_order_of_labels(digits):
+    whole, some = load_splits(digits).train, load_splits(replace(digits, labels=["7", "1"])).train
+    kept = [n for n, label in enumerate(whole.labels) if label in (7, 1)]
+    assert some.identities() == [whole.identities()[n] for n in kept]
+    assert some.labels.tolist() == [int(whole.labels[n] == 1) for n in kept]
+
+
+def test_a_label_that_is_no_digit_is_named(digits):
+    with pytest.raises(ConfigError, match=r"^data\.labels: the digits have no class 'ten'$"):
+        load_splits(replace(digits, labels=["1", "ten"]))
+
+
+def test_digits_without_their_package_are_one_line(digits, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match=r"^data=digits: .*pip install 'coterie\[demo\]'$"):
+        load_splits(digits)
 
 
 def test_bbc_news_has_the_declared_numbers(bbc, compose_config):

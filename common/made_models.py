@@ -21,6 +21,7 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
 )
+
 from common.errors import ConfigError
 
 PREFIX = "made/"
@@ -97,6 +98,7 @@ def make_encoder(name: str) -> PreTrainedModel:
     from a hash and not from a generator of torch's. Raises: ConfigError if there is none.
     """
     made = _made(name)
+    encoder: PreTrainedModel
     with torch.random.fork_rng(devices=[]):  # what the class draws is overwritten
         encoder = made.encoder()
     with torch.no_grad():
@@ -106,7 +108,7 @@ def make_encoder(name: str) -> PreTrainedModel:
         for module in encoder.modules():  # weight norm: the length is that of the direction
             if "original1" in (own := dict(module.named_parameters(recurse=False))):
                 own["original0"].copy_(torch.norm_except_dim(own["original1"], 2, 2))
-    return encoder.eval()
+    return encoder
 
 
 def make_processor(name: str) -> Any:
@@ -129,4 +131,5 @@ def _initial(name: str, parameter: Tensor) -> Tensor:
     drawn = hashlib.shake_256(name.encode()).digest(2 * parameter.numel())
     uniform = (np.frombuffer(drawn, dtype="<u2").astype(np.float32) + 0.5) / 2**15 - 1.0
     summed = parameter[0].numel() if len(parameter) > 1 else 1
-    return torch.from_numpy(uniform).view_as(parameter) * (3.0 / summed) ** 0.5
+    weights: Tensor = torch.from_numpy(uniform).view_as(parameter)
+    return weights * float(np.sqrt(3.0 / summed))

@@ -92,7 +92,6 @@ class FineTuned(nn.Module):
             entered: Tensor = self.encoder(**main, **inputs).last_hidden_state
         return entered
 
-
     def _placeholder(self, hidden: Tensor) -> Tensor:
         """Zeros of the shape of the ids, or the pixels, that the encoder no longer reads."""
         if self.encoder.main_input_name != "pixel_values":

@@ -114,7 +114,9 @@ def _add_adapters(encoder: PreTrainedModel, tuning: TuningConfig, seed: int) -> 
     adapters = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,
-        target_modules=_adapted_modules(encoder, tuning, range(blocks - tuning.last_layers, blocks)),
+        target_modules=_adapted_modules(
+            encoder, tuning, range(blocks - tuning.last_layers, blocks)
+        ),
         lora_dropout=0.0,
     )
     with torch.random.fork_rng(devices=[]):

@@ -49,8 +49,9 @@ SELECTION_REASONS = {
     DataSource.bbc_news: "the default hyperparameters were chosen by earlier runs on these "
     "training records, judged on a public validation split; what those runs revealed is not in "
     "epsilon",
-    DataSource.digits: "if settings were chosen by earlier runs on these training records, what "
-    "those runs revealed is not in epsilon",
+    DataSource.digits: "the settings of experiment=digits were chosen by earlier runs on these "
+    "training records, judged on a public validation split; what those runs revealed is not in "
+    "epsilon",
     DataSource.csv: "if settings were chosen by looking at earlier runs on these records, what "
     "those runs revealed is not in epsilon",
 }

@@ -77,7 +77,7 @@ class AudioClassification(ClassTask):
 
 def _length(processor: Any, task: TaskConfig) -> int:
     """Samples kept of each sound."""
-    return max(1, round(task.max_seconds * processor.sampling_rate))
+    return max(1, round(task.max_seconds * int(processor.sampling_rate)))
 
 
 def _read(processor: Any, contents: tuple[Content, ...], task: TaskConfig) -> Inputs:

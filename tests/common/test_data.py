@@ -72,7 +72,9 @@ def test_digits_have_the_declared_numbers(digits):
     assert len({key for part in parts for key in part.identities()}) == 1797
     for part in parts:
         assert {*part.labels.tolist()} == {*range(10)}
-        assert {(image.shape, image.dtype.name) for image in part.contents} == {((8, 8, 1), "uint8")}
+        assert {(image.shape, image.dtype.name) for image in part.contents} == {
+            ((8, 8, 1), "uint8")
+        }
     assert max(int(image.max()) for image in splits.train.contents) == 255
 
 

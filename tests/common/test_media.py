@@ -65,12 +65,12 @@ def test_a_file_that_is_none_is_one_line_with_its_name(tmp_path, kind, content):
 @pytest.mark.parametrize("name", ["absent", "."])
 def test_a_file_that_is_not_there_is_said_to_be_missing(tmp_path, name):
     for read in (lambda p: read_image(p, channels=3), lambda p: read_sound(p, rate=8000)):
-        with pytest.raises(ConfigError, match=": no such file$"):
+        with pytest.raises(ConfigError, match=r": no such file$"):
             read(str(tmp_path / name))
 
 
 def test_a_sound_file_without_samples_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=": holds no sound$"):
+    with pytest.raises(ConfigError, match=r": holds no sound$"):
         read_sound(write_sound(tmp_path / "c.wav", np.zeros(0, np.float32)), rate=16_000)
 
 

@@ -62,6 +62,13 @@ class DataSource(Enum):
 
     bbc_news = "bbc_news"
     csv = "csv"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    toy = "toy"
+
+
+FILES = frozenset({DataSource.csv, DataSource.jsonl, DataSource.parquet})
+"""Sources that are a file of the user's own, at `data.path`."""
 
 
 class Partition(Enum):
@@ -111,11 +118,14 @@ class DataConfig:
     source: DataSource = MISSING
     """Reader to use."""
     path: str = MISSING
-    """File of private records (csv)."""
+    """File of private records (csv, jsonl, parquet; the first two may be packed by gzip)."""
     test_path: str = ""
-    """File of public hold-out records (csv); empty: a share of `path` is declared public."""
+    """File of public hold-out records, as `path`; empty: a share of `path` is declared public."""
     text_column: str = "text"
     """Column that holds the text."""
+    columns: list[str] = field(default_factory=list)
+    """Columns of a task with several texts, in its order: question, context, answer; or source,
+    target. Empty: `text_column` alone."""
     label_column: str = "label"
     """Column that holds the class name."""
     person_column: str = ""
@@ -128,6 +138,8 @@ class DataConfig:
     """Share of the records set aside as public hold-out, in [0, 1)."""
     validation_fraction: float = 0.1
     """Share of the records set aside as public validation split, in [0, 1)."""
+    toy_records: int = 200
+    """How many of the task's own made examples `data=toy` deals."""
     split_seed: int = 0
     """Which split; fixed apart from `seed`, so that no run trains on another run's hold-out."""
     declared_records: int | None = None
@@ -457,8 +469,8 @@ def _broken(config: Config) -> Iterator[str]:
         rules |= _LORA_RULES
     if config.tuning.method is TuningMethod.last_layers:
         rules["tuning.k"] = _COUNT
-    if config.data.source is DataSource.csv:
-        rules["data.path"] = ("the path of a CSV file", bool)
+    if config.data.source in FILES:
+        rules["data.path"] = (f"the path of a {config.data.source.name} file", bool)
     for name, (rule, holds) in rules.items():
         value: Any = reduce(getattr, name.split("."), config)
         if not holds(value):
@@ -542,6 +554,7 @@ _RULES: dict[str, _Rule] = {
     "engine.physical_batch": _COUNT,
     "tuning.head_learning_rate": _POSITIVE,
     "data.labels": ("two or more different class names, in order", _distinct_names),
+    "data.toy_records": _COUNT,
     "data.holdout_fraction": _PUBLIC_SHARE,
     "data.validation_fraction": _PUBLIC_SHARE,
     "data.declared_records": (

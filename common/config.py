@@ -76,6 +76,9 @@ class Partition(Enum):
 
     iid = "iid"
     dirichlet = "dirichlet"
+    pathological = "pathological"
+    quantity = "quantity"
+    natural = "natural"
 
 
 class EngineName(Enum):
@@ -134,6 +137,8 @@ class DataConfig:
     """
     labels: list[str] = MISSING
     """Class names, in order. From the config and never from private data."""
+    site_column: str = ""
+    """Column that says whose a record is, for `federation.partition=natural`. Empty: none does."""
     holdout_fraction: float = 0.2
     """Share of the records set aside as public hold-out, in [0, 1)."""
     validation_fraction: float = 0.1
@@ -222,9 +227,13 @@ class FederationConfig:
     local_steps: int = MISSING
     """Private steps a site takes per round, whatever its number of records."""
     partition: Partition = MISSING
-    """How a simulation deals records to sites."""
+    """How a simulation deals records to sites: `iid`; `dirichlet` and `pathological`, skewed by
+    label; `quantity`, the n-th site n times as many as the first; `natural`, by
+    `data.site_column`."""
     dirichlet_alpha: float = 0.5
     """Concentration of the Dirichlet label skew; smaller is more skewed."""
+    classes_per_site: int = 2
+    """Classes a site has records of, under `partition=pathological`."""
     quorum: float = 1.0
     """Share of the sites whose valid update a round needs, in (0, 1]."""
     round_timeout_s: float = 3600.0
@@ -548,6 +557,7 @@ _RULES: dict[str, _Rule] = {
     "federation.rounds": _COUNT,
     "federation.local_steps": _COUNT,
     "federation.dirichlet_alpha": _POSITIVE,
+    "federation.classes_per_site": _COUNT,
     "federation.quorum": _OPEN_SHARE,
     "federation.round_timeout_s": _POSITIVE,
     "engine.threads": ("0 or more", lambda value: bool(value >= 0)),

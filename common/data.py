@@ -133,16 +133,21 @@ def _read_file(config: DataConfig, path: str, name: str) -> Records:
     where = f"{name}={path}"
     contents = {f"data.columns[{n}]": column for n, column in enumerate(config.columns)}
     asked = contents or {"data.text_column": config.text_column}
-    labelled = {"data.label_column": config.label_column} if config.labels else {}
-    owned = {"data.person_column": config.person_column} if config.person_column else {}
-    columns = read_table(config.source, path, name, {**asked, **labelled, **owned})
+    named = {
+        "data.label_column": config.label_column if config.labels else "",
+        "data.person_column": config.person_column,
+        "data.site_column": config.site_column,
+    }
+    named = {setting: column for setting, column in named.items() if column}
+    columns = read_table(config.source, path, name, {**asked, **named})
     texts = [texts_of(columns[at], column, where) for at, column in enumerate(asked.values())]
-    rest = columns[len(asked) :]
-    count = len(columns[0])
+    rest = dict(zip(named, columns[len(asked) :], strict=True))
+    labels = rest.get("data.label_column")
     return Records(
         tuple(zip(*texts, strict=True)) if contents else tuple(texts[0]),
-        _labels(rest[0], config, where) if labelled else np.zeros(count, dtype=np.int64),
-        _persons(rest[-1], config, where) if owned else None,
+        np.zeros(len(texts[0]), np.int64) if labels is None else _labels(labels, config, where),
+        _ids(rest.get("data.person_column"), config.person_column, where),
+        _ids(rest.get("data.site_column"), config.site_column, where),
     )
 
 
@@ -155,10 +160,11 @@ def _labels(column: Column, config: DataConfig, where: str) -> NDArray[np.int64]
     return np.array(labels, dtype=np.int64)
 
 
-def _persons(column: Column, config: DataConfig, where: str) -> tuple[str, ...]:
-    """The ids of a table's persons; no message repeats one. Raises: ConfigError if one is empty."""
-    persons = tuple((name or "").strip() for name in names_of(column))
-    if "" in persons:
-        row = persons.index("") + 1
-        raise ConfigError(f"{where}: row {row} has an empty {config.person_column}")
-    return persons
+def _ids(column: Column | None, name: str, where: str) -> tuple[str, ...] | None:
+    """The ids in a column; no message repeats one. Raises: ConfigError if one is empty."""
+    if column is None:
+        return None
+    ids = tuple((each or "").strip() for each in names_of(column))
+    if "" in ids:
+        raise ConfigError(f"{where}: row {ids.index('') + 1} has an empty {name}")
+    return ids

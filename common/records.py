@@ -22,6 +22,8 @@ class Records:
     """(N,) index into the config's `data.labels`; zeros where the task knows no classes."""
     persons: tuple[str, ...] | None = field(default=None, repr=False)
     """(N,) id of the person each record is of; None where nobody says. Never leaves a site."""
+    homes: tuple[str, ...] | None = field(default=None, repr=False)
+    """(N,) name of the site each record is from, for a simulation that deals them so."""
 
     def __len__(self) -> int:
         """N, the number of records."""
@@ -30,11 +32,11 @@ class Records:
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> "Records":
         """The records at `indices`, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        persons = self.persons
         return Records(
             tuple(self.contents[i] for i in chosen),
             self.labels[chosen],
-            None if persons is None else tuple(persons[i] for i in chosen),
+            _chosen(self.persons, chosen),
+            _chosen(self.homes, chosen),
         )
 
     def owners(self) -> NDArray[np.int64]:
@@ -50,6 +52,10 @@ class Records:
     def identities(self) -> list[Hashable]:
         """(N,) equal where contents are."""
         return [identity(content) for content in self.contents]
+
+
+def _chosen(names: tuple[str, ...] | None, at: NDArray[np.int64]) -> tuple[str, ...] | None:
+    return None if names is None else tuple(names[i] for i in at)
 
 
 def identity(content: Content) -> str | tuple[str, ...]:

@@ -75,13 +75,14 @@ def _run(grid: Grid, run_plan: RunPlan, public: Records, watch: Watch) -> None:
         checkpoints=run_dir / "checkpoints",
         on_reply=watch.on_reply,
     )
+    nodes: dict[int, str] = {}
     for outcome in rounds:
-        vector = outcome.vector
+        vector, nodes = outcome.vector, outcome.nodes
         lines.append(round_line(outcome, evaluator.measure(vector), lines, run_plan))
         append_line(run_dir, lines[-1])
         watch.on_round(lines[-1])
     last = Instruction(run_id, len(lines), config, layout.digest, vector)
-    counted = count_correct(grid, run_plan, last, heads)
+    counted = count_correct(grid, run_plan, last, heads, nodes)
     # 12. Report, and release the model of the final round: never the best on the hold-out.
     key = heads.key if heads else ""
     facts = RunFacts(run_id, time.perf_counter() - started, len(public), key)

@@ -34,6 +34,8 @@ class RoundOutcome:
     """What one round left behind."""
 
     round: int
+    nodes: dict[int, str]
+    """The sites of the run: node ids with names, which stay while it goes on."""
     asked: tuple[str, ...]
     """Sites that were sent the instruction, and count as charged whatever they answered; twice
     where a spare round paid for another attempt."""
@@ -113,6 +115,7 @@ def run_rounds(
         # 11. Record.
         yield RoundOutcome(
             round=number,
+            nodes=nodes,
             asked=tuple(nodes[node] for node in exchange.sent.values()),
             refused={nodes[node]: reason for node, reason in verdicts.refused.items()},
             vector=vector,

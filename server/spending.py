@@ -79,6 +79,8 @@ def _told(asked: list[Asked], name: str) -> tuple[Event, ...]:
     return history
 
 
-def _natural(name: str) -> tuple[str, int]:
+def _natural(name: str) -> tuple[str, int, str]:
+    """Sorts numbers by size, however long: a name is its peer's choice."""
     stem = name.rstrip("0123456789")
-    return stem, int(name[len(stem) :] or 0)
+    digits = name[len(stem) :].lstrip("0")
+    return stem, len(digits), digits

@@ -61,6 +61,12 @@ def test_sites_stand_in_natural_order(built):
     assert [site["name"] for site in built["sites"]] == ["site-1", "site-2", "site-10"]
 
 
+def test_names_of_any_length_stand_in_natural_order(plan):
+    long = f"site-{'9' * 5000}"  # more digits than Python reads as a number
+    built = build_report(plan, [line(1, [long, "site-2", "site-10"])], FACTS)
+    assert [site["name"] for site in built["sites"]] == ["site-2", "site-10", long]
+
+
 def test_epsilon_of_a_site_is_that_of_its_rounds_composed(built, plan):
     for site in built["sites"]:
         whole = epsilon_pld([plan.event] * site["rounds"], plan.config.privacy.delta)
@@ -92,7 +98,7 @@ def test_traffic_and_time_are_summed_over_rounds(built):
 
 
 def test_line_of_a_round_prices_the_site_asked_most(plan):
-    outcome = RoundOutcome(3, ("site-2",), {}, None, 10, 5, 2.0)
+    outcome = RoundOutcome(3, {}, ("site-2",), {}, None, 10, 5, 2.0)
     made = round_line(outcome, {"accuracy": 0.5}, LINES[:2], plan)
     assert made.epsilon == plan.epsilon_by_round[2]
     rested = replace(outcome, asked=("site-10",))

@@ -338,6 +338,13 @@ def test_nodes_without_a_name_are_told_apart(go, planned):
     assert first.asked == ("node-1", "node-2", "node-3")
 
 
+def test_a_name_that_looks_like_another_ones_with_its_id_is_told_apart(go, planned):
+    """A peer that knew the rule could else pass for a neighbour, and be charged as it."""
+    names = {1: "site", 2: "site", 3: "site-2", 4: "site-2-2"}
+    outcomes = list(go(FakeGrid(names, update), planned()))
+    assert all(len(set(outcome.asked)) == 4 for outcome in outcomes)
+
+
 def test_nodes_of_one_name_are_told_apart(go, planned):
     """Names come from peers: two of a kind would be charged as one and hide each other's fault."""
     first = next(go(FakeGrid({1: "hospital", 2: "hospital", 3: "clinic"}, update), planned()))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from common.errors import VerificationError
 from common.privacy.accounting import Epsilons, Event, check_agreement, epsilons
 from server.plan import RunPlan, is_private
 from server.record import RoundLine, SiteLine
@@ -46,7 +47,8 @@ def spendings(run_plan: RunPlan, asked: Iterable[Asked]) -> dict[str, Spending]:
     """What every site was charged, by name, in their natural order.
 
     Guarantee: never less than everything the site was asked in this run, answered or not,
-    whatever its ledger says; the accountants agree. Raises: VerificationError if they do not.
+    whatever its ledger says; on what it was asked the accountants agree. Raises:
+    VerificationError if they do not.
     """
     questions = list(asked)
     names = {name for question in questions for name in question.names}
@@ -60,11 +62,21 @@ def _spending(run_plan: RunPlan, asked: list[Asked], name: str) -> Spending:
         return Spending(here, Epsilons(math.inf, math.inf, math.inf), books)
     told = _told(asked, name)
     delta = run_plan.config.privacy.delta
-    priced = [(events, epsilons(events, delta)) for events in (here, told)]
-    for _, price in priced:
-        check_agreement(price)
+    asked_here = epsilons(here, delta)
+    check_agreement(asked_here)
+    priced = [(here, asked_here), (told, _highest(epsilons(told, delta)))]
     history, price = max(priced, key=lambda each: each[1].pld)
     return Spending(history, price, books)
+
+
+def _highest(price: Epsilons) -> Epsilons:
+    """Of what a site tells, which may be made for the accountants to disagree: their highest."""
+    try:
+        check_agreement(price)
+    except VerificationError:
+        highest = max(price.pld, price.rdp, price.prv or 0.0)
+        return Epsilons(highest, highest, None)
+    return price
 
 
 def _told(asked: list[Asked], name: str) -> tuple[Event, ...]:

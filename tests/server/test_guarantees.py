@@ -5,7 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from common.privacy.accounting import Event, epsilon_of_group, epsilon_pld
+from common.errors import VerificationError
+from common.privacy.accounting import (
+    Epsilons,
+    Event,
+    check_agreement,
+    epsilon_of_group,
+    epsilon_pld,
+    epsilons,
+)
 from server.guarantees import guarantees
 from server.plan import make_plan
 from server.record import RoundLine, SiteLine
@@ -85,6 +93,22 @@ def test_a_count_is_in_the_price_of_whoever_was_asked(plan):
     assert spent["site-2"].bound == pytest.approx(alone, abs=1e-6)
     both = epsilon_pld([plan.event, count], DELTA)
     assert spent["site-1"].bound == pytest.approx(both, abs=1e-6)
+
+
+def test_a_told_history_on_which_the_accountants_disagree_costs_nobody_the_report(plan):
+    """A site chooses what it tells; where epsilon is that small, PLD's grid is above RDP."""
+    config = plan.config
+    strict = replace(plan, config=replace(config, privacy=replace(config.privacy, delta=1e-4)))
+    told = [[120.8071278730338, 0.0017286405275040225, 2761.0]]
+    books = {"site-1": SiteLine(head="9:" + "a" * 64, cap=8.0, spent=0.0, charged=told)}
+    spent = spendings(strict, rounds_asked(strict, [line(1, ALL, books=books)]))
+    assert spent["site-1"].price == spent["site-2"].price
+    idle = spendings(strict, [Asked(Event(1e6, 1e-6, 1), ("site-1",), books)])["site-1"]
+    history = [Event(sigma, q, int(steps)) for sigma, q, steps in told]
+    priced = epsilons(history, 1e-4)
+    with pytest.raises(VerificationError, match="disagree"):
+        check_agreement(priced)
+    assert idle.price == Epsilons(priced.prv, priced.prv, None)  # the largest of them
 
 
 def test_what_a_ledger_says_counts_where_it_is_more_and_never_where_it_is_less(plan):

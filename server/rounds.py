@@ -99,10 +99,13 @@ def run_rounds(
             charge=run_plan.event,
             receipts=receipts,
         )
+        books = {nodes[node]: books for node, books in verdicts.books.items()}
+        # Countersign the ledgers first: what was accepted was released, whatever becomes of it.
+        if heads is not None:
+            heads.countersign({site: each.head for site, each in books.items()})
         _check_quorum(verdicts, run_plan, number)
         vector = average(verdicts, round_number=number, strategy=strategy)
-        books = {nodes[node]: books for node, books in verdicts.books.items()}
-        # 10. Checkpoint, atomically, and countersign the sites' ledgers.
+        # 10. Checkpoint, atomically.
         write_checkpoint(
             checkpoints,
             run_id=run_id,
@@ -110,8 +113,6 @@ def run_rounds(
             private=is_private(config),
             vector=vector,
         )
-        if heads is not None:
-            heads.countersign({site: each.head for site, each in books.items()})
         # 11. Record.
         yield RoundOutcome(
             round=number,

@@ -21,10 +21,11 @@ from server.count import count_correct
 from server.evaluate import Evaluator
 from server.heads import HeadBook
 from server.plan import RunPlan, is_private, make_plan, not_private_reason
-from server.record import RoundLine, append_line, round_line
+from server.record import RoundLine, append_line
 from server.release import write_model
 from server.report import RunFacts, build_report, write_report
 from server.rounds import OnReply, run_rounds
+from server.spending import round_line
 
 CONFIG_KEY = "config"
 """Key of the resolved config, one canonical string, in Flower's run config."""

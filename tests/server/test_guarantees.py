@@ -1,5 +1,6 @@
 """Several honest numbers for one run, each computed here a second way."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 
 from common.errors import VerificationError
 from common.privacy.accounting import (
+    LIVE_INTERVAL,
     Epsilons,
     Event,
     check_agreement,
@@ -75,6 +77,53 @@ def test_two_records_and_two_sites_cost_more_than_one(plan):
     assert two_records == pytest.approx(epsilon_of_group([Event(2.0, 0.5, 4)], 2, DELTA))
     assert two_sites == pytest.approx(epsilon_pld([Event(2.0, 0.5, 7)], DELTA), abs=0.01)
     assert one < two_sites < two_records
+
+
+def told(spent, *charged, cap=50.0):
+    """A ledger that lasts, as its site tells of it."""
+    return SiteLine(
+        head="9:" + "a" * 64, cap=cap, spent=spent, charged=[[*each] for each in charged]
+    )
+
+
+def test_each_row_is_of_the_sites_that_are_dearest_in_it(plan):
+    """The one with the highest bound, by a filter or by what it makes up, may hold the least."""
+    books = {
+        "site-1": told(40.0, [2.0, 0.5, 1.0]),
+        "site-2": told(9.0, [2.0, 0.5, 9.0]),
+        "site-3": told(39.0, [2.0, 0.5, 5.0]),
+    }
+    one, _, two_records, two_sites = (
+        row["epsilon"] for row in rows_of(plan, [line(1, ALL, books=books)])
+    )
+    assert one == 40.0
+    assert two_records >= epsilon_of_group([Event(2.0, 0.5, 9)], 2, DELTA)
+    assert two_sites >= epsilon_pld([Event(2.0, 0.5, 9 + 5)], DELTA)
+
+
+def test_any_two_sites_are_covered_whatever_each_was_charged(plan):
+    histories = {
+        "site-1": [[2.0, 0.5, 6.0], [1.0, 0.1, 2.0]],
+        "site-2": [[2.0, 0.5, 5.0], [1.0, 0.1, 9.0]],
+        "site-3": [[3.0, 0.2, 30.0]],
+    }
+    books = {name: told(5.0, *charged) for name, charged in histories.items()}
+    row = rows_of(plan, [line(1, ALL, books=books)])[3]
+    for pair in itertools.combinations(histories.values(), 2):
+        both = [Event(sigma, q, int(steps)) for each in pair for sigma, q, steps in each]
+        assert row["epsilon"] >= epsilon_pld(both, DELTA, LIVE_INTERVAL)
+
+
+def test_a_filters_bound_goes_on_when_its_site_falls_silent(plan):
+    """What it was asked since is in no bound that it told; its cap is above both."""
+    dear, cheap = told(7.0, [2.0, 0.5, 3.0], cap=8.0), told(0.0, [2.0, 0.5, 3.0])
+    books = {"site-1": dear, "site-2": cheap}
+    lines = [line(1, ALL, books=books)]
+    assert spendings(plan, rounds_asked(plan, lines))["site-1"].bound == 7.0
+    lines.append(line(2, ALL, refused=ALL))
+    spent = spendings(plan, rounds_asked(plan, lines))
+    assert spent["site-1"].bound == 8.0
+    assert spent["site-2"].bound == pytest.approx(epsilon_pld([Event(2.0, 0.5, 4)], DELTA))
 
 
 def test_a_run_that_protects_nothing_claims_nothing(tiny_config):

@@ -9,12 +9,13 @@ import pytest
 
 from common import cli
 from common.errors import VerificationError
-from common.privacy.accounting import Epsilons, epsilon_pld
+from common.privacy.accounting import Epsilons, Event, epsilon_pld
 from server import spending
 from server.plan import make_plan
-from server.record import RoundLine, round_line
+from server.record import RoundLine, SiteLine
 from server.report import RunFacts, build_report, read_report, render_html
 from server.rounds import RoundOutcome
+from server.spending import round_line
 
 FACTS = RunFacts("0123456789abcdef", 10.0, 24)
 
@@ -105,6 +106,21 @@ def test_line_of_a_round_prices_the_site_asked_most(plan):
     assert (
         round_line(rested, {"accuracy": 0.5}, LINES[:2], plan).epsilon == (plan.epsilon_by_round[1])
     )
+
+
+def test_line_of_a_round_in_which_a_site_with_lasting_books_was_silent(plan):
+    """What its ledger held when it last answered, and what it was asked since."""
+    lasting = replace(plan, config=replace(plan.config, ledger="books.db"))
+    sigma, q = plan.event.noise_multiplier, plan.event.sample_rate
+    spent = epsilon_pld([Event(sigma, q, 20)], plan.config.privacy.delta)
+    books = {
+        "site-1": SiteLine(head="9:" + "a" * 64, cap=50.0, spent=spent, charged=[[sigma, q, 20.0]])
+    }
+    before = [replace(line(1, ["site-1"]), epsilon=spent, books=books)]
+    silent = RoundOutcome(2, {}, ("site-1",), {"site-1": "silent"}, None, 10, 5, 2.0)
+    made = round_line(silent, {"accuracy": 0.5}, before, lasting)
+    since = replace(plan.event, steps=20 + plan.event.steps)
+    assert made.epsilon >= epsilon_pld([since], plan.config.privacy.delta)
 
 
 def test_epsilon_of_a_finished_run_is_within_the_budget_and_the_plan(finished):

@@ -92,15 +92,18 @@ class Trainer:
 
     @torch.inference_mode()
     def count_correct(self, site: Site, vector: Vector) -> int:
-        """How many records of `site` the model with these parameters gets right: private."""
+        """How many records of `site` the model with these parameters gets right: private.
+
+        Guarantee: one record more changes it by one at most. Each is prepared and judged alone:
+        in a batch of another size sums round otherwise, and a coordinator can choose parameters
+        at which that turns the answers of many.
+        """
         parameters.load(self._model, vector)
         self._model.eval()
-        inputs, size = self._prepared(site), self._config.engine.physical_batch
         count = 0
-        for start in range(0, len(site.records), size):
-            piece = {name: tensor[start : start + size] for name, tensor in inputs.items()}
-            right = self._task.correct(self._model(**piece), site.labels[start : start + size])
-            count += int(right.sum())
+        for text, label in zip(site.records.texts, site.labels, strict=True):
+            answer = self._task.correct(self._model(**self._prepare([text])), label.view(1))
+            count += int(answer.sum())
         return count
 
     def preflight(self, *, precision: torch.dtype = torch.float32) -> Verdict:

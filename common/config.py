@@ -265,7 +265,7 @@ class NodeConfig:
     """A site's policy: it holds instructions against its own; a coordinator's is not read."""
 
     min_noise_multiplier: float = 0.0
-    """Floor of sigma."""
+    """Floor of sigma, of a count's too."""
     max_epsilon: float | None = None
     """Cap of one run, at the run's delta; the ledger's cap is of all runs. None: no limit."""
     max_clip_norm: float | None = None

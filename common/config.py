@@ -30,6 +30,15 @@ class TaskName(Enum):
     """What the model learns to do."""
 
     text_classification = "text_classification"
+    causal_lm = "causal_lm"
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether its records carry one of `data.labels`, which must then be given."""
+        return self not in _WITHOUT_CLASSES
+
+
+_WITHOUT_CLASSES = frozenset({TaskName.causal_lm})
 
 
 class TuningMethod(Enum):
@@ -123,7 +132,9 @@ class DataConfig:
     surrounding blanks apart. Empty: no persons are known.
     """
     labels: list[str] = MISSING
-    """Class names, in order. From the config and never from private data."""
+    """Class names, in order. From the config and never from private data. May be left out where
+    the task knows no classes.
+    """
     holdout_fraction: float = 0.2
     """Share of the records set aside as public hold-out, in [0, 1)."""
     validation_fraction: float = 0.1
@@ -150,9 +161,11 @@ class TuningConfig:
     alpha: int = 16
     """LoRA scaling: the adapter's output is multiplied by alpha / rank."""
     last_layers: int = 1
-    """How many of the top blocks get adapters."""
+    """How many of the top blocks get adapters; 0: all, and of an encoder-decoder both sides'."""
     targets: list[str] = MISSING
-    """Names of the linear modules, inside a block, that get adapters."""
+    """Names of the linear modules, inside a block, that get adapters. Empty: those that peft names
+    for this type of model.
+    """
     head_learning_rate: float = MISSING
     """Step size of the classification head, in units of parameter per clipped gradient."""
     adapter_learning_rate: float = 0.0
@@ -345,6 +358,7 @@ def from_composed(composed: DictConfig) -> Config:
     unknown = sorted(set(_leaf_names(composed)) - set(field_names()))
     if unknown:  # Hydra's +NAME=VALUE forces keys in that no schema knows
         raise ConfigError(f"{', '.join(unknown)}: no such setting")
+    _leave_out_labels(composed)
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"no value for {', '.join(missing)}: give each as NAME=VALUE")
@@ -355,6 +369,15 @@ def from_composed(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+def _leave_out_labels(composed: DictConfig) -> None:
+    """No labels are an empty list, where the task knows no classes."""
+    task, data = composed.task, composed.data
+    if OmegaConf.is_missing(task, "name") or task.name.has_classes:
+        return
+    if OmegaConf.is_missing(data, "labels"):
+        data.labels = []
 
 
 def to_canonical(config: Config) -> str:
@@ -457,6 +480,8 @@ def _broken(config: Config) -> Iterator[str]:
         rules |= _LORA_RULES
     if config.tuning.method is TuningMethod.last_layers:
         rules["tuning.k"] = _COUNT
+    if not config.task.name.has_classes:
+        rules["data.labels"] = ("different class names, in order, or none", _distinct_or_none)
     if config.data.source is DataSource.csv:
         rules["data.path"] = ("the path of a CSV file", bool)
     for name, (rule, holds) in rules.items():
@@ -498,6 +523,10 @@ def _broken_of_persons(config: Config) -> Iterator[str]:
 def _distinct_names(labels: list[str]) -> bool:
     named = all(isinstance(label, str) for label in labels)
     return named and len(labels) > 1 and len(set(labels)) == len(labels)
+
+
+def _distinct_or_none(labels: list[str]) -> bool:
+    return not labels or _distinct_names(labels)
 
 
 def _positive(value: float) -> bool:
@@ -552,8 +581,7 @@ _RULES: dict[str, _Rule] = {
 _LORA_RULES: dict[str, _Rule] = {
     "tuning.rank": _COUNT,
     "tuning.alpha": _COUNT,
-    "tuning.last_layers": _COUNT,
-    "tuning.targets": ("a list of module names", bool),
+    "tuning.last_layers": ("0 for all blocks, or more", lambda value: bool(value >= 0)),
 }
 
 

@@ -65,7 +65,8 @@ def predict(invocation: Invocation) -> None:
         run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
         texts: Annotated[list[str], typer.Argument(help="One or more texts.", metavar="TEXT...")],
     ) -> None:
-        """Labels texts with the model of a run. RUN is the folder of a finished run.
+        """Answers texts with the model of a run: a class, or what its task says. RUN is the folder
+        of a finished run.
 
         Example: coterie predict runs/demo "The striker scored twice in the final"
         """

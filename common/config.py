@@ -31,6 +31,7 @@ class TaskName(Enum):
 
     text_classification = "text_classification"
     causal_lm = "causal_lm"
+    question_answering = "question_answering"
 
     @property
     def has_classes(self) -> bool:
@@ -38,7 +39,7 @@ class TaskName(Enum):
         return self not in _WITHOUT_CLASSES
 
 
-_WITHOUT_CLASSES = frozenset({TaskName.causal_lm})
+_WITHOUT_CLASSES = frozenset({TaskName.causal_lm, TaskName.question_answering})
 
 
 class TuningMethod(Enum):

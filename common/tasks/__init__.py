@@ -10,6 +10,7 @@ from common.model import FineTuned
 from common.prefix import Inputs
 from common.records import Records
 from common.tasks.causal_lm import CausalLM
+from common.tasks.question_answering import QuestionAnswering
 from common.tasks.text_classification import TextClassification
 
 Processor = Any
@@ -80,6 +81,7 @@ class Task(Protocol):
 TASKS: dict[TaskName, Task] = {
     TaskName.text_classification: TextClassification(),
     TaskName.causal_lm: CausalLM(),
+    TaskName.question_answering: QuestionAnswering(),
 }
 """By name; `build_model` and the rest find them here."""
 

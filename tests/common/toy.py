@@ -72,6 +72,7 @@ USUAL = {"targets": [], "last_layers": 0}
 TINY: dict[TaskName, Tiny] = {
     TaskName.text_classification: Tiny(["sport", "money"]),
     TaskName.causal_lm: Tiny(save=save_gpt2, tuning=USUAL),
+    TaskName.question_answering: Tiny(),
 }
 
 

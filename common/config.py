@@ -32,6 +32,7 @@ class TaskName(Enum):
     text_classification = "text_classification"
     causal_lm = "causal_lm"
     question_answering = "question_answering"
+    seq2seq = "seq2seq"
 
     @property
     def has_classes(self) -> bool:
@@ -39,7 +40,7 @@ class TaskName(Enum):
         return self not in _WITHOUT_CLASSES
 
 
-_WITHOUT_CLASSES = frozenset({TaskName.causal_lm, TaskName.question_answering})
+_WITHOUT_CLASSES = frozenset({TaskName.causal_lm, TaskName.question_answering, TaskName.seq2seq})
 
 
 class TuningMethod(Enum):
@@ -102,6 +103,8 @@ class TaskConfig:
     """One of the tasks in `common/tasks`."""
     max_tokens: int = MISSING
     """Tokens kept per record; longer records are truncated, shorter ones padded."""
+    max_target_tokens: int = 64
+    """Tokens kept of a record's target, and written at most, where the task has one (seq2seq)."""
 
 
 @dataclass(frozen=True)
@@ -546,6 +549,7 @@ _PUBLIC_SHARE: _Rule = ("at least 0 and below 1", lambda value: bool(0 <= value 
 _RULES: dict[str, _Rule] = {
     "seed": ("at least 0 and below 2**32", lambda value: bool(0 <= value < 2**32)),
     "task.max_tokens": _COUNT,
+    "task.max_target_tokens": _COUNT,
     "model.feature_scale": _POSITIVE,
     "privacy.epsilon": _POSITIVE,
     "privacy.delta": ("between 0 and 1, both excluded", lambda value: bool(0 < value < 1)),

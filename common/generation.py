@@ -40,17 +40,19 @@ class GenerativeTask:
 
 
 def read_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], tokens: int, **how: Any
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], tokens: int, *, written: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(N, T) ids and mask of texts cut or padded at their end to `tokens`."""
+    """(N, T) ids and mask of texts cut or padded at their end to `tokens`.
+
+    Args: written: they are to be written, for which some tokenizers, as Marian's, have other words.
+    """
     encoded = tokenizer(
-        texts,
+        **{"text_target" if written else "text": texts},
         truncation=True,
         max_length=tokens,
         padding="max_length",
         padding_side="right",
         return_tensors="pt",
-        **how,
     )
     return encoded["input_ids"], encoded["attention_mask"]
 

@@ -17,6 +17,8 @@ from common.model import FineTuned
 from common.prefix import NoPrefixError, find_blocks
 from common.pretrained import first_line
 
+TABLE = "relative_attention_bias"
+
 
 def tune(model: FineTuned, config: Config, probe: Mapping[str, Tensor]) -> FineTuned:
     """Freezes the pretrained part of `model` and makes trainable what the config says, in place.
@@ -33,6 +35,7 @@ def tune(model: FineTuned, config: Config, probe: Mapping[str, Tensor]) -> FineT
         model.adopt(_add_adapters(encoder, config.tuning, config.seed))
     else:
         _unfreeze(encoder, config.tuning)
+        _freeze_tables(model)
     _check_reads(model, config, probe)
     _freeze_unused(model, probe)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -71,6 +74,14 @@ def _top_blocks(encoder: PreTrainedModel, name: str, wanted: int) -> list[nn.Mod
             f"{name}={wanted}: must be at most {len(blocks)}, the number of blocks of the model"
         )
     return blocks[len(blocks) - wanted :]
+
+
+def _freeze_tables(model: FineTuned) -> None:
+    """Freezes T5's tables of relative positions, some hundred numbers, for the engine's sake."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.split(".")[-2:-1] == [TABLE]:
+            parameter.requires_grad = False
+            model.tables.append(name)
 
 
 def _freeze_unused(model: FineTuned, probe: Mapping[str, Tensor]) -> None:

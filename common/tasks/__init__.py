@@ -11,6 +11,7 @@ from common.prefix import Inputs
 from common.records import Records
 from common.tasks.causal_lm import CausalLM
 from common.tasks.question_answering import QuestionAnswering
+from common.tasks.seq2seq import Seq2Seq
 from common.tasks.text_classification import TextClassification
 
 Processor = Any
@@ -82,6 +83,7 @@ TASKS: dict[TaskName, Task] = {
     TaskName.text_classification: TextClassification(),
     TaskName.causal_lm: CausalLM(),
     TaskName.question_answering: QuestionAnswering(),
+    TaskName.seq2seq: Seq2Seq(),
 }
 """By name; `build_model` and the rest find them here."""
 

@@ -58,8 +58,9 @@ class SpanFinder(FineTuned):
         if any(parameter.requires_grad for parameter in self.encoder.parameters()):
             return super().prepare(inputs, batch=batch)
         states = [self._states(piece) for piece in pieces(read_of(inputs), batch)]
-        kept = {STATES: torch.cat(states), MASK: inputs[MASK], **targets_of(inputs)}
-        return kept if len(inputs[MASK]) else {}
+        if not states:
+            return {}
+        return {STATES: torch.cat(states), MASK: inputs[MASK], **targets_of(inputs)}
 
 
 class QuestionAnswering:

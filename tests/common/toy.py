@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from common.config import NoiseSource, TaskName
 
@@ -50,6 +57,23 @@ def save_gpt2(folder: Path) -> None:
     save_tokenizer(folder)
 
 
+def save_t5(folder: Path) -> None:
+    """Two blocks a side, relative positions, output tied to the embeddings."""
+    made = T5Config(
+        vocab_size=len(WORDS),
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+    )
+    save_model(lambda: T5ForConditionalGeneration(made), folder)
+    save_tokenizer(folder, ends=True)
+
+
 def save_model(build: Callable[[], PreTrainedModel], folder: Path) -> None:
     """The same weights on every call."""
     with torch.random.fork_rng(devices=[]):
@@ -73,6 +97,7 @@ TINY: dict[TaskName, Tiny] = {
     TaskName.text_classification: Tiny(["sport", "money"]),
     TaskName.causal_lm: Tiny(save=save_gpt2, tuning=USUAL),
     TaskName.question_answering: Tiny(),
+    TaskName.seq2seq: Tiny(save=save_t5, tuning=USUAL, task={"max_target_tokens": 4}),
 }
 
 

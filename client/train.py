@@ -57,8 +57,9 @@ class Trainer:
         self.layout = Layout.of(self._model)
         self.parameters = sum(parameter.numel() for parameter in self._model.parameters())
         """Of the whole model, frozen ones included."""
-        self.adapted = tuple(
-            f"{name}: frozen, the output does not depend on it" for name in self._model.unused
+        self.adapted = (
+            *(f"{name}: frozen, the output does not depend on it" for name in self._model.unused),
+            *(f"{name}: frozen, the whole batch reads it at once" for name in self._model.tables),
         )
         """What building the model changed in it, in words."""
         rates = config.tuning

@@ -30,6 +30,17 @@ class TaskName(Enum):
     """What the model learns to do."""
 
     text_classification = "text_classification"
+    causal_lm = "causal_lm"
+    question_answering = "question_answering"
+    seq2seq = "seq2seq"
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether its records carry one of `data.labels`, which must then be given."""
+        return self not in _WITHOUT_CLASSES
+
+
+_WITHOUT_CLASSES = frozenset({TaskName.causal_lm, TaskName.question_answering, TaskName.seq2seq})
 
 
 class TuningMethod(Enum):
@@ -102,6 +113,8 @@ class TaskConfig:
     """One of the tasks in `common/tasks`."""
     max_tokens: int = MISSING
     """Tokens kept per record; longer records are truncated, shorter ones padded."""
+    max_target_tokens: int = 64
+    """Tokens kept of a record's target, and written at most, where the task has one (seq2seq)."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +149,9 @@ class DataConfig:
     surrounding blanks apart. Empty: no persons are known.
     """
     labels: list[str] = MISSING
-    """Class names, in order. From the config and never from private data."""
+    """Class names, in order. From the config and never from private data. May be left out where
+    the task knows no classes.
+    """
     site_column: str = ""
     """Column that says whose a record is, for `federation.partition=natural`. Empty: none does."""
     holdout_fraction: float = 0.2
@@ -167,9 +182,11 @@ class TuningConfig:
     alpha: int = 16
     """LoRA scaling: the adapter's output is multiplied by alpha / rank."""
     last_layers: int = 1
-    """How many of the top blocks get adapters."""
+    """How many of the top blocks get adapters; 0: all, and of an encoder-decoder both sides'."""
     targets: list[str] = MISSING
-    """Names of the linear modules, inside a block, that get adapters."""
+    """Names of the linear modules, inside a block, that get adapters. Empty: those that peft names
+    for this type of model.
+    """
     head_learning_rate: float = MISSING
     """Step size of the classification head, in units of parameter per clipped gradient."""
     adapter_learning_rate: float = 0.0
@@ -366,6 +383,7 @@ def from_composed(composed: DictConfig) -> Config:
     unknown = sorted(set(_leaf_names(composed)) - set(field_names()))
     if unknown:  # Hydra's +NAME=VALUE forces keys in that no schema knows
         raise ConfigError(f"{', '.join(unknown)}: no such setting")
+    _leave_out_labels(composed)
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"no value for {', '.join(missing)}: give each as NAME=VALUE")
@@ -376,6 +394,15 @@ def from_composed(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+def _leave_out_labels(composed: DictConfig) -> None:
+    """No labels are an empty list, where the task knows no classes."""
+    task, data = composed.task, composed.data
+    if OmegaConf.is_missing(task, "name") or task.name.has_classes:
+        return
+    if OmegaConf.is_missing(data, "labels"):
+        data.labels = []
 
 
 def to_canonical(config: Config) -> str:
@@ -478,6 +505,8 @@ def _broken(config: Config) -> Iterator[str]:
         rules |= _LORA_RULES
     if config.tuning.method is TuningMethod.last_layers:
         rules["tuning.k"] = _COUNT
+    if not config.task.name.has_classes:
+        rules["data.labels"] = ("different class names, in order, or none", _distinct_or_none)
     if config.data.source in FILES:
         rules["data.path"] = (f"the path of a {config.data.source.name} file", bool)
     for name, (rule, holds) in rules.items():
@@ -521,6 +550,10 @@ def _distinct_names(labels: list[str]) -> bool:
     return named and len(labels) > 1 and len(set(labels)) == len(labels)
 
 
+def _distinct_or_none(labels: list[str]) -> bool:
+    return not labels or _distinct_names(labels)
+
+
 def _positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
@@ -537,6 +570,7 @@ _PUBLIC_SHARE: _Rule = ("at least 0 and below 1", lambda value: bool(0 <= value 
 _RULES: dict[str, _Rule] = {
     "seed": ("at least 0 and below 2**32", lambda value: bool(0 <= value < 2**32)),
     "task.max_tokens": _COUNT,
+    "task.max_target_tokens": _COUNT,
     "model.feature_scale": _POSITIVE,
     "privacy.epsilon": _POSITIVE,
     "privacy.delta": ("between 0 and 1, both excluded", lambda value: bool(0 < value < 1)),
@@ -575,8 +609,7 @@ _RULES: dict[str, _Rule] = {
 _LORA_RULES: dict[str, _Rule] = {
     "tuning.rank": _COUNT,
     "tuning.alpha": _COUNT,
-    "tuning.last_layers": _COUNT,
-    "tuning.targets": ("a list of module names", bool),
+    "tuning.last_layers": ("0 for all blocks, or more", lambda value: bool(value >= 0)),
 }
 
 

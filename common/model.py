@@ -29,6 +29,9 @@ class FineTuned(nn.Module):
         self.encoder = encoder
         self.unused: list[str] = []
         """Parameters left frozen because the output does not depend on them, as BERT's pooler."""
+        self.tables: list[str] = []
+        """Parameters left frozen because the whole batch reads them at once, as T5's table of
+        relative positions: no fast engine tells the records apart in their gradient."""
         self._prefix: FrozenPrefix | None = None
         # In a tuple, so that torch does not register the wrapper as a child beside what it wraps.
         self._adapters: tuple[PeftModel | None] = (None,)

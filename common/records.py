@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import ConfigError
+
 Content = str | tuple[str, ...] | NDArray[Any]
 """What one record holds beside its label: a text; several texts, as a question and its context;
 an image (H, W, C) of uint8; a sound (samples,) of float32."""
@@ -48,6 +50,16 @@ class Records:
             raise ValueError("records name no persons")
         number = {person: index for index, person in enumerate(sorted(set(self.persons)))}
         return np.array([number[person] for person in self.persons], dtype=np.int64)
+
+    def parts(self, *names: str) -> list[list[str]]:
+        """Of contents that are several texts, all first ones, all second ones, and so on.
+
+        Args: names: what each is. Raises: ConfigError if a content is anything else.
+        """
+        for content in self.contents:
+            if not isinstance(content, tuple) or len(content) != len(names):
+                raise ConfigError(f"a record of this task must be {len(names)} texts: {names}")
+        return [[str(content[i]) for content in self.contents] for i in range(len(names))]
 
     def identities(self) -> list[Hashable]:
         """(N,) equal where contents are."""

@@ -33,6 +33,7 @@ def write_model(
     facts = {
         "feature_scale": config.model.feature_scale,
         "max_tokens": config.task.max_tokens,
+        "max_target_tokens": config.task.max_target_tokens,
         "task": config.task.name.name,
         "private": is_private(config),
     }
@@ -49,7 +50,8 @@ def load_released(folder: Path) -> tuple[FineTuned, TaskConfig]:
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         facts = settings[COTERIE_KEY]
-        task = TaskConfig(TaskName[facts["task"]], int(facts["max_tokens"]))
+        written = int(facts.get("max_target_tokens", TaskConfig.max_target_tokens))
+        task = TaskConfig(TaskName[facts["task"]], int(facts["max_tokens"]), written)
         model = TASKS[task.name].restore(folder, settings)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise VerificationError(f"{folder}: not a model released by coterie") from error
@@ -65,7 +67,8 @@ def predict(invocation: Invocation) -> None:
         run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
         texts: Annotated[list[str], typer.Argument(help="One or more texts.", metavar="TEXT...")],
     ) -> None:
-        """Labels texts with the model of a run. RUN is the folder of a finished run.
+        """Answers texts with the model of a run: a class, or what its task says. RUN is the folder
+        of a finished run.
 
         Example: coterie predict runs/demo "The striker scored twice in the final"
         """

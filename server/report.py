@@ -248,8 +248,8 @@ def show_report(content: dict[str, Any], run_dir: Path, console: Console) -> Non
 
 def _counted_sentence(counted: dict[str, Any]) -> str:
     return (
-        f"accuracy {counted['accuracy']:.4f} (standard error of the noise "
-        f"{counted['standard_error']:.4f}) on the sites' own training records, as "
+        f"right on {counted['accuracy']:.4f} (standard error of the noise "
+        f"{counted['standard_error']:.4f}) of the sites' own training records, as "
         f"{counted['sites']} sites counted"
     )
 

@@ -1,18 +1,144 @@
 """A tiny real model for each task, and a config that trains it on the task's toy examples."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from common.config import TaskName
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
-TINY: dict[TaskName, dict[str, object]] = {
-    TaskName.text_classification: {"labels": ["sport", "money"]},
+from common.config import NoiseSource, TaskName
+
+WORDS = [
+    *("<pad>", "<unk>", "<end>", "the", "a", "of", "in", "was", "on", "today", "said"),
+    *("goal", "match", "team", "coach", "cup", "score"),
+    *("bank", "shares", "market", "profit", "loan", "trade"),
+    *("where", "is"),
+]
+
+
+def save_tokenizer(folder: Path, *, ends: bool = False) -> None:
+    """Whole words of the suite; `ends` closes each text, as encoder-decoders expect."""
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A <end>", special_tokens=[("<end>", 2)]
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+def save_gpt2(folder: Path) -> None:
+    """Two blocks, output tied to the embeddings."""
+    made = GPT2Config(
+        vocab_size=len(WORDS),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        initializer_range=0.2,
+        eos_token_id=2,
+        bos_token_id=2,
+    )
+    save_model(lambda: GPT2LMHeadModel(made), folder)
+    save_tokenizer(folder)
+
+
+def save_t5(folder: Path) -> None:
+    """Two blocks a side, relative positions, output tied to the embeddings."""
+    made = T5Config(
+        vocab_size=len(WORDS),
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+    )
+    save_model(lambda: T5ForConditionalGeneration(made), folder)
+    save_tokenizer(folder, ends=True)
+
+
+def save_model(build: Callable[[], PreTrainedModel], folder: Path) -> None:
+    """The same weights on every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        build().save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """What a tiny config of a task changes in the suite's own."""
+
+    labels: list[str] = field(default_factory=list)
+    save: Callable[[Path], None] | None = None
+    """Writes the model; None: the suite's own BERT."""
+    tuning: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
+
+
+USUAL = {"targets": [], "last_layers": 0}
+TINY: dict[TaskName, Tiny] = {
+    TaskName.text_classification: Tiny(["sport", "money"]),
+    TaskName.causal_lm: Tiny(save=save_gpt2, tuning=USUAL),
+    TaskName.question_answering: Tiny(),
+    TaskName.seq2seq: Tiny(save=save_t5, tuning=USUAL, task={"max_target_tokens": 4}),
 }
-"""What a tiny config of each task changes in the suite's own."""
 
 
 def toy_config(task: TaskName, tiny_config, folder: Path):
     """The tiny private run, of this task, on a model in `folder` where the task needs another."""
-    changes = TINY[task]
-    data = replace(tiny_config.data, labels=changes["labels"])
-    return replace(tiny_config, task=replace(tiny_config.task, name=task), data=data)
+    tiny, model = TINY[task], tiny_config.model
+    if tiny.save is not None:
+        tiny.save(folder)
+        model = replace(model, name=str(folder))
+    return replace(
+        tiny_config,
+        task=replace(tiny_config.task, name=task, **tiny.task),
+        model=model,
+        data=replace(tiny_config.data, labels=tiny.labels),
+        tuning=replace(tiny_config.tuning, **tiny.tuning),
+    )
+
+
+def private_run(config, *, steps: int = 30, rate: float = 0.1):
+    """Metrics of public toy records before and after three private rounds at two sites.
+
+    Little noise: what is tried is the way, and not what privacy costs.
+    """
+    from client.site import Site
+    from client.train import Trainer
+    from common.parameters import flatten
+    from common.tasks import TASKS, build_model
+    from server.evaluate import Evaluator
+
+    config = replace(
+        config,
+        privacy=replace(config.privacy, noise_multiplier=0.3, noise=NoiseSource.seeded),
+        federation=replace(config.federation, local_steps=steps),
+        tuning=replace(config.tuning, adapter_learning_rate=rate, head_learning_rate=rate),
+    )
+    toys = TASKS[config.task.name].toy_examples(110)
+    evaluator = Evaluator(config, build_model(config), toys.subset(range(84, 110)))
+    sites = [Site(f"site-{i}", toys.subset(range(i, 84, 2)), (), None) for i in range(2)]
+    trainer, vector = Trainer(config), flatten(build_model(config))
+    before = evaluator.measure(vector)
+    for number in (1, 2, 3):
+        updates = [trainer.train(site, vector, round_number=number)[0] for site in sites]
+        vector = sum(updates) / len(updates)
+    return before, evaluator.measure(vector)

@@ -81,7 +81,7 @@ LEAVES = sorted(
 
 
 def test_there_are_as_many_yaml_files_as_we_know_of():
-    """Twenty-three: the job and twenty-two choices in eight groups. A forgotten one goes untested."""
+    """The job and twenty-two choices in eight groups. A forgotten one goes untested."""
     assert len(YAMLS) == 23
 
 

@@ -48,7 +48,8 @@ class FineTuned(nn.Module):
     def head_parameters(self) -> tuple[nn.Parameter, ...]:
         """What the task put on top, and trains in every way of tuning."""
         pretrained = {id(parameter) for parameter in self.encoder.parameters()}
-        return tuple(p for p in self.parameters() if id(p) not in pretrained)
+        head = (p for p in self.parameters() if id(p) not in pretrained)
+        return tuple(parameter for parameter in head if parameter.requires_grad)
 
     def cut_frozen_prefix(self) -> None:
         """Finds what is frozen, so that `prepare` runs it once per record; see `FrozenPrefix`."""

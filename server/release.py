@@ -1,6 +1,7 @@
 """The released model: a Hugging Face folder with a card, and `coterie predict`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,8 +51,9 @@ def load_released(folder: Path) -> tuple[FineTuned, TaskConfig]:
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         facts = settings[COTERIE_KEY]
-        written = int(facts.get("max_target_tokens", TaskConfig.max_target_tokens))
-        task = TaskConfig(TaskName[facts["task"]], int(facts["max_tokens"]), written)
+        task = TaskConfig(TaskName[facts["task"]], int(facts["max_tokens"]))
+        if "max_target_tokens" in facts:  # older folders, of classes only, know of no targets
+            task = replace(task, max_target_tokens=int(facts["max_target_tokens"]))
         model = TASKS[task.name].restore(folder, settings)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise VerificationError(f"{folder}: not a model released by coterie") from error

@@ -45,6 +45,8 @@ class SpanFinder(FineTuned):
         self.qa_outputs = nn.Linear(encoder.config.hidden_size, 2)
         nn.init.zeros_(self.qa_outputs.weight)
         nn.init.zeros_(self.qa_outputs.bias)
+        # One number on all tokens changes no softmax over them: noise alone would train it.
+        self.qa_outputs.bias.requires_grad = False
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """(B, T, 2) logits of start and end, from raw inputs or from what `prepare` made."""

@@ -78,6 +78,12 @@ def test_the_likeliest_span_is_in_the_context_and_in_order(config):
     assert _best_spans(logits, inputs[OFFSETS]).tolist() == [[0, 0]]
 
 
+def test_a_number_on_all_tokens_is_not_trained(config):
+    """No loss depends on it, so it would be released as pure noise."""
+    assert "qa_outputs.weight" in parameters.Layout.of(build_model(config)).names
+    assert "qa_outputs.bias" not in parameters.Layout.of(build_model(config)).names
+
+
 def test_loss_is_the_mean_of_both_ends(config):
     inputs = encoded(config, ("said on", "the team was", "team was"))
     logits = torch.randn(1, 14, 2, generator=torch.Generator().manual_seed(0))

@@ -24,11 +24,12 @@ from common.errors import PrivacyRefusedError, VerificationError
 from common.messages import Count, Instruction, SiteBooks, Update
 from common.parameters import Vector, check_vector
 from common.privacy.accounting import Event, coalesce, within
-from common.privacy.books import NoSpareRoundError
+from common.privacy.books import Books, NoSpareRoundError
 from common.privacy.mechanism import (
     count_event,
     count_std,
     counting,
+    is_counting,
     mechanism_of,
     noisy_count,
     round_event,
@@ -135,9 +136,10 @@ def _update(
 
 def _books(ledger: Ledger, instruction: Instruction) -> SiteBooks:
     """What the reply says of the ledger, with the way from the head the coordinator knows."""
-    books, receipt = ledger.books, instruction.receipt
-    links = b"" if receipt is None else ledger.links(receipt.head, books.head)
-    return SiteBooks(books.head, books.cap, books.spent(), coalesce(books.charges()), links)
+    with ledger.at_once():  # others may append, and all of this is of one moment
+        books, receipt = ledger.books, instruction.receipt
+        links = b"" if receipt is None else ledger.links(receipt.head, books.head)
+        return SiteBooks(books.head, books.cap, books.spent(), coalesce(books.charges()), links)
 
 
 def _check_terms(site: Site, instruction: Instruction, *, allow_unprotected: bool) -> None:
@@ -145,6 +147,8 @@ def _check_terms(site: Site, instruction: Instruction, *, allow_unprotected: boo
     constants and on past charges, never on records.
     """
     config = instruction.config
+    if is_counting(instruction.run_id):
+        raise VerificationError("instruction: its run has the name of a count")
     if not 1 <= instruction.round <= config.federation.rounds:
         raise VerificationError(f"instruction: round {instruction.round} is not in the plan")
     if tuple(config.data.labels) != site.classes:
@@ -177,11 +181,16 @@ def _check_price(site: Site, instruction: Instruction) -> None:
         raise VerificationError("instruction: the records of this site name no persons")
     if config.privacy.delta < books.delta:  # the ledger can prove nothing at a smaller one
         raise VerificationError(f"instruction: its delta is below the ledger's, {books.delta:g}")
-    plan = books.plans.get(instruction.run_id)
-    if plan is None and not books.admits(whole, books.admission()):
+    if not _is_committed(books, instruction) and not books.admits(whole, books.admission()):
         raise BudgetExhaustedError(f"the run would exceed the site's cap, {books.cap:g}")
-    if plan is not None and plan.config != config_hash(config):
+
+
+def _is_committed(books: Books, instruction: Instruction) -> bool:
+    """Whether its run has begun. Raises: VerificationError if that was with other settings."""
+    plan = books.plans.get(instruction.run_id)
+    if plan is not None and plan.config != config_hash(instruction.config):
         raise VerificationError("instruction: its configuration is not the one its run began with")
+    return plan is not None
 
 
 def _check_fit(trainer: Trainer, instruction: Instruction) -> None:
@@ -198,7 +207,7 @@ def _reserve(
         with ledger.at_once():
             if instruction.receipt is not None:
                 ledger.acknowledge(instruction.receipt)
-            if instruction.run_id not in ledger.books.plans:
+            if not _is_committed(ledger.books, instruction):  # now that nobody else can begin it
                 _commit(ledger, instruction)
             return ledger.reserve(run, round_number, charge)
     except NoSpareRoundError:

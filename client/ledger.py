@@ -145,9 +145,9 @@ class Store:
 
     def read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         """Rows of the file. Raises: VerificationError if it is not a ledger's."""
-        self._check_process()
         try:
-            return self._connection.execute(query, values).fetchall()
+            with self.turn():
+                return self._connection.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise VerificationError(f"{self.path}: is not a ledger file ({error})") from error
 
@@ -202,10 +202,16 @@ class Store:
             raise VerificationError(f"{self.path}: was opened by another process; open it anew")
 
     @contextmanager
-    def together(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, one fsync, for everything appended inside; nested ones join it."""
+    def turn(self) -> Iterator[None]:
+        """Waits for the transaction of another thread to end: it may yet be rolled back."""
         self._check_process()
         with self._turn:
+            yield
+
+    @contextmanager
+    def together(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, one fsync, for everything appended inside; nested ones join it."""
+        with self.turn():
             if self._inside:
                 yield self._connection
                 return
@@ -351,12 +357,13 @@ class Ledger:
     @property
     def books(self) -> Books:
         """What the chain means, up to its last entry. Raises: VerificationError."""
-        books = self._books or Books()
-        self._books = None  # whatever fails below leaves nothing half read
-        for entry in self._entries(after=books.head.seq):
-            books.apply(entry)
-        self._books = books
-        return books
+        with self._store.turn():
+            books = self._books or Books()
+            self._books = None  # whatever fails below leaves nothing half read
+            for entry in self._entries(after=books.head.seq):
+                books.apply(entry)
+            self._books = books
+            return books
 
     def entries(self) -> list[Entry]:
         """The whole chain."""

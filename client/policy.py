@@ -22,8 +22,9 @@ def check_policy(policy: NodeConfig, config: Config) -> None:
 
 def _broken(policy: NodeConfig, config: Config) -> Iterator[str]:
     mechanism, rounds, steps = mechanism_of(config), config.federation.rounds, config.charged_steps
-    if mechanism.noise_multiplier < policy.min_noise_multiplier:
-        yield f"sigma {mechanism.noise_multiplier:g} is below {policy.min_noise_multiplier:g}"
+    for event in run_events(config):
+        if event.noise_multiplier < policy.min_noise_multiplier:
+            yield f"sigma {event.noise_multiplier:g} is below {policy.min_noise_multiplier:g}"
     for name, asked, limit in (
         ("clip_norm", mechanism.clip_norm, policy.max_clip_norm),
         ("rounds", rounds, policy.max_rounds),

@@ -57,8 +57,9 @@ class Trainer:
         self.layout = Layout.of(self._model)
         self.parameters = sum(parameter.numel() for parameter in self._model.parameters())
         """Of the whole model, frozen ones included."""
-        self.adapted = tuple(
-            f"{name}: frozen, the output does not depend on it" for name in self._model.unused
+        self.adapted = (
+            *(f"{name}: frozen, the output does not depend on it" for name in self._model.unused),
+            *(f"{name}: frozen, the whole batch reads it at once" for name in self._model.tables),
         )
         """What building the model changed in it, in words."""
         rates = config.tuning
@@ -110,15 +111,18 @@ class Trainer:
 
     @torch.inference_mode()
     def count_correct(self, site: Site, vector: Vector) -> int:
-        """How many records of `site` that a run may use the model gets right: private."""
+        """How many records of `site` that a run may use the model gets right: private.
+
+        Guarantee: one record more changes it by one at most. Each is prepared and judged alone:
+        in a batch of another size sums round otherwise, and a coordinator can choose parameters
+        at which that turns the answers of many.
+        """
         parameters.load(self._model, vector)
         self._model.eval()
-        held, size = self._prepared(site), self._config.engine.physical_batch
-        count = 0
-        for start in range(0, held.records, size):
-            piece = {name: tensor[start : start + size] for name, tensor in held.inputs.items()}
-            right = self._task.correct(self._model(**read_of(piece)), targets_of(piece))
-            count += int(right.sum())
+        records, count = usable(site.records, self._config.privacy), 0
+        for index in range(len(records)):
+            row = self._prepare(records.subset([index]))
+            count += int(self._task.correct(self._model(**read_of(row)), targets_of(row)).sum())
         return count
 
     def preflight(self, *, precision: torch.dtype = torch.float32) -> Verdict:

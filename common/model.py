@@ -29,6 +29,9 @@ class FineTuned(nn.Module):
         self.encoder = encoder
         self.unused: list[str] = []
         """Parameters left frozen because the output does not depend on them, as BERT's pooler."""
+        self.tables: list[str] = []
+        """Parameters left frozen because the whole batch reads them at once, as T5's table of
+        relative positions: no fast engine tells the records apart in their gradient."""
         self._prefix: FrozenPrefix | None = None
         # In a tuple, so that torch does not register the wrapper as a child beside what it wraps.
         self._adapters: tuple[PeftModel | None] = (None,)
@@ -45,7 +48,8 @@ class FineTuned(nn.Module):
     def head_parameters(self) -> tuple[nn.Parameter, ...]:
         """What the task put on top, and trains in every way of tuning."""
         pretrained = {id(parameter) for parameter in self.encoder.parameters()}
-        return tuple(p for p in self.parameters() if id(p) not in pretrained)
+        head = (p for p in self.parameters() if id(p) not in pretrained)
+        return tuple(parameter for parameter in head if parameter.requires_grad)
 
     def cut_frozen_prefix(self) -> None:
         """Finds what is frozen, so that `prepare` runs it once per record; see `FrozenPrefix`."""

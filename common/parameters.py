@@ -14,6 +14,11 @@ Vector = NDArray[np.float32]
 """(P,) float32: every trainable parameter, in layout order."""
 
 
+MAX_MAGNITUDE = 1e4
+"""Of a parameter. With far larger ones whoever sends them could blow up the rounding errors of a
+batch until one record's presence shows in the gradients of others."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Names and shapes of the trainable parameters, in the order of the vector."""
@@ -61,10 +66,12 @@ def load(model: nn.Module, vector: Vector) -> None:
 
 
 def check_vector(vector: Vector, layout: Layout) -> None:
-    """Refuses a vector that is not one of `layout`. Raises: VerificationError."""
+    """Refuses a vector that is not one of `layout`, or of no model. Raises: VerificationError."""
     if vector.dtype != np.float32 or vector.shape != (layout.size,):
         raise VerificationError(
             f"parameters: {vector.dtype} of shape {vector.shape}, expected float32 ({layout.size},)"
         )
     if not np.isfinite(vector).all():
         raise VerificationError("parameters: not finite")
+    if vector.size and float(np.abs(vector).max()) > MAX_MAGNITUDE:
+        raise VerificationError(f"parameters: larger than {MAX_MAGNITUDE:g}, as no model's are")

@@ -31,7 +31,7 @@ class FrozenPrefix:
 
     def __init__(self, encoder: nn.Module, depth: int) -> None:
         self._encoder, self.depth = encoder, depth
-        self._owner, self._name, self._blocks = find_blocks(encoder)
+        self._owner, self._name, self._blocks = _find_cuttable(encoder)
         self._embeddings = encoder.get_submodule("embeddings")
 
     @torch.no_grad()
@@ -66,8 +66,9 @@ def trainable_depth(encoder: nn.Module) -> int:
     """Number of blocks below the lowest one that holds a trainable parameter.
 
     None are, where something outside the blocks is trained, as the embeddings in full tuning.
+    Raises: NoPrefixError if the encoder cannot be cut.
     """
-    _, _, blocks = find_blocks(encoder)
+    _, _, blocks = _find_cuttable(encoder)
     inside = {p for block in blocks for p in block.parameters()}
     if any(p.requires_grad and p not in inside for p in encoder.parameters()):
         return 0
@@ -78,17 +79,26 @@ def trainable_depth(encoder: nn.Module) -> int:
 
 
 def find_blocks(encoder: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The list of blocks, and where it hangs."""
+    """The list of blocks that holds most parameters, and where it hangs: of an encoder-decoder
+    the decoder's. Raises: NoPrefixError if there is none.
+    """
     found = [
         (sum(p.numel() for p in child.parameters()), owner, name, child)
         for owner in encoder.modules()
         for name, child in owner.named_children()
         if isinstance(child, nn.ModuleList)
     ]
-    if not found or not hasattr(encoder, "embeddings"):
-        raise NoPrefixError("the encoder has no embeddings followed by a list of blocks")
+    if not found:
+        raise NoPrefixError("the model has no list of blocks")
     _, owner, name, blocks = max(found, key=lambda entry: entry[0])
     return owner, name, blocks
+
+
+def _find_cuttable(encoder: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
+    """As `find_blocks`, where one module, `embeddings`, makes what the first block reads."""
+    if not hasattr(encoder, "embeddings"):
+        raise NoPrefixError("the encoder has no embeddings followed by a list of blocks")
+    return find_blocks(encoder)
 
 
 class NoPrefixError(CoterieError):

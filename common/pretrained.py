@@ -65,8 +65,13 @@ def load_encoder(config: ModelConfig, family: Any = AutoModel) -> PreTrainedMode
     return encoder
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer that belongs to the encoder. Raises: ConfigError."""
+def load_tokenizer(config: ModelConfig, *, end_pads: bool = False) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer that belongs to the encoder.
+
+    Args: end_pads: the end of a text pads where there is no token for it, as with GPT-2 and Llama;
+    for tasks that tell padding from text by their own count.
+    Raises: ConfigError.
+    """
     if config.name.startswith(PREFIX):
         raise ConfigError(f"model.name={config.name}: has no tokenizer; it reads no texts")
     source = locate(config.name)
@@ -85,6 +90,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise ConfigError(
             f"model.name={config.name}: has no tokenizer ({first_line(error)})"
         ) from error
+    if tokenizer.pad_token is None and end_pads:
+        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ConfigError(
             f"model.name={config.name}: its tokenizer has no padding token; set one and save it"

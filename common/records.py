@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import ConfigError
+
 Content = str | tuple[str, ...] | NDArray[Any]
 """What one record holds beside its label: a text; several texts, as a question and its context;
 an image (H, W, C) of uint8; a sound (samples,) of float32."""
@@ -22,6 +24,8 @@ class Records:
     """(N,) index into the config's `data.labels`; zeros where the task knows no classes."""
     persons: tuple[str, ...] | None = field(default=None, repr=False)
     """(N,) id of the person each record is of; None where nobody says. Never leaves a site."""
+    homes: tuple[str, ...] | None = field(default=None, repr=False)
+    """(N,) name of the site each record is from, for a simulation that deals them so."""
 
     def __len__(self) -> int:
         """N, the number of records."""
@@ -30,11 +34,11 @@ class Records:
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> "Records":
         """The records at `indices`, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        persons = self.persons
         return Records(
             tuple(self.contents[i] for i in chosen),
             self.labels[chosen],
-            None if persons is None else tuple(persons[i] for i in chosen),
+            _chosen(self.persons, chosen),
+            _chosen(self.homes, chosen),
         )
 
     def owners(self) -> NDArray[np.int64]:
@@ -47,9 +51,23 @@ class Records:
         number = {person: index for index, person in enumerate(sorted(set(self.persons)))}
         return np.array([number[person] for person in self.persons], dtype=np.int64)
 
+    def parts(self, *names: str) -> list[list[str]]:
+        """Of contents that are several texts, all first ones, all second ones, and so on.
+
+        Args: names: what each is. Raises: ConfigError if a content is anything else.
+        """
+        for content in self.contents:
+            if not isinstance(content, tuple) or len(content) != len(names):
+                raise ConfigError(f"a record of this task must be {len(names)} texts: {names}")
+        return [[str(content[i]) for content in self.contents] for i in range(len(names))]
+
     def identities(self) -> list[Hashable]:
         """(N,) equal where contents are."""
         return [identity(content) for content in self.contents]
+
+
+def _chosen(names: tuple[str, ...] | None, at: NDArray[np.int64]) -> tuple[str, ...] | None:
+    return None if names is None else tuple(names[i] for i in at)
 
 
 def identity(content: Content) -> str | tuple[str, ...]:

@@ -6,14 +6,18 @@ from collections.abc import Mapping
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from common.config import Config, TaskName, TuningConfig, TuningMethod
 from common.errors import ConfigError
 from common.model import FineTuned
 from common.prefix import NoPrefixError, find_blocks
 from common.pretrained import first_line
+
+TABLE = "relative_attention_bias"
 
 
 def tune(model: FineTuned, config: Config, probe: Mapping[str, Tensor]) -> FineTuned:
@@ -22,7 +26,7 @@ def tune(model: FineTuned, config: Config, probe: Mapping[str, Tensor]) -> FineT
     Guarantee: the initial trainable parameters depend on `config.seed` and nothing else; no
     trainable parameter is left that has no part in the output.
     Args: probe: two made records of full size, as the model reads them.
-    Raises: ConfigError if the model cannot read them, or has no such modules.
+    Raises: ConfigError if the model cannot read them, has no such modules, or would train nothing.
     """
     encoder = model.encoder
     encoder.requires_grad_(requires_grad=False)
@@ -31,8 +35,15 @@ def tune(model: FineTuned, config: Config, probe: Mapping[str, Tensor]) -> FineT
         model.adopt(_add_adapters(encoder, config.tuning, config.seed))
     else:
         _unfreeze(encoder, config.tuning)
+        _freeze_tables(model)
     _check_reads(model, config, probe)
     _freeze_unused(model, probe)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"tuning.method={config.tuning.method.name}: would train nothing, as "
+            f"task={config.task.name.name} puts no head on the model; choose tuning=lora, "
+            "last_layers, bitfit or full"
+        )
     model.cut_frozen_prefix()
     return model
 
@@ -55,13 +66,12 @@ def _unfreeze(encoder: PreTrainedModel, tuning: TuningConfig) -> None:
         for parameter in biases:
             parameter.requires_grad = True
     elif tuning.method is TuningMethod.last_layers:
-        blocks = _blocks(encoder, "tuning.k", tuning.k)
-        for block in blocks[len(blocks) - tuning.k :]:
+        for block in _top_blocks(encoder, "tuning.k", tuning.k):
             block.requires_grad_(requires_grad=True)
 
 
-def _blocks(encoder: PreTrainedModel, name: str, wanted: int) -> list[nn.Module]:
-    """The encoder's blocks, of which `wanted` are to be tuned. Raises: ConfigError."""
+def _top_blocks(encoder: PreTrainedModel, name: str, wanted: int) -> list[nn.Module]:
+    """The encoder's last `wanted` blocks, which `name` asks for. Raises: ConfigError."""
     try:
         blocks = list(find_blocks(encoder)[2])
     except NoPrefixError as error:
@@ -70,7 +80,15 @@ def _blocks(encoder: PreTrainedModel, name: str, wanted: int) -> list[nn.Module]
         raise ConfigError(
             f"{name}={wanted}: must be at most {len(blocks)}, the number of blocks of the model"
         )
-    return blocks
+    return blocks[len(blocks) - wanted :]
+
+
+def _freeze_tables(model: FineTuned) -> None:
+    """Freezes T5's tables of relative positions, some hundred numbers, for the engine's sake."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.split(".")[-2:-1] == [TABLE]:
+            parameter.requires_grad = False
+            model.tables.append(name)
 
 
 def _freeze_unused(model: FineTuned, probe: Mapping[str, Tensor]) -> None:
@@ -105,57 +123,49 @@ def _check_reads(model: FineTuned, config: Config, probe: Mapping[str, Tensor]) 
 
 def _add_adapters(encoder: PreTrainedModel, tuning: TuningConfig, seed: int) -> PeftModel:
     """Puts LoRA matrices into the top blocks of `encoder`, in place. Raises: ConfigError."""
-    blocks = encoder.config.num_hidden_layers
-    if tuning.last_layers > blocks:
-        raise ConfigError(
-            f"tuning.last_layers={tuning.last_layers}: must be at most {blocks}, "
-            "the number of blocks of the model"
-        )
     adapters = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,
-        target_modules=_adapted_modules(
-            encoder, tuning, range(blocks - tuning.last_layers, blocks)
-        ),
+        # One pattern of full names: a list would be matched by endings, and a lower block's
+        # module may end in an upper one's name.
+        target_modules="|".join(re.escape(name) for name in _places(encoder, tuning)),
         lora_dropout=0.0,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
-        try:
-            with warnings.catch_warnings():
-                # peft 0.21 asks transformers 5 for a name that transformers 6 will drop.
-                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-                wrapped: PeftModel = get_peft_model(encoder, adapters)
-        except ValueError as error:
-            raise _no_targets(encoder, tuning) from error
+        # peft 0.21 asks transformers 5 for a name that transformers 6 will drop.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        # It sets the flag that GPT-2's transposed matrices need itself, and says so.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set", UserWarning)
+        wrapped: PeftModel = get_peft_model(encoder, adapters)
     return wrapped
 
 
-def _adapted_modules(encoder: PreTrainedModel, tuning: TuningConfig, chosen: range) -> list[str]:
-    """Full names of the targets in the chosen blocks; peft's own choice by number misses blocks
-    that hang from the encoder itself, as ViT's. Raises: ConfigError if there are none.
-    """
-    names = [
-        name
-        for name, _ in encoder.named_modules()
-        if (block := re.search(r"(?:^|\.)(\d+)\.", name))
-        and int(block[1]) in chosen
-        and any(f".{name}".endswith(f".{target}") for target in tuning.targets)
-    ]
-    if not names:
-        raise _no_targets(encoder, tuning)
-    return names
-
-
-def _no_targets(encoder: PreTrainedModel, tuning: TuningConfig) -> ConfigError:
-    names = sorted({n.split(".")[-1] for n, m in encoder.named_modules() if _linear(m)})
-    return ConfigError(
-        f"tuning.targets={list(tuning.targets)}: the model's linear modules are {', '.join(names)}"
+def _places(encoder: PreTrainedModel, tuning: TuningConfig) -> list[str]:
+    """Full names of the linear modules that get adapters. Raises: ConfigError if none do."""
+    kind = encoder.config.model_type
+    targets = tuning.targets or USUAL_TARGETS.get(kind, ())
+    endings = tuple(f".{target}" for target in targets)
+    top = (
+        _top_blocks(encoder, "tuning.last_layers", tuning.last_layers)
+        if tuning.last_layers
+        else [encoder]
     )
+    inside = {module for block in top for module in block.modules()}
+    linear = {name: module for name, module in encoder.named_modules() if _linear(module)}
+    places = [n for n, module in linear.items() if module in inside and f".{n}".endswith(endings)]
+    if not places:
+        names = sorted({name.split(".")[-1] for name in linear})
+        usual = "" if tuning.targets else f"; peft names none for a {kind}"
+        raise ConfigError(
+            f"tuning.targets={list(tuning.targets)}: the model's linear modules are "
+            f"{', '.join(names)}{usual}"
+        )
+    return places
 
 
 def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def _disable_dropout(encoder: PreTrainedModel) -> None:

@@ -21,10 +21,11 @@ from server.count import count_correct
 from server.evaluate import Evaluator
 from server.heads import HeadBook
 from server.plan import RunPlan, is_private, make_plan, not_private_reason
-from server.record import RoundLine, append_line, round_line
+from server.record import RoundLine, append_line
 from server.release import write_model
 from server.report import RunFacts, build_report, write_report
 from server.rounds import OnReply, run_rounds
+from server.spending import round_line
 
 CONFIG_KEY = "config"
 """Key of the resolved config, one canonical string, in Flower's run config."""
@@ -75,13 +76,14 @@ def _run(grid: Grid, run_plan: RunPlan, public: Records, watch: Watch) -> None:
         checkpoints=run_dir / "checkpoints",
         on_reply=watch.on_reply,
     )
+    nodes: dict[int, str] = {}
     for outcome in rounds:
-        vector = outcome.vector
+        vector, nodes = outcome.vector, outcome.nodes
         lines.append(round_line(outcome, evaluator.measure(vector), lines, run_plan))
         append_line(run_dir, lines[-1])
         watch.on_round(lines[-1])
     last = Instruction(run_id, len(lines), config, layout.digest, vector)
-    counted = count_correct(grid, run_plan, last, heads)
+    counted = count_correct(grid, run_plan, last, heads, nodes)
     # 12. Report, and release the model of the final round: never the best on the hold-out.
     key = heads.key if heads else ""
     facts = RunFacts(run_id, time.perf_counter() - started, len(public), key)

@@ -37,13 +37,14 @@ def sample_cohort(nodes: Mapping[int, str]) -> tuple[int, ...]:
 
 
 def sites_of(grid: Grid) -> dict[int, str]:
-    """Node ids that are there now, with their names.
+    """Node ids that are there now, with their names, no two the same.
 
     Names are the nodes' own claims; where two claim the same, both get their id as well.
     """
-    named = {node.node_id: node.name or "node" for node in grid.get_nodes()}
-    claims = Counter(named.values())
-    return {
-        node: f"{name}-{node}" if claims[name] > 1 or name == "node" else name
-        for node, name in named.items()
-    }
+    named = {node.node_id: node.name or f"node-{node.node_id}" for node in grid.get_nodes()}
+    # Again, for whoever claims what another one is called with its id.
+    while len(claims := Counter(named.values())) < len(named):
+        named = {
+            node: f"{name}-{node}" if claims[name] > 1 else name for node, name in named.items()
+        }
+    return named

@@ -15,7 +15,7 @@ from common.privacy.accounting import Event
 from common.privacy.chain import Receipt
 from common.privacy.mechanism import count_event, count_std
 from server.aggregate import reason_of
-from server.cohort import sample_cohort, sites_of
+from server.cohort import sample_cohort
 from server.exchange import Exchange
 from server.heads import HeadBook, check_continuation, receipts_of
 from server.plan import RunPlan
@@ -54,18 +54,22 @@ class Counted:
 
 
 def count_correct(
-    grid: Grid, run_plan: RunPlan, final: Instruction, heads: HeadBook | None
+    grid: Grid,
+    run_plan: RunPlan,
+    final: Instruction,
+    heads: HeadBook | None,
+    nodes: Mapping[int, str],
 ) -> Counted | None:
     """Asks every site once how many of its records the final model gets right.
 
     Guarantee: waits no longer than a round; a site that does not answer is left out and named.
-    Args: final: the last round's instruction, with the final parameters.
+    Args: final: the last round's instruction, with the final parameters; nodes: of the rounds,
+    with the names they had there, by which they are charged and known.
     Returns: None where the plan counts nothing.
     """
     config, event = run_plan.config, count_event(run_plan.config)
     if event is None:
         return None
-    nodes = sites_of(grid)
     receipts, timeout_s = receipts_of(nodes, heads), config.federation.round_timeout_s
     exchange = Exchange(grid, final, timeout_s=timeout_s, receipts=receipts, spares={})
     exchange.send(sample_cohort(nodes), kind=MessageType.EVALUATE)

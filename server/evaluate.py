@@ -4,7 +4,7 @@ import torch
 
 from common import parameters
 from common.config import Config
-from common.model import FineTuned, pieces, read_of, targets_of
+from common.model import FineTuned, pieces
 from common.parameters import Vector
 from common.records import Records
 from common.tasks import TASKS
@@ -15,7 +15,8 @@ class Evaluator:
 
     def __init__(self, config: Config, model: FineTuned, public: Records) -> None:
         self._config, self._model, self._task = config, model, TASKS[config.task.name]
-        encoded = self._task.encode(self._task.load_processor(config.model), public, config.task)
+        self._public, self._processor = public, self._task.load_processor(config.model)
+        encoded = self._task.encode(self._processor, public, config.task)
         self._inputs = model.prepare(encoded, batch=config.engine.physical_batch)
 
     @torch.inference_mode()
@@ -24,8 +25,8 @@ class Evaluator:
         parameters.load(self._model, vector)
         self._model.eval()
         scores = [
-            self._task.score(self._model(**read_of(piece)), targets_of(piece))
+            self._task.score(self._model, piece)
             for piece in pieces(self._inputs, self._config.engine.physical_batch)
         ]
         whole = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
-        return self._task.metrics(whole, self._config)
+        return self._task.metrics(whole, self._public, self._processor, self._config)

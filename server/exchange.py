@@ -41,12 +41,13 @@ class Exchange:
         self._deadline = monotonic() + timeout_s
 
     def send(self, nodes: tuple[int, ...], kind: str = MessageType.TRAIN) -> list[str]:
-        """Pushes the instruction to these nodes; returns the messages' ids."""
+        """Pushes the instruction to these nodes; returns the ids of the messages that went."""
         outgoing = [self._addressed(node, kind) for node in nodes]
-        ids = list(self._grid.push_messages(outgoing))
-        self.sent.update(zip(ids, nodes, strict=True))
-        self.bytes_down += len(nodes) * self._bytes
-        return ids
+        ids = self._grid.push_messages(outgoing)
+        went = {sent: node for sent, node in zip(ids, nodes, strict=True) if sent}
+        self.sent.update(went)
+        self.bytes_down += len(went) * self._bytes
+        return list(went)
 
     def replies(self) -> Iterator[Message]:
         """The last reply of each site, as they come; ends when all have, or at the deadline."""
@@ -68,7 +69,7 @@ class Exchange:
     def _again(self, node: int, reply: Message) -> list[str]:
         """Asks once more where the site lost the round and its plan still has a spare."""
         lost = reply.has_error() and reply.error.code == messages.LOCAL_FAILURE
-        if not lost or self._spares.get(node, 0) < 1:
+        if not lost or self._spares.get(node, 0) < 1 or monotonic() >= self._deadline:
             return []
         self._spares[node] -= 1
         return self.send((node,))

@@ -8,6 +8,7 @@ from typing import Any
 from common.privacy.accounting import (
     LIVE_INTERVAL,
     Event,
+    coalesce,
     epsilon_of_group,
     epsilon_pld,
     number,
@@ -35,23 +36,23 @@ def guarantees(
 ) -> list[dict[str, Any]]:
     """The trust models of a report, strongest claim first; none for a run that protects nothing.
 
-    Each epsilon is of the worst site, at the run's delta, on the coarse grid, which is above.
+    Each epsilon is of whichever sites are worst in it, at the run's delta, on the coarse grid,
+    which is above.
     """
     if not is_private(run_plan.config):
         return []
-    worst = max(spent.values(), key=lambda spending: spending.bound)
     unit, delta = run_plan.config.privacy.unit, run_plan.config.privacy.delta
-    rows = [_everything(worst, unit), _models_only(run_plan, lines)]
+    rows = [_everything(spent, unit), _models_only(run_plan, lines)]
     if unit == "record":  # of persons the first row covers every record that was used
-        rows.append(_two_records(worst, delta))
+        rows.append(_two_records(spent, delta))
     return [asdict(row) for row in (*rows, _two_sites(spent, delta, unit))]
 
 
-def _everything(worst: Spending, unit: str) -> Guarantee:
+def _everything(spent: dict[str, Spending], unit: str) -> Guarantee:
     return Guarantee(
         "the coordinator, the other sites, whoever sees every update",
         f"one {unit}",
-        number(worst.bound),
+        number(max(each.bound for each in spent.values())),
         "Nobody outside the site is trusted: clipping and noise happen beside the data.",
     )
 
@@ -79,18 +80,23 @@ def _models_only(run_plan: RunPlan, lines: Sequence[RoundLine]) -> Guarantee:
     )
 
 
-def _two_records(worst: Spending, delta: float) -> Guarantee:
+def _two_records(spent: dict[str, Spending], delta: float) -> Guarantee:
+    epsilon = max(epsilon_of_group(each.history, GROUP, delta) for each in spent.values())
     return Guarantee(
         "the coordinator, the other sites, whoever sees every update",
         f"{GROUP} records of one person at one site",
-        number(epsilon_of_group(worst.history, GROUP, delta)),
+        number(epsilon),
         "By PLD, for settings fixed in advance: sampling may draw both records in one step.",
     )
 
 
 def _two_sites(spent: dict[str, Spending], delta: float, unit: str) -> Guarantee:
-    dearest = sorted(spent.values(), key=lambda each: each.bound)[-GROUP:]
-    both: list[Event] = [event for spending in dearest for event in spending.history]
+    """Of each mechanism the two highest numbers of steps: above what any two were charged."""
+    steps: dict[tuple[float, float], list[int]] = {}
+    for spending in spent.values():
+        for event in coalesce(spending.history):
+            steps.setdefault((event.noise_multiplier, event.sample_rate), []).append(event.steps)
+    both = [Event(sigma, q, sum(sorted(each)[-GROUP:])) for (sigma, q), each in steps.items()]
     return Guarantee(
         "the coordinator, the other sites, whoever sees every update",
         "one record at each of two sites" if unit == "record" else "one person at two sites",

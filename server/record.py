@@ -2,16 +2,12 @@
 
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
 from common.messages import SiteBooks
-from common.privacy.accounting import number
-from server.plan import RunPlan, is_private
-from server.rounds import RoundOutcome
 
 FILE = "metrics.jsonl"
 
@@ -56,29 +52,6 @@ def read_lines(run_dir: Path) -> list[RoundLine]:
     """The lines of a run. Raises: OSError, ValueError or TypeError if they are none of ours."""
     text = (run_dir / FILE).read_text(encoding="utf-8")
     return [RoundLine(**json.loads(line)) for line in text.splitlines()]
-
-
-def round_line(
-    outcome: RoundOutcome, metrics: dict[str, float], before: list[RoundLine], run_plan: RunPlan
-) -> RoundLine:
-    """The line of a round that just ended, after the lines `before` it."""
-    asked = Counter(name for line in before for name in line.asked) + Counter(outcome.asked)
-    epsilon = run_plan.epsilon_by_round[max(asked.values()) - 1]
-    if run_plan.config.ledger:  # other runs are in its books, too
-        known = [epsilon, *(books.spent for books in outcome.books.values())]
-        epsilon = max([*known, *(float(line.epsilon) for line in before)])
-    return RoundLine(
-        round=outcome.round,
-        private=is_private(run_plan.config),
-        metrics=metrics,
-        epsilon=number(epsilon),
-        asked=outcome.asked,
-        refused=outcome.refused,
-        bytes_down=outcome.bytes_down,
-        bytes_up=outcome.bytes_up,
-        sites_s=round(outcome.sites_s, 3),
-        books=site_lines(outcome.books),
-    )
 
 
 def site_lines(books: Mapping[str, SiteBooks]) -> dict[str, SiteLine]:

@@ -1,6 +1,7 @@
 """The released model: a Hugging Face folder with a card, and `coterie predict`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,7 @@ def write_model(
         "feature_scale": config.model.feature_scale,
         "max_tokens": config.task.max_tokens,
         "max_seconds": config.task.max_seconds,
+        "max_target_tokens": config.task.max_target_tokens,
         "task": config.task.name.name,
         "private": is_private(config),
     }
@@ -50,8 +52,11 @@ def load_released(folder: Path) -> tuple[FineTuned, TaskConfig]:
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         facts = settings[COTERIE_KEY]
-        task = TaskConfig(
-            TaskName[facts["task"]], int(facts["max_tokens"]), float(facts["max_seconds"])
+        task = TaskConfig(TaskName[facts["task"]], int(facts["max_tokens"]))
+        # Older folders, of classes of texts only, know of neither.
+        known = {"max_target_tokens": int, "max_seconds": float}
+        task = replace(
+            task, **{name: of(facts[name]) for name, of in known.items() if name in facts}
         )
         model = TASKS[task.name].restore(folder, settings)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -71,7 +76,7 @@ def predict(invocation: Invocation) -> None:
             typer.Argument(help="One or more texts, or files of what the model reads."),
         ],
     ) -> None:
-        """Labels texts, or image or sound files, with the model of a run, a finished run's folder.
+        """Answers texts, or image or sound files, with the model of a run, a finished run's folder.
 
         Example: coterie predict runs/demo "The striker scored twice in the final"
         """

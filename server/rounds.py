@@ -34,6 +34,8 @@ class RoundOutcome:
     """What one round left behind."""
 
     round: int
+    nodes: dict[int, str]
+    """The sites of the run: node ids with names, which stay while it goes on."""
     asked: tuple[str, ...]
     """Sites that were sent the instruction, and count as charged whatever they answered; twice
     where a spare round paid for another attempt."""
@@ -97,10 +99,13 @@ def run_rounds(
             charge=run_plan.event,
             receipts=receipts,
         )
+        books = {nodes[node]: books for node, books in verdicts.books.items()}
+        # Countersign the ledgers first: what was accepted was released, whatever becomes of it.
+        if heads is not None:
+            heads.countersign({site: each.head for site, each in books.items()})
         _check_quorum(verdicts, run_plan, number)
         vector = average(verdicts, round_number=number, strategy=strategy)
-        books = {nodes[node]: books for node, books in verdicts.books.items()}
-        # 10. Checkpoint, atomically, and countersign the sites' ledgers.
+        # 10. Checkpoint, atomically.
         write_checkpoint(
             checkpoints,
             run_id=run_id,
@@ -108,11 +113,10 @@ def run_rounds(
             private=is_private(config),
             vector=vector,
         )
-        if heads is not None:
-            heads.countersign({site: each.head for site, each in books.items()})
         # 11. Record.
         yield RoundOutcome(
             round=number,
+            nodes=nodes,
             asked=tuple(nodes[node] for node in exchange.sent.values()),
             refused={nodes[node]: reason for node, reason in verdicts.refused.items()},
             vector=vector,

@@ -1,12 +1,24 @@
-"""What each site was charged by the time a run is over, priced from what it was asked."""
+"""What each site was charged, after a round and at the end, priced from what it was asked."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from common.privacy.accounting import Epsilons, Event, check_agreement, epsilons
+from common.errors import VerificationError
+from common.privacy.accounting import (
+    LIVE_INTERVAL,
+    Epsilons,
+    Event,
+    check_agreement,
+    coalesce,
+    epsilon_pld,
+    epsilons,
+    number,
+)
 from server.plan import RunPlan, is_private
-from server.record import RoundLine, SiteLine
+from server.record import RoundLine, SiteLine, site_lines
+from server.rounds import RoundOutcome
 
 
 @dataclass(frozen=True)
@@ -35,18 +47,52 @@ class Spending:
     price: Epsilons
     books: SiteLine | None
     """Its ledger, when it last answered."""
+    told: float
+    """Epsilon that this ledger may stand at by now, by its own account."""
 
     @property
     def bound(self) -> float:
         """Epsilon that holds: PLD, or more where plans followed outputs (a Renyi filter)."""
-        return max(self.price.pld, self.books["spent"] if self.books else 0.0)
+        return max(self.price.pld, self.told)
+
+
+def round_line(
+    outcome: RoundOutcome, metrics: dict[str, float], before: list[RoundLine], run_plan: RunPlan
+) -> RoundLine:
+    """The line of a round that just ended, after the lines `before` it."""
+    line = RoundLine(
+        round=outcome.round,
+        private=is_private(run_plan.config),
+        metrics=metrics,
+        epsilon="inf",
+        asked=outcome.asked,
+        refused=outcome.refused,
+        bytes_down=outcome.bytes_down,
+        bytes_up=outcome.bytes_up,
+        sites_s=round(outcome.sites_s, 3),
+        books=site_lines(outcome.books),
+    )
+    return replace(line, epsilon=number(_epsilon_so_far(run_plan, [*before, line])))
+
+
+def _epsilon_so_far(run_plan: RunPlan, lines: list[RoundLine]) -> float:
+    """Of the site that was charged most, answered or not."""
+    asked, delta = rounds_asked(run_plan, lines), run_plan.config.privacy.delta
+    times = Counter(name for each in asked for name in each.names)
+    epsilon = run_plan.epsilon_by_round[max(times.values()) - 1]
+    if run_plan.config.ledger:  # other runs are in its books, too
+        for name in times:
+            priced = epsilon_pld(_told(asked, name), delta, LIVE_INTERVAL)
+            epsilon = max(epsilon, priced, _said(asked, name, delta))
+    return epsilon
 
 
 def spendings(run_plan: RunPlan, asked: Iterable[Asked]) -> dict[str, Spending]:
     """What every site was charged, by name, in their natural order.
 
     Guarantee: never less than everything the site was asked in this run, answered or not,
-    whatever its ledger says; the accountants agree. Raises: VerificationError if they do not.
+    whatever its ledger says; on what it was asked the accountants agree. Raises:
+    VerificationError if they do not.
     """
     questions = list(asked)
     names = {name for question in questions for name in question.names}
@@ -54,17 +100,44 @@ def spendings(run_plan: RunPlan, asked: Iterable[Asked]) -> dict[str, Spending]:
 
 
 def _spending(run_plan: RunPlan, asked: list[Asked], name: str) -> Spending:
-    books = next((each.books[name] for each in reversed(asked) if name in each.books), None)
+    books = _last(asked, name)
     here = tuple(each.event for each in asked for one in each.names if one == name)
     if not is_private(run_plan.config):
-        return Spending(here, Epsilons(math.inf, math.inf, math.inf), books)
+        return Spending(here, Epsilons(math.inf, math.inf, math.inf), books, math.inf)
     told = _told(asked, name)
     delta = run_plan.config.privacy.delta
-    priced = [(events, epsilons(events, delta)) for events in (here, told)]
-    for _, price in priced:
-        check_agreement(price)
+    asked_here = epsilons(here, delta)
+    check_agreement(asked_here)
+    priced = [(here, asked_here), (told, _highest(epsilons(told, delta)))]
     history, price = max(priced, key=lambda each: each[1].pld)
-    return Spending(history, price, books)
+    return Spending(history, price, books, _said(asked, name, delta))
+
+
+def _last(asked: list[Asked], name: str) -> SiteLine | None:
+    return next((each.books[name] for each in reversed(asked) if name in each.books), None)
+
+
+def _said(asked: list[Asked], name: str, delta: float) -> float:
+    """What its ledger stands at, by its own account: its cap, if a filter counts (which no PLD
+    bounds) and the site was asked since it last answered.
+    """
+    books = _last(asked, name)
+    if books is None:
+        return 0.0
+    charged = _charged(books)
+    by_filter = books["spent"] > epsilon_pld(charged, delta)
+    asked_since = coalesce(_told(asked, name)) != coalesce(charged)
+    return books["cap"] if by_filter and asked_since else books["spent"]
+
+
+def _highest(price: Epsilons) -> Epsilons:
+    """Of what a site tells, which may be made for the accountants to disagree: their highest."""
+    try:
+        check_agreement(price)
+    except VerificationError:
+        highest = max(price.pld, price.rdp, price.prv or 0.0)
+        return Epsilons(highest, highest, None)
+    return price
 
 
 def _told(asked: list[Asked], name: str) -> tuple[Event, ...]:
@@ -72,13 +145,18 @@ def _told(asked: list[Asked], name: str) -> tuple[Event, ...]:
     history: tuple[Event, ...] = ()
     for each in asked:
         if name in each.books:
-            charged = each.books[name]["charged"]
-            history = tuple(Event(sigma, q, int(steps)) for sigma, q, steps in charged)
+            history = _charged(each.books[name])
         else:  # it may have answered, and paid, all the same
             history += (each.event,) * each.names.count(name)
     return history
 
 
-def _natural(name: str) -> tuple[str, int]:
+def _charged(books: SiteLine) -> tuple[Event, ...]:
+    return tuple(Event(sigma, q, int(steps)) for sigma, q, steps in books["charged"])
+
+
+def _natural(name: str) -> tuple[str, int, str]:
+    """Sorts numbers by size, however long: a name is its peer's choice."""
     stem = name.rstrip("0123456789")
-    return stem, int(name[len(stem) :] or 0)
+    digits = name[len(stem) :].lstrip("0")
+    return stem, len(digits), digits

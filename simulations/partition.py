@@ -9,7 +9,13 @@ import warnings
 
 import numpy as np
 from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
+from flwr_datasets.partitioner import (
+    DirichletPartitioner,
+    IidPartitioner,
+    LinearPartitioner,
+    Partitioner,
+    PathologicalPartitioner,
+)
 from numpy.typing import NDArray
 
 from common.config import FederationConfig, Partition
@@ -21,8 +27,10 @@ def deal(records: Records, config: FederationConfig, *, seed: int) -> list[Recor
     """The records of each site: disjoint, all of them dealt, the same for the same seed.
 
     Guarantee: no person's records are at two sites. Raises: ConfigError if there are more sites
-    than records, or persons, or no such Dirichlet deal exists.
+    than records, or persons, or no such deal exists.
     """
+    if config.partition is Partition.natural:
+        return _natural(records, config.sites)
     if records.persons is None:
         return [records.subset(rows) for rows in _dealt(records.labels, "records", config, seed)]
     owners = records.owners()
@@ -31,6 +39,29 @@ def deal(records: Records, config: FederationConfig, *, seed: int) -> list[Recor
         records.subset(np.flatnonzero(np.isin(owners, persons)))
         for persons in _dealt(labels, "persons", config, seed)
     ]
+
+
+def _natural(records: Records, sites: int) -> list[Records]:
+    """Every site its own records, in the order of their names. Raises: ConfigError."""
+    if records.homes is None:
+        raise ConfigError(
+            "federation.partition=natural: these records do not say whose they are; "
+            "give data.site_column"
+        )
+    homes = sorted(set(records.homes))
+    if len(homes) != sites:
+        raise ConfigError(
+            f"federation.sites={sites}: must be {len(homes)}, the number of sites that "
+            "data.site_column names among the training records"
+        )
+    pairs = set(zip(records.homes, records.persons or (), strict=False))
+    if len(pairs) != len({person for _, person in pairs}):
+        raise ConfigError(
+            "federation.partition=natural: a person has records at two sites, and the bound of "
+            "a person would be the sum of both; deal them by another partition"
+        )
+    at = np.array(records.homes)
+    return [records.subset(np.flatnonzero(at == home)) for home in homes]
 
 
 def _usual_labels(owners: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -57,22 +88,52 @@ def _dealt(
         with warnings.catch_warnings():
             # Each failed Dirichlet attempt warns; what matters is whether one succeeds.
             warnings.simplefilter("ignore", UserWarning)
-            return _load(partitioner, config.sites)
+            return _load(partitioner, config.sites, len(labels))
     except ValueError as error:
         raise ConfigError(
-            f"federation.dirichlet_alpha={config.dirichlet_alpha:g}: no deal gives every one of "
-            f"{config.sites} sites one of the {what}; raise it, or lower federation.sites"
+            f"{_setting(config)}: no deal gives every one of {config.sites} sites one "
+            f"of the {what}; {_REMEDY[config.partition]}, or lower federation.sites"
         ) from error
 
 
-def _load(partitioner: Partitioner, sites: int) -> list[NDArray[np.int64]]:
+def _load(partitioner: Partitioner, sites: int, everybody: int) -> list[NDArray[np.int64]]:
+    """Raises: ValueError if a site is left with nothing, or a record with no site."""
     rows = [partitioner.load_partition(site)["row"] for site in range(sites)]
+    if not all(len(indices) for indices in rows) or sum(map(len, rows)) != everybody:
+        raise ValueError("a site has no record, or a record no site")
     return [np.array(indices, dtype=np.int64) for indices in rows]
+
+
+_REMEDY = {
+    Partition.iid: "give more records",
+    Partition.dirichlet: "raise it",
+    Partition.pathological: "take no more than there are classes, and all of them somewhere",
+    Partition.quantity: "give more records",
+}
+
+
+def _setting(config: FederationConfig) -> str:
+    """The setting that a deal which is not possible hangs on."""
+    if config.partition is Partition.dirichlet:
+        return f"federation.dirichlet_alpha={config.dirichlet_alpha:g}"
+    if config.partition is Partition.pathological:
+        return f"federation.classes_per_site={config.classes_per_site}"
+    return f"federation.partition={config.partition.name}"
 
 
 def _partitioner(config: FederationConfig, seed: int) -> Partitioner:
     if config.partition is Partition.iid:
         return IidPartitioner(num_partitions=config.sites)
+    if config.partition is Partition.quantity:
+        return LinearPartitioner(num_partitions=config.sites)
+    if config.partition is Partition.pathological:
+        return PathologicalPartitioner(
+            num_partitions=config.sites,
+            partition_by="label",
+            num_classes_per_partition=config.classes_per_site,
+            class_assignment_mode="first-deterministic",  # every class is at some site
+            seed=seed,
+        )
     return DirichletPartitioner(
         num_partitions=config.sites,
         partition_by="label",

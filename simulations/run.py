@@ -36,7 +36,7 @@ from common.keys import generate_key
 from common.privacy.accounting import shown
 from common.privacy.chain import public_hex
 from common.records import Records
-from common.tasks import build_model
+from common.tasks import TASKS, build_model
 from server.app import CONFIG_KEY, Watch, server_app
 from server.plan import (
     estimate_seconds,
@@ -85,7 +85,7 @@ def run_simulation(config: Config, console: Console) -> Path:
     _check_ledger(run_plan.config)
     model = build_model(config)
     show_plan(run_plan, size_of(model), estimate_seconds(config, model), console)
-    splits = load_splits(config.data)
+    splits = load_splits(config.data, TASKS[config.task.name].toy_examples)
     console.print(
         f"{len(splits.train)} private training records{_of_persons(config, splits.train)}; public: "
         f"{len(splits.validation)} validation, {len(splits.holdout)} hold-out; {splits.duplicates} "

@@ -27,8 +27,9 @@ REPORT_INTERVAL = 1e-4
 """PLD discretisation of reported numbers."""
 FINE_INTERVAL = 1e-5
 """PLD discretisation for very long histories, where even the report's grid drifts upwards."""
-HOPELESS = 300.0
-"""An epsilon by RDP beyond which no grid is asked: it would take minutes and gigabytes."""
+HOPELESS, MANY_EVENTS, MANY_STEPS = 300.0, 50, 10**7
+"""An epsilon by RDP, different events, and steps of all of them, beyond which no grid is asked:
+it would take minutes and gigabytes."""
 COARSE_INTERVAL, FEW_STEPS = 1e-2, 100
 """PLD discretisation of a mixture, which is slow, of so few steps: above by 0.003 at most where
 it was measured."""
@@ -105,8 +106,9 @@ def epsilon_pld(events: Iterable[Event], delta: float, interval: float = REPORT_
     _check_delta(delta)
     if not history or _unprotected(history):
         return math.inf if history else 0.0
-    above = _epsilon_rdp(history, delta, None)
-    return above if above > HOPELESS else _epsilon_pld(history, delta, interval)
+    if _hopeless(history, delta):
+        return _epsilon_rdp(history, delta, None)
+    return _epsilon_pld(history, delta, interval)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -146,7 +148,7 @@ def epsilon_prv(events: Iterable[Event], delta: float) -> float | None:
     _check_delta(delta)
     if not history or _unprotected(history):
         return math.inf if history else 0.0
-    if _epsilon_rdp(history, delta, None) > HOPELESS:
+    if _hopeless(history, delta):
         return None
     from opacus.accountants import PRVAccountant  # noqa: PLC0415 - imports torch: seconds
 
@@ -181,9 +183,13 @@ def epsilon_of_group(events: Iterable[Event], size: int, delta: float) -> float:
     alone = [replace(event, noise_multiplier=event.noise_multiplier / size) for event in history]
     # As if all were always drawn together with the chance that any is: above the mixture.
     likely = [replace(each, sample_rate=1 - (1 - each.sample_rate) ** size) for each in alone]
-    if (above := epsilon_rdp(likely, delta)) > HOPELESS_MIXTURE:
+    above = epsilon_rdp(likely, delta)
+    if above > HOPELESS_MIXTURE or _hopeless(history, delta):
         return above
-    return _epsilon_of_group(history, size, delta)
+    try:
+        return _epsilon_of_group(history, size, delta)
+    except RecursionError:  # losses too small for the library, which bisects them
+        return above
 
 
 @functools.lru_cache(maxsize=64)
@@ -334,6 +340,11 @@ def _compose(
 
 def _sampled(q: float, noise: dp_event.DpEvent) -> dp_event.DpEvent:
     return dp_event.PoissonSampledDpEvent(q, noise)
+
+
+def _hopeless(history: tuple[Event, ...], delta: float) -> bool:
+    many = len(history) > MANY_EVENTS or sum(event.steps for event in history) > MANY_STEPS
+    return many or _epsilon_rdp(history, delta, None) > HOPELESS
 
 
 def _unprotected(history: tuple[Event, ...]) -> bool:

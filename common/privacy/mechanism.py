@@ -8,6 +8,8 @@ from common.errors import ConfigError
 from common.privacy.accounting import Event
 from common.privacy.noise import Randomness
 
+_COUNTING = " count"
+
 
 @dataclass(frozen=True)
 class Mechanism:
@@ -115,7 +117,12 @@ def noisy_count(count: int, std: float, randomness: Randomness) -> float:
 
 def counting(run_id: str) -> str:
     """The name under which a ledger holds the count of a run."""
-    return f"{run_id} count"
+    return f"{run_id}{_COUNTING}"
+
+
+def is_counting(run_id: str) -> bool:
+    """Whether a ledger could take this name for that of a count."""
+    return run_id.endswith(_COUNTING)
 
 
 def run_events(config: Config) -> tuple[Event, ...]:

@@ -10,7 +10,10 @@ from common.model import FineTuned
 from common.prefix import Inputs
 from common.records import Records
 from common.tasks.audio_classification import AudioClassification
+from common.tasks.causal_lm import CausalLM
 from common.tasks.image_classification import ImageClassification
+from common.tasks.question_answering import QuestionAnswering
+from common.tasks.seq2seq import Seq2Seq
 from common.tasks.text_classification import TextClassification
 
 Processor = Any
@@ -46,11 +49,20 @@ class Task(Protocol):
     def correct(self, output: Tensor, targets: Inputs) -> Tensor:
         """(B,) whether each record is right, from nothing but that record."""
 
-    def score(self, output: Tensor, targets: Inputs) -> Inputs:
-        """What `metrics` needs of each record, small."""
+    def score(self, model: FineTuned, inputs: Inputs) -> Inputs:
+        """What `metrics` needs of each of some public records, small.
 
-    def metrics(self, scores: Inputs, config: Config) -> dict[str, float]:
-        """Metrics of public records, by name, the headline first."""
+        Args: inputs: what `encode`, or `model.prepare`, made of them; in no more than a bounded
+        number of passes through the model.
+        """
+
+    def metrics(
+        self, scores: Inputs, records: Records, processor: Processor, config: Config
+    ) -> dict[str, float]:
+        """Metrics of public records, by name, the headline first; all finite.
+
+        Args: scores: of all `records`, in their order.
+        """
 
     def save(self, model: FineTuned, folder: Path, facts: dict[str, Any]) -> None:
         """Writes the tuned model into `folder`, adapters merged, so that plain transformers opens
@@ -74,6 +86,9 @@ class Task(Protocol):
 
 TASKS: dict[TaskName, Task] = {
     TaskName.text_classification: TextClassification(),
+    TaskName.causal_lm: CausalLM(),
+    TaskName.question_answering: QuestionAnswering(),
+    TaskName.seq2seq: Seq2Seq(),
     TaskName.image_classification: ImageClassification(),
     TaskName.audio_classification: AudioClassification(),
 }

@@ -1,8 +1,10 @@
 """The border of a site: what is answered, what is refused, what is charged, and what leaves."""
 
+import contextlib
 import hashlib
 import json
 import logging
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +15,7 @@ from flwr.common.serde import message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import client_app
+from client.ledger import Ledger, Store
 from client.site import Site
 from common import messages, parameters
 from common.canonical import canonical_json, digest
@@ -486,6 +489,57 @@ def test_a_receipt_is_kept_once_and_the_reply_goes_on_from_it(instruction):
     assert again == second
     kinds = [entry.kind.value for entry in site.ledger.entries()]
     assert kinds.count("RECEIPT") == 1
+
+
+def test_a_reply_goes_on_from_its_receipt_though_others_append_meanwhile(instruction, monkeypatch):
+    """Two runs on one ledger: head and links of two moments would look like a fork."""
+    site = site_of()
+    head = messages.read_update(ask(app_of(site), instruction)).books.head
+    told = replace(instruction, round=2, receipt=Receipt.sign(head, KEY))
+    ask(app_of(site), told)
+    path = site.ledger._store.path
+    plain, late = Ledger.links, []
+
+    def append():
+        with contextlib.suppress(ConfigError), Store(path) as other:
+            other.ledger("site-1").commit(
+                "other", round_event(instruction.config), rounds=1, spare_rounds=0,
+                plan="0" * 64, model="m", unit="record",
+            )  # fmt: skip
+
+    def links(ledger, after, to):
+        late.append(threading.Thread(target=append))
+        late[-1].start()
+        late[-1].join(0.5)
+        return plain(ledger, after, to)
+
+    monkeypatch.setattr(Ledger, "links", links)
+    books = messages.read_update(ask(app_of(site), told)).books
+    late[-1].join()
+    assert continued(head, books.links) == books.head
+    assert site.ledger.books.head.seq == books.head.seq + 1  # it came, and came after
+
+
+def test_a_run_that_has_the_name_of_a_count_is_refused(instruction):
+    site = site_of()
+    assert refusal(ask(app_of(site), replace(instruction, run_id="run count"))) == INVALID
+    assert site.charges == {}
+
+
+def test_a_run_is_of_one_configuration_though_two_begin_it_at_once(instruction, monkeypatch):
+    """Both may look before either has committed; the second one's plan is another's."""
+    site = site_of()
+    other = changed(instruction, "privacy", clip_norm=2.0)
+    begun = []
+
+    def check_fit(trainer, asked):
+        if asked.config.privacy.clip_norm == 1.0 and not begun:
+            begun.append(ask(app_of(site), other))
+
+    monkeypatch.setattr("client.app._check_fit", check_fit)
+    assert refusal(ask(app_of(site), replace(instruction, round=2))) == INVALID
+    assert begun[0].has_content()
+    assert [*site.charges] == [("run", 1)]
 
 
 def test_a_ledger_put_back_to_an_older_copy_is_seen_before_data_are_touched(instruction):

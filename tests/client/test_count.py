@@ -100,6 +100,30 @@ def test_it_counts_what_the_model_gets_right(config, instruction):
         assert messages.read_count(ask(site, instruction)).correct == right
 
 
+def test_each_record_is_judged_where_no_other_can_change_a_bit(config, instruction, monkeypatch):
+    """In a last batch of 15 instead of 16, sums round otherwise: a coordinator that makes all
+    records near ties saw ten of 399 answers change with one record, not one.
+    """
+    trainer, site, seen = Trainer(config), site_of(), []
+    plain = {"prepare": trainer._model.prepare, "forward": trainer._model.forward}
+
+    def watched(name):
+        def call(inputs=None, **more):
+            shapes = {
+                len(tensor) for tensor in (inputs or more).values() if hasattr(tensor, "shape")
+            }
+            seen.append((name, shapes))
+            return plain[name](inputs, **more) if inputs is not None else plain[name](**more)
+
+        return call
+
+    monkeypatch.setattr(trainer._model, "prepare", watched("prepare"))
+    monkeypatch.setattr(trainer._model, "forward", watched("forward"))
+    trainer.count_correct(site, instruction.vector)
+    assert seen.count(("prepare", {1})) == seen.count(("forward", {1})) == 40
+    assert len(seen) == 80
+
+
 def test_a_site_without_records_releases_noise(instruction):
     assert messages.read_count(ask(site_of(0), instruction)).correct == pytest.approx(0, abs=60)
 

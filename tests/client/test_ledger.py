@@ -619,6 +619,27 @@ def test_a_thread_is_not_told_of_a_reservation_that_another_rolls_back(store, le
         assert 1 not in [r.round for r in other.ledger(SITE).books.reservations.values()]
 
 
+def test_a_thread_does_not_read_what_another_has_not_committed(store, ledger, path):
+    """It would build on entries that are rolled back, and leave a chain with a hole."""
+    seen, done = [], threading.Event()
+
+    def read():
+        seen.append(ledger.head)
+        done.set()
+
+    before, thread = ledger.head, threading.Thread(target=read)
+    with contextlib.suppress(CrashError), store.together():
+        ledger.reserve(RUN, 1, CHEAP)
+        thread.start()
+        done.wait(0.3)
+        raise CrashError
+    thread.join()
+    assert seen == [before]
+    ledger.reserve(RUN, 1, CHEAP)
+    with Store(path) as other:
+        assert states(other.ledger(SITE)) == ["reserved"]
+
+
 # Append-only.
 
 EDITS = {

@@ -637,7 +637,7 @@ def private_configs(compose_config, tiny_overrides, tiny_csv):
         config = compose_config(
             *chosen,
             *base,
-            *(own if "data=csv" in chosen else []),
+            *(own if {"data=csv", "data=jsonl", "data=parquet"} & {*chosen} else []),
             *(["data.person_column=person"] if by_person else []),
             "federation.sites=2",
             "data.declared_records=84",

@@ -48,6 +48,14 @@ def test_what_is_within_every_limit_passes(policy, tiny_config):
     check_policy(replace(policy, models=[tiny_config.model.name]), tiny_config)
 
 
+def test_the_floor_of_sigma_is_of_a_count_too(tiny_config):
+    """Its noise protects the same records."""
+    counts = replace(tiny_config, privacy=replace(tiny_config.privacy, count_noise=1.5))
+    check_policy(NodeConfig(min_noise_multiplier=1.5), counts)
+    with pytest.raises(PolicyRefusedError, match=r"sigma 1\.5 is below 2"):
+        check_policy(NodeConfig(min_noise_multiplier=2.0), counts)
+
+
 def test_all_broken_limits_are_told_together(tiny_config):
     with pytest.raises(PolicyRefusedError, match=r"sigma .*; rounds .*; tuning "):
         check_policy(NodeConfig(2.5, max_rounds=1, tunings=[TuningMethod.head]), tiny_config)

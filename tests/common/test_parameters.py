@@ -96,3 +96,13 @@ def test_digest_changes_with_name_and_with_shape_and_with_order():
 
 def test_digest_does_not_depend_on_values():
     assert Layout.of(small_model()).digest == Layout.of(small_model()).digest
+
+
+@pytest.mark.parametrize("value", [1.01e4, -1e10, 3e38])
+def test_parameters_as_no_model_has_are_refused(value):
+    """A coordinator could choose them so that rounding tells of records."""
+    layout = Layout(("weight",), ((3,),))
+    vector = np.array([0.5, value, -1.0], dtype=np.float32)
+    with pytest.raises(VerificationError, match="larger than 10000"):
+        check_vector(vector, layout)
+    check_vector(np.array([1e4, -1e4, 0.0], dtype=np.float32), layout)

@@ -20,6 +20,7 @@ def test_there_are_tasks_and_each_name_has_one():
     """An empty list would make the whole suite below pass by testing nothing."""
     assert TASKS
     assert set(TASKS) == set(TaskName)
+    assert {name for name in TASKS if TASKS[name].CLASSES} == {n for n in TaskName if n.has_classes}
 
 
 @pytest.fixture(scope="module", params=list(TASKS), ids=lambda name: name.value)
@@ -167,11 +168,11 @@ def test_a_model_is_saved_and_restored_with_the_answers_it_gave(
     assert after.tolist() == pytest.approx(before.tolist(), rel=1e-3, abs=1e-4)
 
 
-def test_metrics_have_names_and_are_finite(task, model, encoded, config):
+def test_metrics_have_names_and_are_finite(task, processor, model, encoded, config):
     with torch.no_grad():
-        scores = task.score(model(**read_of(encoded)), targets_of(encoded))
+        scores = task.score(model, encoded)
     assert all(len(tensor) == RECORDS for tensor in scores.values())
-    metrics = task.metrics(scores, config)
+    metrics = task.metrics(scores, task.toy_examples(RECORDS), processor, config)
     assert metrics
     assert all(isinstance(value, float) and np.isfinite(value) for value in metrics.values())
 

@@ -1,12 +1,19 @@
 """A tiny real model for each task, and a config that trains it on the task's toy examples."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTImageProcessorPil,
     ViTModel,
@@ -15,7 +22,63 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from common.config import TaskName
+from common.config import NoiseSource, TaskName
+
+WORDS = [
+    *("<pad>", "<unk>", "<end>", "the", "a", "of", "in", "was", "on", "today", "said"),
+    *("goal", "match", "team", "coach", "cup", "score"),
+    *("bank", "shares", "market", "profit", "loan", "trade"),
+    *("where", "is"),
+]
+
+
+def save_tokenizer(folder: Path, *, ends: bool = False) -> None:
+    """Whole words of the suite; `ends` closes each text, as encoder-decoders expect."""
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A <end>", special_tokens=[("<end>", 2)]
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+def save_gpt2(folder: Path) -> None:
+    """Two blocks, output tied to the embeddings."""
+    made = GPT2Config(
+        vocab_size=len(WORDS),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        initializer_range=0.2,
+        eos_token_id=2,
+        bos_token_id=2,
+    )
+    save_model(lambda: GPT2LMHeadModel(made), folder)
+    save_tokenizer(folder)
+
+
+def save_t5(folder: Path) -> None:
+    """Two blocks a side, relative positions, output tied to the embeddings."""
+    made = T5Config(
+        vocab_size=len(WORDS),
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+    )
+    save_model(lambda: T5ForConditionalGeneration(made), folder)
+    save_tokenizer(folder, ends=True)
+
 
 SMALL = {
     "hidden_size": 32,
@@ -26,70 +89,100 @@ SMALL = {
 }
 
 
+def save_vit(folder: Path) -> None:
+    """For 8x8 gray images, in four patches."""
+    made = ViTConfig(image_size=8, patch_size=4, num_channels=1, **SMALL)
+    save_model(lambda: ViTModel(made), folder)
+    side = {"height": 8, "width": 8}
+    ViTImageProcessorPil(size=side, image_mean=[0.5], image_std=[0.5]).save_pretrained(folder)
+
+
+def save_wav2vec2(folder: Path) -> None:
+    """Two convolutions and two blocks; no masking, no dropped layers."""
+    made = Wav2Vec2Config(
+        conv_dim=(16, 16),
+        conv_kernel=(40, 8),
+        conv_stride=(20, 8),
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        mask_time_prob=0.0,
+        layerdrop=0.0,
+        **SMALL,
+    )
+    save_model(lambda: Wav2Vec2Model(made), folder)
+    Wav2Vec2FeatureExtractor().save_pretrained(folder)
+
+
+def save_model(build: Callable[[], PreTrainedModel], folder: Path) -> None:
+    """The same weights on every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        build().save_pretrained(folder)
+
+
 @dataclass(frozen=True)
-class Toy:
+class Tiny:
     """What a tiny config of a task changes in the suite's own."""
 
-    labels: tuple[str, ...]
-    model: Callable[[], PreTrainedModel] | None = None
-    """None: the suite's tiny BERT does."""
-    processor: Callable[[], object] | None = None
-    task: tuple[tuple[str, float], ...] = ()
-    targets: tuple[str, ...] = ("query", "value")
+    labels: list[str] = field(default_factory=list)
+    save: Callable[[Path], None] | None = None
+    """Writes the model; None: the suite's own BERT."""
+    tuning: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
 
 
-def tiny_vit() -> PreTrainedModel:
-    return ViTModel(ViTConfig(image_size=8, patch_size=4, num_channels=1, **SMALL))
-
-
-def tiny_image_processor() -> ViTImageProcessorPil:
-    return ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
-
-
-def tiny_wav2vec2() -> PreTrainedModel:
-    return Wav2Vec2Model(
-        Wav2Vec2Config(
-            conv_dim=(16, 16),
-            conv_kernel=(40, 8),
-            conv_stride=(20, 8),
-            num_conv_pos_embeddings=8,
-            num_conv_pos_embedding_groups=2,
-            mask_time_prob=0.0,
-            layerdrop=0.0,
-            **SMALL,
-        )
-    )
-
-
-PROJECTIONS = ("q_proj", "v_proj")
-TINY: dict[TaskName, Toy] = {
-    TaskName.text_classification: Toy(("sport", "money")),
-    TaskName.image_classification: Toy(
-        ("down", "across"), tiny_vit, tiny_image_processor, targets=PROJECTIONS
+USUAL = {"targets": [], "last_layers": 0}
+PROJECTIONS = {"targets": ["q_proj", "v_proj"]}
+TINY: dict[TaskName, Tiny] = {
+    TaskName.text_classification: Tiny(["sport", "money"]),
+    TaskName.image_classification: Tiny(["down", "across"], save_vit, PROJECTIONS),
+    TaskName.audio_classification: Tiny(
+        ["low", "high"], save_wav2vec2, PROJECTIONS, task={"max_seconds": 0.3}
     ),
-    TaskName.audio_classification: Toy(
-        ("low", "high"),
-        tiny_wav2vec2,
-        Wav2Vec2FeatureExtractor,
-        task=(("max_seconds", 0.3),),
-        targets=PROJECTIONS,
-    ),
+    TaskName.causal_lm: Tiny(save=save_gpt2, tuning=USUAL),
+    TaskName.question_answering: Tiny(),
+    TaskName.seq2seq: Tiny(save=save_t5, tuning=USUAL, task={"max_target_tokens": 4}),
 }
 
 
 def toy_config(task: TaskName, tiny_config, folder: Path):
     """The tiny private run, of this task, on a model in `folder` where the task needs another."""
-    toy, model = TINY[task], tiny_config.model
-    if toy.model is not None and toy.processor is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(7)
-            toy.model().save_pretrained(folder)
-        toy.processor().save_pretrained(folder)
+    tiny, model = TINY[task], tiny_config.model
+    if tiny.save is not None:
+        tiny.save(folder)
         model = replace(model, name=str(folder))
     return replace(
         tiny_config,
-        task=replace(tiny_config.task, name=task, **dict(toy.task)),
-        data=replace(tiny_config.data, labels=[*toy.labels]),
+        task=replace(tiny_config.task, name=task, **tiny.task),
         model=model,
-        tuning=replace(tiny_config.tuning, targets=[*toy.targets]),
+        data=replace(tiny_config.data, labels=tiny.labels),
+        tuning=replace(tiny_config.tuning, **tiny.tuning),
     )
+
+
+def private_run(config, *, steps: int = 30, rate: float = 0.1):
+    """Metrics of public toy records before and after three private rounds at two sites.
+
+    Little noise: what is tried is the way, and not what privacy costs.
+    """
+    from client.site import Site
+    from client.train import Trainer
+    from common.parameters import flatten
+    from common.tasks import TASKS, build_model
+    from server.evaluate import Evaluator
+
+    config = replace(
+        config,
+        privacy=replace(config.privacy, noise_multiplier=0.3, noise=NoiseSource.seeded),
+        federation=replace(config.federation, local_steps=steps),
+        tuning=replace(config.tuning, adapter_learning_rate=rate, head_learning_rate=rate),
+    )
+    toys = TASKS[config.task.name].toy_examples(110)
+    evaluator = Evaluator(config, build_model(config), toys.subset(range(84, 110)))
+    sites = [Site(f"site-{i}", toys.subset(range(i, 84, 2)), (), None) for i in range(2)]
+    trainer, vector = Trainer(config), flatten(build_model(config))
+    before = evaluator.measure(vector)
+    for number in (1, 2, 3):
+        updates = [trainer.train(site, vector, round_number=number)[0] for site in sites]
+        vector = sum(updates) / len(updates)
+    return before, evaluator.measure(vector)

@@ -69,7 +69,7 @@ def go(plan, odd=None, heads=None):
         return (odd if odd and node == 12 else counts)(node, message)
 
     grid = FakeGrid(NAMES, answer)
-    return count_correct(grid, plan, final(plan), heads), grid
+    return count_correct(grid, plan, final(plan), heads, NAMES), grid
 
 
 def test_counts_of_all_sites_add_up(plan):
@@ -93,8 +93,10 @@ def test_counts_of_all_sites_add_up(plan):
 FAULTS = {
     "budget exhausted": refuses,
     "of another run": edited(**{"run-id": "other"}),
-    "is no number": edited(correct=float("inf")),
+    "no whole number": edited(correct=float("inf")),
     "must be a number": edited(correct=float("nan")),
+    "is no whole number": edited(correct=-1e300),
+    "or is no whole number": edited(correct=0.5),
     "comes without books": edited(
         **{"ledger-head": "", "links": b"", "cap": 0.0, "spent": 0.0, "charged": []}
     ),
@@ -118,15 +120,24 @@ def test_a_site_without_a_sound_count_is_left_out_and_named(fault, plan):
 
 def test_nobody_who_answers_is_no_error(plan):
     grid = FakeGrid(NAMES, refuses)
-    counted = count_correct(grid, plan, final(plan), None)
+    counted = count_correct(grid, plan, final(plan), None, NAMES)
     assert counted.section()["sites"] == 0
     assert counted.section()["accuracy"] == 0.0
+
+
+def test_the_sites_keep_the_names_they_had_in_the_rounds(plan):
+    """Under another name a site would be priced for its count alone."""
+    grid = FakeGrid({**NAMES, 99: "site-2"}, counts)
+    counted = count_correct(grid, plan, final(plan), None, NAMES)
+    assert counted.asked == ("site-1", "site-2", "site-3")
+    assert {*counted.books} == {*NAMES.values()}
+    assert {m.metadata.dst_node_id for m in grid.pushed.values()} == {*NAMES}
 
 
 def test_a_plan_without_a_count_asks_nobody(tiny_config):
     plan = make_plan(tiny_config)
     grid = FakeGrid(NAMES, counts)
-    assert count_correct(grid, plan, final(plan), None) is None
+    assert count_correct(grid, plan, final(plan), None, NAMES) is None
     assert grid.pushed == {}
 
 

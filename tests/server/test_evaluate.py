@@ -6,7 +6,6 @@ import torch
 
 from common import parameters
 from common.data import load_splits
-from common.model import read_of, targets_of
 from common.pretrained import load_tokenizer
 from common.tasks import TASKS, build_model
 from server.evaluate import Evaluator
@@ -28,10 +27,11 @@ def direct(config, public, vector):
     parameters.load(model, vector)
     model.eval()
     task = TASKS[config.task.name]
-    encoded = task.encode(load_tokenizer(config.model), public, config.task)
+    tokenizer = load_tokenizer(config.model)
+    encoded = task.encode(tokenizer, public, config.task)
     with torch.no_grad():
-        logits = model(**read_of(encoded))
-    return task.metrics(task.score(logits, targets_of(encoded)), config)
+        scores = task.score(model, encoded)
+    return task.metrics(scores, public, tokenizer, config)
 
 
 def test_metrics_equal_those_of_a_whole_forward_pass(tuned):

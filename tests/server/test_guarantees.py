@@ -1,11 +1,21 @@
 """Several honest numbers for one run, each computed here a second way."""
 
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 
-from common.privacy.accounting import Event, epsilon_of_group, epsilon_pld
+from common.errors import VerificationError
+from common.privacy.accounting import (
+    LIVE_INTERVAL,
+    Epsilons,
+    Event,
+    check_agreement,
+    epsilon_of_group,
+    epsilon_pld,
+    epsilons,
+)
 from server.guarantees import guarantees
 from server.plan import make_plan
 from server.record import RoundLine, SiteLine
@@ -69,6 +79,53 @@ def test_two_records_and_two_sites_cost_more_than_one(plan):
     assert one < two_sites < two_records
 
 
+def told(spent, *charged, cap=50.0):
+    """A ledger that lasts, as its site tells of it."""
+    return SiteLine(
+        head="9:" + "a" * 64, cap=cap, spent=spent, charged=[[*each] for each in charged]
+    )
+
+
+def test_each_row_is_of_the_sites_that_are_dearest_in_it(plan):
+    """The one with the highest bound, by a filter or by what it makes up, may hold the least."""
+    books = {
+        "site-1": told(40.0, [2.0, 0.5, 1.0]),
+        "site-2": told(9.0, [2.0, 0.5, 9.0]),
+        "site-3": told(39.0, [2.0, 0.5, 5.0]),
+    }
+    one, _, two_records, two_sites = (
+        row["epsilon"] for row in rows_of(plan, [line(1, ALL, books=books)])
+    )
+    assert one == 40.0
+    assert two_records >= epsilon_of_group([Event(2.0, 0.5, 9)], 2, DELTA)
+    assert two_sites >= epsilon_pld([Event(2.0, 0.5, 9 + 5)], DELTA)
+
+
+def test_any_two_sites_are_covered_whatever_each_was_charged(plan):
+    histories = {
+        "site-1": [[2.0, 0.5, 6.0], [1.0, 0.1, 2.0]],
+        "site-2": [[2.0, 0.5, 5.0], [1.0, 0.1, 9.0]],
+        "site-3": [[3.0, 0.2, 30.0]],
+    }
+    books = {name: told(5.0, *charged) for name, charged in histories.items()}
+    row = rows_of(plan, [line(1, ALL, books=books)])[3]
+    for pair in itertools.combinations(histories.values(), 2):
+        both = [Event(sigma, q, int(steps)) for each in pair for sigma, q, steps in each]
+        assert row["epsilon"] >= epsilon_pld(both, DELTA, LIVE_INTERVAL)
+
+
+def test_a_filters_bound_goes_on_when_its_site_falls_silent(plan):
+    """What it was asked since is in no bound that it told; its cap is above both."""
+    dear, cheap = told(7.0, [2.0, 0.5, 3.0], cap=8.0), told(0.0, [2.0, 0.5, 3.0])
+    books = {"site-1": dear, "site-2": cheap}
+    lines = [line(1, ALL, books=books)]
+    assert spendings(plan, rounds_asked(plan, lines))["site-1"].bound == 7.0
+    lines.append(line(2, ALL, refused=ALL))
+    spent = spendings(plan, rounds_asked(plan, lines))
+    assert spent["site-1"].bound == 8.0
+    assert spent["site-2"].bound == pytest.approx(epsilon_pld([Event(2.0, 0.5, 4)], DELTA))
+
+
 def test_a_run_that_protects_nothing_claims_nothing(tiny_config):
     seeded = replace(
         tiny_config, privacy=replace(tiny_config.privacy, noise=type(tiny_config.privacy.noise)(
@@ -85,6 +142,22 @@ def test_a_count_is_in_the_price_of_whoever_was_asked(plan):
     assert spent["site-2"].bound == pytest.approx(alone, abs=1e-6)
     both = epsilon_pld([plan.event, count], DELTA)
     assert spent["site-1"].bound == pytest.approx(both, abs=1e-6)
+
+
+def test_a_told_history_on_which_the_accountants_disagree_costs_nobody_the_report(plan):
+    """A site chooses what it tells; where epsilon is that small, PLD's grid is above RDP."""
+    config = plan.config
+    strict = replace(plan, config=replace(config, privacy=replace(config.privacy, delta=1e-4)))
+    told = [[120.8071278730338, 0.0017286405275040225, 2761.0]]
+    books = {"site-1": SiteLine(head="9:" + "a" * 64, cap=8.0, spent=0.0, charged=told)}
+    spent = spendings(strict, rounds_asked(strict, [line(1, ALL, books=books)]))
+    assert spent["site-1"].price == spent["site-2"].price
+    idle = spendings(strict, [Asked(Event(1e6, 1e-6, 1), ("site-1",), books)])["site-1"]
+    history = [Event(sigma, q, int(steps)) for sigma, q, steps in told]
+    priced = epsilons(history, 1e-4)
+    with pytest.raises(VerificationError, match="disagree"):
+        check_agreement(priced)
+    assert idle.price == Epsilons(priced.prv, priced.prv, None)  # the largest of them
 
 
 def test_what_a_ledger_says_counts_where_it_is_more_and_never_where_it_is_less(plan):

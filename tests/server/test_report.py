@@ -9,12 +9,13 @@ import pytest
 
 from common import cli
 from common.errors import VerificationError
-from common.privacy.accounting import Epsilons, epsilon_pld
+from common.privacy.accounting import Epsilons, Event, epsilon_pld
 from server import spending
 from server.plan import make_plan
-from server.record import RoundLine, round_line
+from server.record import RoundLine, SiteLine
 from server.report import RunFacts, build_report, read_report, render_html
 from server.rounds import RoundOutcome
+from server.spending import round_line
 
 FACTS = RunFacts("0123456789abcdef", 10.0, 24)
 
@@ -61,6 +62,12 @@ def test_sites_stand_in_natural_order(built):
     assert [site["name"] for site in built["sites"]] == ["site-1", "site-2", "site-10"]
 
 
+def test_names_of_any_length_stand_in_natural_order(plan):
+    long = f"site-{'9' * 5000}"  # more digits than Python reads as a number
+    built = build_report(plan, [line(1, [long, "site-2", "site-10"])], FACTS)
+    assert [site["name"] for site in built["sites"]] == ["site-2", "site-10", long]
+
+
 def test_epsilon_of_a_site_is_that_of_its_rounds_composed(built, plan):
     for site in built["sites"]:
         whole = epsilon_pld([plan.event] * site["rounds"], plan.config.privacy.delta)
@@ -92,13 +99,28 @@ def test_traffic_and_time_are_summed_over_rounds(built):
 
 
 def test_line_of_a_round_prices_the_site_asked_most(plan):
-    outcome = RoundOutcome(3, ("site-2",), {}, None, 10, 5, 2.0)
+    outcome = RoundOutcome(3, {}, ("site-2",), {}, None, 10, 5, 2.0)
     made = round_line(outcome, {"accuracy": 0.5}, LINES[:2], plan)
     assert made.epsilon == plan.epsilon_by_round[2]
     rested = replace(outcome, asked=("site-10",))
     assert (
         round_line(rested, {"accuracy": 0.5}, LINES[:2], plan).epsilon == (plan.epsilon_by_round[1])
     )
+
+
+def test_line_of_a_round_in_which_a_site_with_lasting_books_was_silent(plan):
+    """What its ledger held when it last answered, and what it was asked since."""
+    lasting = replace(plan, config=replace(plan.config, ledger="books.db"))
+    sigma, q = plan.event.noise_multiplier, plan.event.sample_rate
+    spent = epsilon_pld([Event(sigma, q, 20)], plan.config.privacy.delta)
+    books = {
+        "site-1": SiteLine(head="9:" + "a" * 64, cap=50.0, spent=spent, charged=[[sigma, q, 20.0]])
+    }
+    before = [replace(line(1, ["site-1"]), epsilon=spent, books=books)]
+    silent = RoundOutcome(2, {}, ("site-1",), {"site-1": "silent"}, None, 10, 5, 2.0)
+    made = round_line(silent, {"accuracy": 0.5}, before, lasting)
+    since = replace(plan.event, steps=20 + plan.event.steps)
+    assert made.epsilon >= epsilon_pld([since], plan.config.privacy.delta)
 
 
 def test_epsilon_of_a_finished_run_is_within_the_budget_and_the_plan(finished):

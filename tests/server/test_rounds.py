@@ -16,6 +16,7 @@ from common.messages import SiteBooks, Update
 from common.parameters import Layout
 from common.privacy.accounting import Event
 from common.privacy.chain import Head
+from server.heads import HeadBook
 from server.plan import make_plan
 from server.rounds import run_rounds
 
@@ -184,6 +185,40 @@ def test_only_a_lost_round_is_asked_for_again(code, go, planned):
     assert first.refused == {"site-2": messages.REFUSALS[code]}
 
 
+def test_an_update_that_came_is_countersigned_though_the_round_fails(planned, tmp_path):
+    """Its site released it, and could else go back to before that."""
+    heads = HeadBook(tmp_path / "heads.db")
+    grid = FakeGrid(named(3), nodes_that(n2=refuse))
+    settings = {"run_id": "run", "layout": LAYOUT, "checkpoints": tmp_path}
+    with pytest.raises(FederationError):
+        next(run_rounds(grid, planned(), START, heads=heads, on_reply=print, **settings))
+    assert {*heads.receipts()} == {"site-1", "site-3"}
+
+
+def test_nobody_is_asked_again_after_the_deadline(go, planned):
+    """A reply may come with its last moment; there is no time for another."""
+
+    def late(node, message):
+        time.sleep(0.4)
+        return lost(node, message)
+
+    grid = FakeGrid(named(3), nodes_that(n2=late))
+    first = next(go(grid, with_spares(planned(quorum=0.6, round_timeout_s=0.3), 1)))
+    assert first.asked.count("site-2") == 1
+    assert first.refused == {"site-2": "local failure"}
+
+
+@pytest.mark.parametrize("none", ["", None])
+def test_a_message_that_could_not_be_sent_was_not_asked(none, go, planned):
+    """As Flower says it, by no id in its place."""
+    grid = FakeGrid(named(3), update)
+    push = grid.push_messages
+    grid.push_messages = lambda outgoing: [push(outgoing)[0], none, none]
+    first = next(go(grid, planned(quorum=0.3)))
+    assert first.asked == ("site-1",)
+    assert first.refused == {}
+
+
 def test_refusal_within_quorum_is_listed_and_the_round_counts(go, planned):
     grid = FakeGrid(named(3), nodes_that(n2=refuse))
     first = next(go(grid, planned(quorum=0.6)))
@@ -336,6 +371,13 @@ def test_order_of_arrival_changes_nothing(go, planned):
 def test_nodes_without_a_name_are_told_apart(go, planned):
     first = next(go(FakeGrid({1: "", 2: "", 3: ""}, update), planned()))
     assert first.asked == ("node-1", "node-2", "node-3")
+
+
+def test_a_name_that_looks_like_another_ones_with_its_id_is_told_apart(go, planned):
+    """A peer that knew the rule could else pass for a neighbour, and be charged as it."""
+    names = {1: "site", 2: "site", 3: "site-2", 4: "site-2-2"}
+    outcomes = list(go(FakeGrid(names, update), planned()))
+    assert all(len(set(outcome.asked)) == 4 for outcome in outcomes)
 
 
 def test_nodes_of_one_name_are_told_apart(go, planned):

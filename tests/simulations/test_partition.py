@@ -28,14 +28,19 @@ def records_of(count, classes=4):
 
 
 RECORDS = records_of(203)
+DEALT = [partition for partition in Partition if partition is not Partition.natural]
+"""Those that choose who gets what; a natural deal has its own tests below."""
 SETTINGS = [
     {"partition": Partition.iid, "sites": 5},
     {"partition": Partition.iid, "sites": 1},
     {"partition": Partition.dirichlet, "sites": 5, "dirichlet_alpha": 1.0},
+    {"partition": Partition.quantity, "sites": 4},
+    {"partition": Partition.pathological, "sites": 6, "classes_per_site": 2},
 ]
+NAMES = ["iid", "iid of one", "dirichlet", "quantity", "pathological"]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["iid", "iid of one", "dirichlet"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=NAMES)
 def test_every_record_is_dealt_once_with_its_label(settings, federation):
     sites = deal(RECORDS, federation(**settings), seed=0)
     assert len(sites) == settings["sites"]
@@ -45,7 +50,7 @@ def test_every_record_is_dealt_once_with_its_label(settings, federation):
     assert Counter(dealt) == Counter(zip(RECORDS.contents, RECORDS.labels.tolist(), strict=True))
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["iid", "iid of one", "dirichlet"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=NAMES)
 def test_same_seed_deals_the_same_and_another_seed_deals_otherwise(settings, federation):
     first, again, other = (
         [site.contents for site in deal(RECORDS, federation(**settings), seed=seed)]
@@ -86,7 +91,7 @@ def test_small_alpha_skews_labels_and_large_alpha_does_not(federation):
     assert large < 0.15
 
 
-@pytest.mark.parametrize("partition", list(Partition))
+@pytest.mark.parametrize("partition", DEALT)
 def test_more_sites_than_records_are_refused(partition, federation):
     settings = federation(partition=partition, sites=5)
     with pytest.raises(ConfigError, match=r"federation\.sites=5: must be at most 4"):
@@ -128,7 +133,7 @@ def records_of_persons(pairs):
 
 
 @pytest.mark.filterwarnings("ignore:The specified min_partition_size")
-@pytest.mark.parametrize("partition", list(Partition))
+@pytest.mark.parametrize("partition", DEALT)
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pairs=owned, seed=st.integers(0, 50), sites=st.integers(1, 4))
 def test_a_person_is_at_one_site_with_all_records(partition, federation, pairs, seed, sites):
@@ -138,7 +143,7 @@ def test_a_person_is_at_one_site_with_all_records(partition, federation, pairs, 
     try:
         dealt = deal(records, terms, seed=seed)
     except ConfigError:
-        assert partition is Partition.dirichlet  # no such deal; an even one there always is
+        assert partition is not Partition.iid  # no such deal; an even one there always is
         return
     persons = [set(site.persons) for site in dealt]
     assert sum(map(len, persons)) == len(set(records.persons))
@@ -191,3 +196,52 @@ def test_persons_make_no_difference_where_each_has_one_record_but_to_the_order(f
     plain = deal(Records(texts, labels), federation(sites=5), seed=7)
     owned_by_one = deal(Records(texts, labels, texts), federation(sites=5), seed=7)
     assert [sorted(site.contents) for site in plain] == [sorted(s.contents) for s in owned_by_one]
+
+
+def test_under_quantity_skew_the_nth_site_has_n_times_as_many(federation):
+    sites = deal(records_of(200), federation(partition=Partition.quantity, sites=4), seed=0)
+    assert [len(site) for site in sites] == [20, 40, 60, 80]
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_a_pathological_deal_gives_each_site_so_many_classes_and_loses_none(classes, federation):
+    config = federation(partition=Partition.pathological, sites=6, classes_per_site=classes)
+    sites = deal(RECORDS, config, seed=3)
+    held = [set(site.labels.tolist()) for site in sites]
+    assert {len(each) for each in held} == {classes}
+    assert set.union(*held) == {0, 1, 2, 3}
+    assert sum(map(len, sites)) == len(RECORDS)
+
+
+def at_home(homes, persons=None):
+    return replace(records_of(len(homes)), homes=tuple(homes), persons=persons)
+
+
+def test_a_natural_deal_gives_each_site_its_own(federation):
+    config = federation(partition=Partition.natural, sites=3)
+    records = at_home(["west", "east", "north", "east", "west", "west"])
+    sites = deal(records, config, seed=0)
+    assert [set(site.homes) for site in sites] == [{"east"}, {"north"}, {"west"}]
+    assert [len(site) for site in sites] == [2, 1, 3]
+
+
+NATURAL = {
+    "give data.site_column": records_of(6),
+    "federation.sites=3: must be 2": at_home(["a", "b", "a"]),
+    "a person has records at two sites": at_home(
+        ["a", "b", "c", "a"], persons=("p", "q", "p", "r")
+    ),
+}
+
+
+@pytest.mark.parametrize("message", NATURAL)
+def test_what_cannot_be_dealt_naturally_is_refused(message, federation):
+    with pytest.raises(ConfigError, match=message):
+        deal(NATURAL[message], federation(partition=Partition.natural, sites=3), seed=0)
+
+
+def test_more_classes_than_there_are_is_one_line(federation):
+    config = federation(partition=Partition.pathological, sites=3, classes_per_site=9)
+    with pytest.raises(ConfigError, match=r"federation\.classes_per_site=9") as refused:
+        deal(RECORDS, config, seed=0)
+    assert "\n" not in str(refused.value)

@@ -2,6 +2,7 @@ import io
 import json
 import math
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -332,6 +333,23 @@ def test_a_group_in_full_batches_is_a_gaussian_of_that_sensitivity():
     assert epsilon_of_group([event], 3, DELTA) == pytest.approx(
         epsilon_pld([Event(2.0, 1.0, 4)], DELTA, LIVE_INTERVAL), abs=1e-3
     )
+
+
+def test_what_would_take_too_long_is_priced_by_rdp_which_is_above():
+    """Peers choose what is priced: 10^9 steps took PLD minutes, 10^15 forever."""
+    many = [Event(10.0 + index / 100, 0.5, 1) for index in range(200)]
+    for events in ([Event(1e6, 1e-6, 10**15)], [Event(1e3, 1e-3, 10**9)], many):
+        above, started = epsilon_rdp(events, 1e-4), time.monotonic()
+        assert epsilon_pld(events, 1e-4) == above
+        assert epsilon_prv(events, 1e-4) is None
+        assert epsilon_of_group(events, 2, 1e-4) >= above
+        check_agreement(epsilons(events, 1e-4))
+        assert time.monotonic() - started < 5
+
+
+def test_a_group_whose_losses_are_too_small_for_the_grid_is_priced_by_rdp():
+    """The library bisects them by recursion, deeper than Python goes."""
+    assert 0 <= epsilon_of_group([Event(1e6, 1e-3, 10)], 2, 1e-4) < 0.01
 
 
 def test_a_group_of_what_is_free_or_unprotected():

@@ -1,0 +1,201 @@
+"""Files of one's own: the same records in every format, and one line for each kind of fault."""
+
+import csv
+import gzip
+import json
+
+import pandas as pd
+import pytest
+
+from common.config import DataConfig, DataSource
+from common.data import load_splits
+from common.errors import ConfigError
+
+SECRET = "swordfish"  # stands in private texts; must stand in no message
+ROWS = [
+    {
+        "text": f"{SECRET} text  number {n} é中",
+        "label": "yes" if n % 2 else "no",
+        "who": f"p{n // 3}",
+    }
+    for n in range(30)
+]
+
+
+def as_csv(path, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def as_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def as_parquet(path, rows):
+    pd.DataFrame(rows).to_parquet(path)
+
+
+def packed(write):
+    def whole(path, rows):
+        plain = path.with_suffix("")
+        write(plain, rows)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+
+    return whole
+
+
+FORMATS = {
+    "csv": (as_csv, "r.csv"),
+    "csv, packed": (packed(as_csv), "r.csv.gz"),
+    "jsonl": (as_jsonl, "r.jsonl"),
+    "jsonl, packed": (packed(as_jsonl), "r.jsonl.gz"),
+    "parquet": (as_parquet, "r.parquet"),
+}
+
+
+def config_of(path, **changes):
+    source = DataSource[path.name.removeprefix("r.").removesuffix(".gz")]
+    values = {"source": source, "path": str(path), "labels": ["no", "yes"]}
+    return DataConfig(**{**values, **changes})
+
+
+def write(folder, form, rows):
+    write_rows, name = FORMATS[form]
+    write_rows(folder / name, rows)
+    return folder / name
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_table_is_the_same_records_in_every_format(form, tmp_path):
+    path = write(tmp_path, form, ROWS)
+    reference = load_splits(config_of(write(tmp_path, "csv", ROWS), person_column="who"))
+    splits = load_splits(config_of(path, person_column="who"))
+    for part in ("train", "validation", "holdout"):
+        ours, theirs = getattr(splits, part), getattr(reference, part)
+        assert ours.contents == theirs.contents
+        assert ours.labels.tolist() == theirs.labels.tolist()
+        assert ours.persons == theirs.persons
+    assert f"{SECRET} text number 1 é中" in {
+        text for part in (splits.train, splits.validation, splits.holdout) for text in part.contents
+    }
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_several_columns_make_one_content_and_no_labels_are_needed(form, tmp_path):
+    path = write(tmp_path, form, ROWS)
+    splits = load_splits(config_of(path, columns=["text", "who"], labels=[], holdout_fraction=0.0))
+    contents = {*splits.train.contents, *splits.validation.contents}
+    assert (f"{SECRET} text number 7 é中", "p2") in contents
+    assert not splits.train.labels.any()
+
+
+def test_whole_numbers_are_labels_too(tmp_path):
+    rows = [{"text": f"text {n}", "label": n % 2} for n in range(20)]
+    for form in ("jsonl", "parquet"):
+        config = config_of(write(tmp_path, form, rows), labels=["0", "1"])
+        assert {*load_splits(config).train.labels.tolist()} == {0, 1}
+
+
+def replaced(row, **fields):
+    return [{**each, **fields} if at == row else each for at, each in enumerate(ROWS)]
+
+
+def broken(name, content):
+    def make(folder):
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return make
+
+
+def table(form, rows):
+    return lambda folder: write(folder, form, rows)
+
+
+LINES = [json.dumps(row) for row in ROWS]
+FAULTS = {
+    "jsonl: not JSON": (broken("r.jsonl", b'{"text": \n'), "line 1 is not a JSON object"),
+    "jsonl: a list": (broken("r.jsonl", b'["a"]\n'), "line 1 is not a JSON object"),
+    "jsonl: a bare string": (broken("r.jsonl", b'"a"\n'), "line 1 is not a JSON object"),
+    "jsonl: cut off": (
+        broken("r.jsonl", "\n".join([*LINES[:3], LINES[3][:9]]).encode()),
+        "line 4 is not a JSON object",
+    ),
+    "jsonl: nested too deep": (broken("r.jsonl", b"[" * 200000), "line 1 is not a JSON object"),
+    "jsonl: other names": (
+        broken("r.jsonl", f'{LINES[0]}\n{{"text": "a"}}'.encode()),
+        "line 2 has other names than the first",
+    ),
+    "jsonl: not UTF-8": (broken("r.jsonl", b'{"text": "\xff"}'), "not a readable file of JSON"),
+    "jsonl: not packed": (broken("r.jsonl.gz", b"{}"), "not a readable file of JSON lines"),
+    "jsonl: packed and cut": (
+        broken("r.jsonl.gz", gzip.compress("\n".join(LINES).encode())[:-20]),
+        "not a readable file of JSON lines",
+    ),
+    "jsonl: empty": (broken("r.jsonl", b""), "data.text_column=text: no such column among the 0"),
+    "jsonl: text is a number": (table("jsonl", replaced(4, text=3)), "row 5 has no text in text"),
+    "jsonl: text is null": (table("jsonl", replaced(4, text=None)), "row 5 has no text in text"),
+    "jsonl: text is a list": (table("jsonl", replaced(4, text=["a"])), "row 5 has no text"),
+    "jsonl: text is empty": (table("jsonl", replaced(4, text=" \n")), "row 5 has an empty text"),
+    "jsonl: label is null": (table("jsonl", replaced(4, label=None)), "row 5 has a label that is"),
+    "jsonl: label is true": (table("jsonl", replaced(4, label=True)), "row 5 has a label that is"),
+    "jsonl: unknown label": (table("jsonl", replaced(4, label=SECRET)), "row 5 has a label that"),
+    "jsonl: person is null": (table("jsonl", replaced(4, who=None)), "row 5 has an empty who"),
+    "jsonl: person is a half": (table("jsonl", replaced(4, who=0.5)), "row 5 has an empty who"),
+    "parquet: text": (broken("r.parquet", b"text,label\na,b\n"), "not a readable Parquet file"),
+    "parquet: empty": (broken("r.parquet", b""), "not a readable Parquet file"),
+    "parquet: cut off": (broken("r.parquet", b"PAR1" + b"\0" * 90), "not a readable Parquet file"),
+    "parquet: text is null": (table("parquet", replaced(4, text=None)), "row 5 has no text"),
+    "parquet: other columns": (
+        table("parquet", [{"body": "a", "label": "no", "who": "p"}]),
+        "data.text_column=text: no such column among the 3",
+    ),
+    "csv: not packed": (broken("r.csv.gz", b"text,label\n"), "not a readable CSV file"),
+    "csv: other columns": (
+        table("csv", [{"body": "a", "label": "no", "who": "p"}]),
+        "data.text_column=text: no such column among the 3",
+    ),
+    "csv: empty": (broken("r.csv", b""), "not a readable CSV file"),
+    "csv: text is empty": (table("csv", replaced(4, text="")), "row 5 has an empty text"),
+    "csv: unknown label": (table("csv", replaced(4, label=SECRET)), "row 5 has a label that is"),
+    "csv: too many fields": (
+        broken("r.csv", b"text,label,who\na,no,p\na,b,no,p,x\n"),
+        "not a readable CSV file",
+    ),
+}
+
+
+def test_there_are_enough_kinds_of_broken_files():
+    assert len(FAULTS) >= 25
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_file_is_one_line_with_the_row_and_nothing_private(fault, tmp_path):
+    make, message = FAULTS[fault]
+    path = make(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        load_splits(config_of(path, person_column="who"))
+    text = str(refused.value)
+    assert message in text
+    assert "\n" not in text
+    assert SECRET not in text
+
+
+def test_a_run_on_json_lines_ends_like_one_on_csv(tmp_path, tiny_overrides, coterie):
+    rows = [{"text": f"goal match {n}" if n % 2 else f"bank loan {n}", "label": n % 2}
+            for n in range(60)]  # fmt: skip
+    as_jsonl(tmp_path / "r.jsonl", rows)
+    own = ["data=jsonl", f"data.path={tmp_path / 'r.jsonl'}", "data.labels=['0','1']"]
+    kept = [each for each in tiny_overrides if not each.startswith("data")]
+    answer = coterie("simulate", *kept, *own, f"run_dir={tmp_path / 'run'}", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["evaluation_records"] > 0
+
+
+def test_toy_examples_run_without_any_data(tmp_path, tiny_overrides, coterie):
+    kept = [each for each in tiny_overrides if not each.startswith("data")]
+    answer = coterie("simulate", *kept, "data=toy", f"run_dir={tmp_path / 'run'}", "--json")
+    assert answer.code == 0, answer.err
+    assert "of nobody" in answer.json["privacy"]["selection_reason"]

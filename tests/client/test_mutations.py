@@ -47,6 +47,7 @@ from common.privacy.mechanism import Mechanism, mechanism_of, round_event
 from common.privacy.noise import Randomness
 from common.records import Records
 from common.tasks import build_model
+from tests.common.toy import save_gpt2, save_t5
 
 from .ledgers import ledger_of
 
@@ -620,41 +621,48 @@ def test_every_drive_of_the_table_is_also_driven_unmutated():
 # Seeds: in no private config does one reach the noise.
 
 
-def private_configs(compose_config, tiny_overrides, tiny_csv):
-    """Every choice of every group under conf/, on the tiny model, that draws real noise."""
-    groups = {
-        folder.name: [path.stem for path in sorted(folder.glob("*.yaml"))]
-        for folder in CONF.iterdir()
-        if folder.is_dir()
-    }
+IMAGES = ["task=image_classification", "data=digits", "model.name=made/vit-digits", "tuning=head"]
+SOUNDS = ["task=audio_classification", "data=csv", "model.name=made/wav2vec2-tiny", "tuning=head"]
+NEEDS = {"digits": IMAGES, "image_classification": IMAGES, "audio_classification": SOUNDS}
+"""What a choice asks of other groups: a task and a model that read these data."""
+
+
+def private_configs(compose_config, tiny_overrides, tiny_csv, models):
+    """Every choice of every group under conf/, by record and by person, that draws real noise."""
+    files = sorted(CONF.glob("*/*.yaml"))
+    needed = NEEDS | {task: [f"model.name={at}", "tuning=full"] for task, at in models.items()}
+    units = [path.stem for path in files if path.parent.name == "privacy"]
     base = [o for o in tiny_overrides if not o.startswith(("data", "federation.sites"))]
     own = [f"data.path={tiny_csv}", "data.labels=[sport,money]"]
-    for choices in itertools.product(*groups.values()):
-        chosen = [f"{group}={choice}" for group, choice in zip(groups, choices, strict=True)]
-        by_person = "privacy=person" in chosen
-        if by_person and "data=csv" not in chosen:
+    few = ["federation.sites=2", "data.declared_records=84", "privacy.noise_multiplier=2"]
+    for unit, path in itertools.product(units, files):
+        group, choice = path.parent.name, path.stem
+        if group in {"privacy", "experiment"}:
+            continue  # an experiment is choices of the other groups
+        by_person = unit == "person"
+        if by_person and (choice in NEEDS or (group == "data" and choice != "csv")):
             continue  # refused: no persons there
-        config = compose_config(
-            *chosen,
-            *base,
-            *(own if {"data=csv", "data=jsonl", "data=parquet"} & {*chosen} else []),
-            *(["data.person_column=person"] if by_person else []),
-            "federation.sites=2",
-            "data.declared_records=84",
-            "privacy.noise_multiplier=2",
-        )
+        asked = [f"{group}={choice}", f"privacy={unit}", *base, *needed.get(choice, [])]
+        asked += ["data=csv", "data.person_column=person"] if by_person else []
+        table = {"data=csv", "data=jsonl", "data=parquet"} & {*asked}
+        config = compose_config(*dict.fromkeys([*asked, *(own if table else []), *few]))
         if config.privacy.noise is NoiseSource.entropy:
-            yield chosen, config
+            yield [f"{group}={choice}", f"privacy={unit}"], config
 
 
-def test_no_seed_of_any_config_reaches_the_noise(compose_config, tiny_overrides, tiny_csv):
+def test_no_seed_of_any_config_reaches_the_noise(
+    compose_config, tiny_overrides, tiny_csv, tmp_path
+):
     assert [path.name for path in CONF.glob("*.yaml")] == ["simulate.yaml"]
+    models = {"causal_lm": tmp_path / "gpt2", "seq2seq": tmp_path / "t5"}
+    save_gpt2(models["causal_lm"])
+    save_t5(models["seq2seq"])
     seen = set()
-    for chosen, config in private_configs(compose_config, tiny_overrides, tiny_csv):
+    for chosen, config in private_configs(compose_config, tiny_overrides, tiny_csv, models):
         check_fresh_noise(config)
         seen |= set(chosen)
     never = {f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml")} - seen
-    assert never == {"privacy=none"}
+    assert never == {"privacy=none", "experiment=digits"}
 
 
 def replayed(config, site, round_number):

@@ -49,22 +49,20 @@ def client_app(open_site: OpenSite, *, allow_unprotected: bool = False) -> Clien
     app = ClientApp()
     trainers: dict[str, Trainer] = {}
 
-    @app.train(mods=[egress])
-    def train(message: Message, context: Context) -> Message:
+    def opened(message: Message, context: Context) -> tuple[Site, Trainer, Instruction]:
         instruction = messages.read_instruction(message)
         site = open_site(context)
         _check_terms(site, instruction, allow_unprotected=allow_unprotected)
-        trainer = _warm_trainer(trainers, instruction.config)
-        update = _answer(site, trainer, instruction)
+        return site, _warm_trainer(trainers, instruction.config), instruction
+
+    @app.train(mods=[egress])
+    def train(message: Message, context: Context) -> Message:
+        update = _answer(*opened(message, context))
         return Message(messages.pack_update(update), reply_to=message)
 
     @app.evaluate(mods=[egress])
     def evaluate(message: Message, context: Context) -> Message:
-        instruction = messages.read_instruction(message)
-        site = open_site(context)
-        _check_terms(site, instruction, allow_unprotected=allow_unprotected)
-        trainer = _warm_trainer(trainers, instruction.config)
-        count = _count(site, trainer, instruction)
+        count = _count(*opened(message, context))
         return Message(messages.pack_count(count), reply_to=message)
 
     return app

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from client.ledger import Ledger
 from common.config import NodeConfig
-from common.privacy.accounting import Event
 from common.records import Records
 
 
@@ -20,11 +19,3 @@ class Site:
     """None in a simulation without privacy only: nothing can be charged for what is unlimited."""
     policy: NodeConfig = field(default_factory=NodeConfig)
     """What this site never does."""
-
-    @property
-    def charges(self) -> dict[tuple[str, int], Event]:
-        """What each (run id, round) ever started here cost, as the ledger has it."""
-        if self.ledger is None:
-            return {}
-        made = self.ledger.books.reservations.values()
-        return {(r.run, r.round): r.event for r in made}

@@ -42,7 +42,7 @@ class Counted:
         return Asked(event, self.asked, self.books)
 
     def section(self) -> dict[str, Any]:
-        """As `report.json` has it."""
+        """As `report.json` has it, where any site answered; one that did not is named there."""
         return {
             "accuracy": round(min(max(self.correct / self.records, 0.0), 1.0), 4),
             "standard_error": round(self.deviation / self.records, 4),

@@ -94,11 +94,11 @@ def build_report(
         "rounds": len(lines),
         "engine": config.engine.name.name,
         "privacy": _privacy_section(run_plan, lines, spent),
-        "sites": [_site_section(name, spent[name], run_plan, lines) for name in spent],
+        "sites": [_site_section(name, spent[name], run_plan, lines, counted) for name in spent],
         "evaluation": dict(lines[-1].metrics),
         "evaluation_split": config.evaluation.split.name,
         "evaluation_records": facts.evaluation_records,
-        **({} if counted is None else {"evaluation_private": counted.section()}),
+        **({"evaluation_private": counted.section()} if counted and counted.books else {}),
         **_cost_sections(lines, facts),
         "config_hash": config_hash(config),
         "seed": config.seed,
@@ -150,7 +150,11 @@ def _privacy_section(
 
 
 def _site_section(
-    name: str, spent: Spending, run_plan: RunPlan, lines: list[RoundLine]
+    name: str,
+    spent: Spending,
+    run_plan: RunPlan,
+    lines: list[RoundLine],
+    counted: Counted | None,
 ) -> dict[str, Any]:
     """`epsilon` is of the whole ledger, where it lasts, and by the accountant that this ledger may
     use; without one there is no cap.
@@ -166,7 +170,8 @@ def _site_section(
         "steps": attempts * run_plan.event.steps,
         "ledger_head": books["head"] if books else "",
         "not_answered": {
-            str(line.round): line.refused[name] for line in lines if name in line.refused
+            **{str(line.round): line.refused[name] for line in lines if name in line.refused},
+            **({"count": counted.refused[name]} if counted and name in counted.refused else {}),
         },
     }
 
@@ -234,7 +239,7 @@ def show_report(content: dict[str, Any], run_dir: Path, console: Console) -> Non
     console.print(table)
     for site in content["sites"]:
         for reason, count in Counter(site.get("not_answered", {}).values()).items():
-            console.print(f"{site['name']}: {reason} ({count} rounds)", highlight=False)
+            console.print(f"{site['name']}: {reason} ({count} times)", highlight=False)
     metrics = _metrics(content["evaluation"])
     console.print(f"{metrics} on {content['evaluation_records']} public records", highlight=False)
     if "evaluation_private" in content:

@@ -24,6 +24,7 @@ from common.model import FineTuned, read_of
 from common.prefix import Inputs
 from common.pretrained import load_encoder, load_tokenizer
 from common.records import Records
+from common.tasks.text_classification import TOPICS
 from common.tuning import tune
 
 WRITTEN = 20
@@ -31,10 +32,6 @@ WRITTEN = 20
 MOST_NATS = 100.0
 """Mean loss beyond which perplexity is not told apart: a report holds no infinity."""
 LIKELIHOOD, TOKENS, HITS = "negative_log_likelihood", "tokens", "hits"
-SONGS = (
-    ("goal", "match", "team", "coach", "cup", "score"),
-    ("bank", "shares", "market", "profit", "loan", "trade"),
-)
 
 
 class LanguageModel(FineTuned):
@@ -80,7 +77,7 @@ class CausalLM(GenerativeTask):
         draw = random.Random(0)  # noqa: S311 - made texts, no secret
         texts = []
         for _ in range(count):
-            song, begin = draw.choice(SONGS), draw.randrange(6)
+            song, begin = draw.choice(TOPICS), draw.randrange(6)
             texts.append(" ".join(song[(begin + i) % 6] for i in range(draw.randint(5, 12))))
         return Records(tuple(texts), np.zeros(count, dtype=np.int64))
 

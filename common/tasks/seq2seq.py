@@ -27,16 +27,12 @@ from common.model import FineTuned, read_of
 from common.prefix import Inputs
 from common.pretrained import load_encoder, load_tokenizer
 from common.records import Records
+from common.tasks.text_classification import FILLING, TOPICS
 from common.tuning import tune
 
 WRITES = "writes_ids"
 """(B, U) target tokens as the model reads them; it shifts them itself."""
 WRITTEN = "written"
-FILLING = ("the", "a", "of", "in", "was", "on", "today", "said")
-TOPICS = (
-    ("goal", "match", "team", "coach", "cup", "score"),
-    ("bank", "shares", "market", "profit", "loan", "trade"),
-)
 
 
 class Writer(FineTuned):

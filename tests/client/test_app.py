@@ -29,7 +29,7 @@ from common.privacy.mechanism import round_event
 from common.records import Records
 from common.tasks import build_model
 
-from .ledgers import ledger_of
+from .ledgers import charges_of, ledger_of
 
 RECORD = "patient 4711 scored a goal"
 """A private text that must never leave."""
@@ -166,7 +166,7 @@ def test_valid_instruction_is_answered_with_an_update(instruction, start):
 def test_answered_round_is_charged_once(instruction):
     site = site_of()
     assert ask(app_of(site), instruction).has_content()
-    assert site.charges == {(instruction.run_id, 1): round_event(instruction.config)}
+    assert charges_of(site) == {(instruction.run_id, 1): round_event(instruction.config)}
 
 
 def test_update_holds_nothing_but_the_allow_list(instruction, start):
@@ -257,7 +257,7 @@ def test_garbage_is_an_invalid_instruction_and_charges_nothing(fault, instructio
     site = site_of()
     reply = send(app_of(site), GARBAGE[fault](instruction))
     assert refusal(reply) == INVALID
-    assert site.charges == {}
+    assert charges_of(site) == {}
 
 
 WRONG = {
@@ -277,7 +277,7 @@ WRONG = {
 def test_well_formed_but_wrong_instruction_is_refused_and_charges_nothing(fault, instruction):
     site = site_of()
     assert refusal(ask(app_of(site), WRONG[fault](instruction))) == INVALID
-    assert site.charges == {}
+    assert charges_of(site) == {}
 
 
 VECTORS = {
@@ -299,7 +299,7 @@ def test_unusable_vector_charges_nothing(fault, instruction):
     """A fault that can be seen without data must not cost the site its budget."""
     site = site_of()
     ask(app_of(site), replace(instruction, vector=VECTORS[fault](instruction.vector)))
-    assert site.charges == {}
+    assert charges_of(site) == {}
 
 
 def test_instruction_without_privacy_is_refused_where_seeded_noise_is(instruction):
@@ -307,7 +307,7 @@ def test_instruction_without_privacy_is_refused_where_seeded_noise_is(instructio
     site = site_of()
     wrong = changed(instruction, "privacy", mode=PrivacyMode.none, noise=NoiseSource.seeded)
     assert refusal(ask(app_of(site), wrong)) == INVALID
-    assert site.charges == {}
+    assert charges_of(site) == {}
 
 
 def test_config_cannot_read_the_environment_of_a_site(instruction, monkeypatch):
@@ -319,7 +319,7 @@ def test_config_cannot_read_the_environment_of_a_site(instruction, monkeypatch):
     site = site_of()
     content = with_facts(instruction, config=canonical_json(values), config_hash=guessed)
     assert refusal(send(app_of(site), content)) == INVALID
-    assert site.charges == {}
+    assert charges_of(site) == {}
 
 
 def test_same_round_twice_gets_the_same_bytes_and_is_charged_once(instruction):
@@ -348,7 +348,7 @@ def test_rounds_of_a_plan_are_all_answered(instruction):
     app = app_of(site)
     replies = [ask(app, replace(instruction, round=number)) for number in (1, 2)]
     assert all(reply.has_content() for reply in replies)
-    assert [number for _, number in site.charges] == [1, 2]
+    assert [number for _, number in charges_of(site)] == [1, 2]
 
 
 def test_round_beyond_epsilon_is_refused_as_exhausted(instruction):
@@ -357,7 +357,7 @@ def test_round_beyond_epsilon_is_refused_as_exhausted(instruction):
     tight = changed(instruction, "privacy", epsilon=1.01 * once)
     site = site_of()
     assert refusal(ask(app_of(site), tight)) == EXHAUSTED  # two rounds are planned
-    assert site.charges == {}
+    assert charges_of(site) == {}
     enough = changed(tight, "federation", rounds=1)
     assert ask(app_of(site), enough).has_content()
 
@@ -370,7 +370,7 @@ def test_runs_share_the_cap_of_their_site(instruction):
     spent = site.ledger.books.spent_pld()
     assert refusal(ask(app, replace(instruction, run_id="second"))) == EXHAUSTED
     assert ask(app, replace(instruction, round=2)).has_content()
-    assert [*site.charges] == [("run", 1), ("run", 2)]
+    assert [*charges_of(site)] == [("run", 1), ("run", 2)]
     assert spent < site.ledger.books.spent_pld() <= 2.5
 
 
@@ -388,14 +388,14 @@ def test_what_the_policy_forbids_is_refused_before_data_are_touched(instruction)
     site = replace(unreadable_site(), policy=NodeConfig(min_noise_multiplier=2.5))
     reply = ask(app_of(site), instruction)
     assert refusal(reply) == (messages.AGAINST_POLICY, "against the site's policy")
-    assert site.charges == {}
+    assert charges_of(site) == {}
     assert b"2.5" not in wire(reply)
 
 
 def test_a_delta_below_the_ledgers_is_refused(instruction):
     site = replace(site_of(), ledger=ledger_of(delta=2e-3))
     assert refusal(ask(app_of(site), instruction)) == INVALID
-    assert site.charges == {}
+    assert charges_of(site) == {}
 
 
 def test_what_a_coordinator_asks_never_takes_gigabytes_to_price(instruction):
@@ -418,7 +418,7 @@ class Unreadable(tuple):
         return self
 
     def fail(self, *_):
-        self.charged_when_touched = dict(self.site.charges)
+        self.charged_when_touched = dict(charges_of(self.site))
         raise OSError(f"cannot read {RECORD}")
 
     __len__ = __iter__ = __getitem__ = fail
@@ -444,7 +444,7 @@ def test_failure_on_the_data_gives_no_charge_back(instruction):
     app = app_of(site)
     assert refusal(ask(app, instruction)) == FAILED
     assert refusal(ask(app, instruction)) == NO_SPARE
-    assert site.charges == {(instruction.run_id, 1): round_event(instruction.config)}
+    assert charges_of(site) == {(instruction.run_id, 1): round_event(instruction.config)}
 
 
 def test_a_spare_round_pays_for_another_attempt(instruction):
@@ -523,7 +523,7 @@ def test_a_reply_goes_on_from_its_receipt_though_others_append_meanwhile(instruc
 def test_a_run_that_has_the_name_of_a_count_is_refused(instruction):
     site = site_of()
     assert refusal(ask(app_of(site), replace(instruction, run_id="run count"))) == INVALID
-    assert site.charges == {}
+    assert charges_of(site) == {}
 
 
 def test_a_run_is_of_one_configuration_though_two_begin_it_at_once(instruction, monkeypatch):
@@ -539,7 +539,7 @@ def test_a_run_is_of_one_configuration_though_two_begin_it_at_once(instruction, 
     monkeypatch.setattr("client.app._check_fit", check_fit)
     assert refusal(ask(app_of(site), replace(instruction, round=2))) == INVALID
     assert begun[0].has_content()
-    assert [*site.charges] == [("run", 1)]
+    assert [*charges_of(site)] == [("run", 1)]
 
 
 def test_a_ledger_put_back_to_an_older_copy_is_seen_before_data_are_touched(instruction):
@@ -548,7 +548,7 @@ def test_a_ledger_put_back_to_an_older_copy_is_seen_before_data_are_touched(inst
     told = replace(instruction, receipt=Receipt.sign(head, KEY))
     assert refusal(ask(app_of(behind), told)) == BEHIND
     assert behind.records.contents.charged_when_touched is None
-    assert behind.charges == {}
+    assert charges_of(behind) == {}
     assert behind.ledger.head.seq == 1
 
 
@@ -660,7 +660,7 @@ def test_a_hostile_config_gets_one_answer_whatever_the_records(fault, instructio
     hostile = changed(instruction, section, **values)
     sites = [site_of(), site_of(some_records(0)), site_of(some_records(1))]
     assert [refusal(ask(app_of(site), hostile)) for site in sites] == [INVALID] * 3
-    assert [site.charges for site in sites] == [{}, {}, {}]
+    assert [charges_of(site) for site in sites] == [{}, {}, {}]
 
 
 def test_a_declaration_smaller_than_the_federation_cannot_switch_the_delta_rule_off(instruction):
@@ -737,7 +737,7 @@ def test_a_run_of_another_unit_than_the_ledgers_is_refused_before_data(fault, re
     site = replace(unreadable_site(), ledger=ledger_of(unit=unit))
     site = replace(site, records=replace(site.records, persons=("a", "b", "c")))
     assert refusal(ask(app_of(site), request.getfixturevalue(name))) == INVALID
-    assert site.charges == {}
+    assert charges_of(site) == {}
     assert site.ledger.head.seq == 1
 
 
@@ -746,7 +746,7 @@ def test_persons_are_not_protected_where_the_records_name_none(person_instructio
     for count in (0, 12):
         site = person_site(some_records(count))
         assert refusal(ask(app_of(site), person_instruction)) == INVALID
-        assert site.charges == {}
+        assert charges_of(site) == {}
 
 
 def test_no_id_of_a_person_reaches_a_log_or_a_reply(person_instruction, caplog, monkeypatch):

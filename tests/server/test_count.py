@@ -121,8 +121,8 @@ def test_a_site_without_a_sound_count_is_left_out_and_named(fault, plan):
 def test_nobody_who_answers_is_no_error(plan):
     grid = FakeGrid(NAMES, refuses)
     counted = count_correct(grid, plan, final(plan), None, NAMES)
-    assert counted.section()["sites"] == 0
-    assert counted.section()["accuracy"] == 0.0
+    assert counted.books == {}
+    assert counted.refused == dict.fromkeys(NAMES.values(), "budget exhausted")
 
 
 def test_the_sites_keep_the_names_they_had_in_the_rounds(plan):

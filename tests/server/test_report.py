@@ -11,6 +11,7 @@ from common import cli
 from common.errors import VerificationError
 from common.privacy.accounting import Epsilons, Event, epsilon_pld
 from server import spending
+from server.count import Counted
 from server.plan import make_plan
 from server.record import RoundLine, SiteLine
 from server.report import RunFacts, build_report, read_report, render_html
@@ -90,6 +91,19 @@ def test_report_is_not_built_on_accountants_that_disagree(plan, monkeypatch):
     monkeypatch.setattr(spending, "epsilons", lambda *_: Epsilons(pld=1.0, rdp=0.5, prv=1.0))
     with pytest.raises(VerificationError, match="disagree"):
         build_report(plan, LINES, FACTS)
+
+
+def test_a_count_that_nobody_answered_is_no_accuracy_of_zero(tiny_config):
+    """It is charged, and each site says why there is none."""
+    plan = make_plan(replace(tiny_config, privacy=replace(tiny_config.privacy, count_noise=9.0)))
+    lines, names = [line(1, ["site-1", "site-2"])], ("site-1", "site-2")
+    silent = Counted(names, 0.0, 42.0, 0.0, dict.fromkeys(names, "budget exhausted"))
+    report = build_report(plan, lines, FACTS, silent)
+    assert "evaluation_private" not in report
+    assert {site["not_answered"]["count"] for site in report["sites"]} == {"budget exhausted"}
+    alone = build_report(plan, lines, FACTS)["privacy"]["epsilon"]["pld"]
+    assert report["privacy"]["epsilon"]["pld"] > alone
+    assert "site-1, count: budget exhausted" in render_html(report, lines)
 
 
 def test_traffic_and_time_are_summed_over_rounds(built):

@@ -53,7 +53,7 @@ from .ledgers import ledger_of
 
 RECORDS = 60
 """At the site; 42 are declared, so a realised number never passes for a declared one."""
-ROUNDS = 12
+ROUNDS = 18
 """Of two steps each: within these a run-time check must have spoken."""
 COORDINATOR, SITE = 1, 2
 

@@ -10,7 +10,7 @@ or person, in common.
 
 import hashlib
 import hmac
-from collections.abc import Iterator
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from common.canonical import canonical_json
+from common.digests import SIZE, Digests, DigestSet, gathered, order_of, rows_of
+from common.progress import Told, telling, untold
 
 if TYPE_CHECKING:  # the books open without pandas
     from common.records import Records
@@ -35,7 +37,7 @@ class Commitment:
     """SHA-256 Merkle root, in hex, over records with their labels, and persons if they name any:
     goes into the chain.
     """
-    tags: frozenset[bytes] = field(repr=False)
+    tags: Set[bytes] = field(repr=False)
     """Of what must be under one ledger only, see `commit_to`: stay at the site."""
 
 
@@ -43,25 +45,34 @@ UNBOUND = Commitment("0" * 64, frozenset())
 """Before the first run binds a ledger to records."""
 
 
-def commit_to(records: "Records", secret: bytes, *, unit: str = "record") -> Commitment:
-    """Commits to records, whatever their order.
+def commit_to(
+    records: "Records", secret: bytes, *, unit: str = "record", told: Told = untold
+) -> Commitment:
+    """Commits to records, whatever their order; their contents are read once, one at a time.
 
     Guarantee: without `secret` neither part tells anything of a text or id that could be guessed.
     The tags of two sets under one secret meet where a text is in both, whatever its labels; where
     records name persons, a text of the same person, and where persons are the unit, a person.
+    Args: told: hears how far it is.
     """
-    tags = frozenset(hmac.digest(secret, tagged, "sha256") for tagged in _tagged(records, unit))
-    return Commitment(_root(_leaves(records, secret)), tags)
+    leaves, tags = bytearray(), bytearray()
+    tagged, persons = _tagged(records, unit), records.persons
+    identities = telling(records.identities(), told, "committing to records", len(records))
+    for at, (key, label) in enumerate(zip(identities, records.labels, strict=True)):
+        name, person = _name(key), persons[at] if persons is not None else ""
+        fields = [name, int(label), *([] if persons is None else [person])]
+        leaves += hmac.digest(secret, _LEAF + _bytes(canonical_json(fields)), "sha256")
+        tags += hmac.digest(secret, tagged(name, person), "sha256")
+    return Commitment(_root(rows_of(leaves)), DigestSet(rows_of(tags)))
 
 
-def _tagged(records: "Records", unit: str) -> Iterator[bytes]:
-    persons = records.persons
-    if persons is None:
-        return (_TEXT + _bytes(_name(key)) for key in records.identities())
+def _tagged(records: "Records", unit: str) -> Callable[[str, str], bytes]:
+    """What the tag of a record is of, from its text's name and its person."""
+    if records.persons is None:
+        return lambda name, _: _TEXT + _bytes(name)
     if unit == "person":
-        return (_PERSON + _bytes(person) for person in persons)
-    pairs = zip(persons, map(_name, records.identities()), strict=True)
-    return (_OWNED + _bytes(canonical_json([*pair])) for pair in pairs)
+        return lambda _, person: _PERSON + _bytes(person)
+    return lambda name, person: _OWNED + _bytes(canonical_json([person, name]))
 
 
 def secret_of(key: Ed25519PrivateKey) -> bytes:
@@ -70,20 +81,12 @@ def secret_of(key: Ed25519PrivateKey) -> bytes:
     return HKDF(hashes.SHA256(), 32, None, info).derive(key.private_bytes_raw())
 
 
-def _root(leaves: Iterator[bytes]) -> str:
-    level = sorted(leaves) or [hashlib.sha256(b"").digest()]
-    while len(level) > 1:
-        pairs = (level[at : at + 2] for at in range(0, len(level), 2))
-        level = [hashlib.sha256(_NODE + b"".join(pair)).digest() for pair in pairs]
-    return level[0].hex()
-
-
-def _leaves(records: "Records", secret: bytes) -> Iterator[bytes]:
-    columns = [[*map(_name, records.identities())], records.labels.tolist()]
-    if records.persons is not None:
-        columns.append(records.persons)
-    for fields in zip(*columns, strict=True):
-        yield hmac.digest(secret, _LEAF + _bytes(canonical_json([*fields])), "sha256")
+def _root(leaves: Digests) -> str:
+    level = leaves[order_of(leaves)].tobytes() or hashlib.sha256(b"").digest()
+    while len(level) > SIZE:
+        pairs = (level[at : at + 2 * SIZE] for at in range(0, len(level), 2 * SIZE))
+        level = gathered(hashlib.sha256(_NODE + pair).digest() for pair in pairs).tobytes()
+    return level.hex()
 
 
 def _name(key: object) -> str:

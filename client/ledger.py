@@ -190,7 +190,7 @@ class Store:
             if others := sorted(owners - {site}):
                 raise ConfigError(_overlap(self.path, site, others[0]))
             yield
-            rows = [(tag, site) for tag in commitment.tags]
+            rows = ((tag, site) for tag in commitment.tags)
             connection.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?)", rows)
 
     def _holds(self, site: str) -> bool:

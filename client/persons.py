@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 
 from common.config import PrivacyConfig, PrivacyMode
+from common.digests import gathered, words_of
 from common.errors import ConfigError
 from common.records import Records
 
@@ -28,11 +29,10 @@ def capped(records: Records, most: int) -> Records:
     Guarantee: what is kept of a person depends on that person's records alone: on nobody else's,
     and on no order. A person of at most `most` records keeps all. The order stays.
     """
-    owners, labels = records.owners(), records.labels.tolist()
-    names = [str(key).encode(errors="surrogatepass") for key in records.identities()]
-    digests = [hashlib.sha256(name).digest() for name in names]
-    keys = [*zip(owners.tolist(), digests, labels, strict=True)]
-    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+    owners = records.owners()
+    names = (str(key).encode(errors="surrogatepass") for key in records.identities())
+    digests = gathered(hashlib.sha256(name).digest() for name in names)
+    order = np.lexsort((records.labels, *words_of(digests)[::-1], owners))
     by_person = owners[order]
     rank = np.arange(len(order)) - np.searchsorted(by_person, by_person)
     return records.subset(np.sort(order[rank < most]))

@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import DataConfig, DataSource
+from common.digests import Digests, numbers_of
 from common.errors import ConfigError
+from common.intake import read_file
+from common.progress import Told, telling, untold
 from common.records import Records
-from common.tables import Column, names_of, read_table, texts_of
 
 
 @dataclass(frozen=True)
@@ -33,31 +35,49 @@ class Splits:
     """
 
 
-def load_splits(config: DataConfig, made: Callable[[int], Records] | None = None) -> Splits:
+@dataclass(frozen=True)
+class _Keyed:
+    """Records with what they are compared by: nothing here looks into their contents again."""
+
+    records: Records
+    keys: Digests
+    """(N, 32) digests of their contents."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def where(self, holds: NDArray[np.bool_]) -> "_Keyed":
+        """Those of which something holds, in their order."""
+        return _Keyed(self.records.subset(np.flatnonzero(holds)), self.keys[holds])
+
+
+def load_splits(
+    config: DataConfig, made: Callable[[int], Records] | None = None, told: Told = untold
+) -> Splits:
     """Reads and splits the records.
 
     Guarantee: the three splits share no text and no person; a record's split depends on
     `split_seed` and its text only, or its person's id, so adding a record moves no other.
-    Args: made: the task's own made examples, for `data=toy`.
+    Texts of a table are not in memory, their digests are.
+    Args: made: the task's own made examples, for `data=toy`; told: hears how far it is.
     Raises: ConfigError if the source, a column or a label is not what the config says.
     """
     check_files(config)
-    rows = _read(config, made)
+    rows = _read(config, made, told)
     records, read = _deduplicate(rows), len(rows)
-    place = _places(records, config.split_seed)
+    place = _places(records.records, config.split_seed, told)
     holdout_end = config.holdout_fraction
     validation_end = holdout_end + config.validation_fraction
     if config.test_path:
-        test = _read_file(config, config.test_path, "data.test_path")
+        test = _Keyed(*read_file(config, config.test_path, "data.test_path", told))
         holdout, read = _deduplicate(test), read + len(test)
         validation_end, holdout_end = config.validation_fraction, 0.0
     else:
-        holdout = records.subset(np.flatnonzero(place < holdout_end))
-    inside = (place >= holdout_end) & (place < validation_end)
-    validation = _apart(records.subset(np.flatnonzero(inside)), holdout)
-    train = _apart(records.subset(np.flatnonzero(place >= validation_end)), holdout, validation)
+        holdout = records.where(place < holdout_end)
+    validation = _apart(records.where((place >= holdout_end) & (place < validation_end)), holdout)
+    train = _apart(records.where(place >= validation_end), holdout, validation)
     kept = len(train) + len(validation) + len(holdout)
-    return Splits(train, validation, holdout, duplicates=read - kept)
+    return Splits(train.records, validation.records, holdout.records, duplicates=read - kept)
 
 
 def check_files(config: DataConfig) -> None:
@@ -67,48 +87,53 @@ def check_files(config: DataConfig) -> None:
             raise ConfigError(f"{name}={path}: no such file")
 
 
-def _places(records: Records, seed: int) -> NDArray[np.float64]:
+def _places(records: Records, seed: int, told: Told) -> NDArray[np.float64]:
     """(N,) where each text, or person, falls in [0, 1), by hash: whatever the order and others."""
     names = records.identities() if records.persons is None else records.persons
-    hashes = [hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8] for name in names]
-    return np.array([int.from_bytes(h, "big") / 2**64 for h in hashes])
+    hashes = (
+        hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]
+        for name in telling(names, told, "splitting records", len(records))
+    )
+    return np.fromiter((int.from_bytes(h, "big") / 2**64 for h in hashes), float, len(records))
 
 
-def _deduplicate(rows: Records) -> Records:
+def _deduplicate(rows: _Keyed) -> _Keyed:
     """First occurrence of every text: a repeated record would be protected at a worse epsilon.
 
     With persons, of every text of a person: two persons may have written the same.
     """
-    keys = rows.identities()
-    if rows.persons is not None:
-        keys = [*zip(rows.persons, keys, strict=True)]
-    first = {key: index for index, key in reversed(list(enumerate(keys)))}
-    return rows.subset(sorted(first.values()))
+    numbers = numbers_of(rows.keys)
+    if rows.records.persons is not None:
+        numbers = numbers * len(rows) + rows.records.owners()
+    first = np.zeros(len(rows), dtype=bool)
+    first[np.unique(numbers, return_index=True)[1]] = True
+    return rows.where(first)
 
 
-def _apart(records: Records, *public: Records) -> Records:
+def _apart(rows: _Keyed, *public: _Keyed) -> _Keyed:
     """The records whose text, and person, stand in none of the public ones: those are fixed."""
-    contents = {key for part in public for key in part.identities()}
-    persons = {person for part in public for person in part.persons or ()}
-    keys = records.identities()
-    owners = records.persons or keys  # a content is no person: nothing is dropped for it
-    apart = [
-        key not in contents and owner not in persons
-        for key, owner in zip(keys, owners, strict=True)
-    ]
-    return records.subset(np.flatnonzero(apart))
+    numbers = numbers_of(np.concatenate([rows.keys, *(part.keys for part in public)]))
+    apart = ~np.isin(numbers[: len(rows)], numbers[len(rows) :])
+    if rows.records.persons is not None:
+        persons = {person for part in public for person in part.records.persons or ()}
+        apart &= np.array([each not in persons for each in rows.records.persons], dtype=bool)
+    return rows.where(apart)
 
 
-def _read(config: DataConfig, made: Callable[[int], Records] | None) -> Records:
-    if config.source is DataSource.toy:
-        if made is None:
-            raise ConfigError("data=toy: only a task's own examples are meant")
-        return made(config.toy_records)
+def _read(config: DataConfig, made: Callable[[int], Records] | None, told: Told) -> _Keyed:
     if config.source is DataSource.bbc_news:
-        return _read_bbc_news(config)
+        return _keyed(_read_bbc_news(config), told)
     if config.source is DataSource.digits:
-        return _read_digits(config)
-    return _read_file(config, config.path, "data.path")
+        return _keyed(_read_digits(config), told)
+    if config.source is not DataSource.toy:
+        return _Keyed(*read_file(config, config.path, "data.path", told))
+    if made is None:
+        raise ConfigError("data=toy: only a task's own examples are meant")
+    return _keyed(made(config.toy_records), told)
+
+
+def _keyed(records: Records, told: Told) -> _Keyed:
+    return _Keyed(records, records.digests(told))
 
 
 def _read_bbc_news(config: DataConfig) -> Records:
@@ -144,45 +169,3 @@ def _read_digits(config: DataConfig) -> Records:
     kept = [n for n, digit in enumerate(scans.target) if str(digit) in index]
     labels = [index[str(scans.target[n])] for n in kept]
     return Records(tuple(images[n] for n in kept), np.array(labels, dtype=np.int64))
-
-
-def _read_file(config: DataConfig, path: str, name: str) -> Records:
-    """One file of the user's own. Raises: ConfigError naming the row that is not as it must be."""
-    where = f"{name}={path}"
-    contents = {f"data.columns[{n}]": column for n, column in enumerate(config.columns)}
-    asked = contents or {"data.text_column": config.text_column}
-    named = {
-        "data.label_column": config.label_column if config.labels else "",
-        "data.person_column": config.person_column,
-        "data.site_column": config.site_column,
-    }
-    named = {setting: column for setting, column in named.items() if column}
-    columns = read_table(config.source, path, name, {**asked, **named})
-    texts = [texts_of(columns[at], column, where) for at, column in enumerate(asked.values())]
-    rest = dict(zip(named, columns[len(asked) :], strict=True))
-    labels = rest.get("data.label_column")
-    return Records(
-        tuple(zip(*texts, strict=True)) if contents else tuple(texts[0]),
-        np.zeros(len(texts[0]), np.int64) if labels is None else _labels(labels, config, where),
-        _ids(rest.get("data.person_column"), config.person_column, where),
-        _ids(rest.get("data.site_column"), config.site_column, where),
-    )
-
-
-def _labels(column: Column, config: DataConfig, where: str) -> NDArray[np.int64]:
-    index: dict[str | None, int] = {label: at for at, label in enumerate(config.labels)}
-    labels = [index.get(name) for name in names_of(column)]
-    if None in labels:
-        row = labels.index(None) + 1
-        raise ConfigError(f"{where}: row {row} has a label that is not one of data.labels")
-    return np.array(labels, dtype=np.int64)
-
-
-def _ids(column: Column | None, name: str, where: str) -> tuple[str, ...] | None:
-    """The ids in a column; no message repeats one. Raises: ConfigError if one is empty."""
-    if column is None:
-        return None
-    ids = tuple((each or "").strip() for each in names_of(column))
-    if "" in ids:
-        raise ConfigError(f"{where}: row {ids.index('') + 1} has an empty {name}")
-    return ids

@@ -1,6 +1,7 @@
 """Records: what a site owns, whatever the task reads in them."""
 
 import hashlib
+import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.digests import Digests, gathered
 from common.errors import ConfigError
+from common.progress import Told, telling, untold
+from common.spool import Spooled
 
 Content = str | tuple[str, ...] | NDArray[Any]
 """What one record holds beside its label: a text; several texts, as a question and its context;
@@ -19,7 +23,8 @@ an image (H, W, C) of uint8; a sound (samples,) of float32."""
 class Records:
     """Contents with their labels: one record a content."""
 
-    contents: tuple[Content, ...]
+    contents: Sequence[Content]
+    """(N,) a tuple; of a table of texts a `Spooled`, which reads them where they are asked for."""
     labels: NDArray[np.int64]
     """(N,) index into the config's `data.labels`; zeros where the task knows no classes."""
     persons: tuple[str, ...] | None = field(default=None, repr=False)
@@ -35,7 +40,7 @@ class Records:
         """The records at `indices`, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
         return Records(
-            tuple(self.contents[i] for i in chosen),
+            _chosen_contents(self.contents, chosen),
             self.labels[chosen],
             _chosen(self.persons, chosen),
             _chosen(self.homes, chosen),
@@ -56,14 +61,28 @@ class Records:
 
         Args: names: what each is. Raises: ConfigError if a content is anything else.
         """
-        for content in self.contents:
+        contents = list(self.contents)
+        for content in contents:
             if not isinstance(content, tuple) or len(content) != len(names):
                 raise ConfigError(f"a record of this task must be {len(names)} texts: {names}")
-        return [[str(content[i]) for content in self.contents] for i in range(len(names))]
+        return [[str(content[i]) for content in contents] for i in range(len(names))]
 
-    def identities(self) -> list[Hashable]:
-        """(N,) equal where contents are."""
+    def identities(self) -> Sequence[Hashable]:
+        """(N,) equal where contents are; of texts themselves."""
+        if isinstance(self.contents, Spooled):
+            return self.contents
         return [identity(content) for content in self.contents]
+
+    def digests(self, told: Told = untold) -> Digests:
+        """(N, 32) SHA-256, equal where contents are."""
+        identities = telling(self.identities(), told, "comparing records", len(self))
+        return gathered(hashed(key) for key in identities)
+
+
+def _chosen_contents(contents: Sequence[Content], at: NDArray[np.int64]) -> Sequence[Content]:
+    if isinstance(contents, Spooled):
+        return contents.chosen(at)
+    return tuple(contents[i] for i in at)
 
 
 def _chosen(names: tuple[str, ...] | None, at: NDArray[np.int64]) -> tuple[str, ...] | None:
@@ -80,3 +99,13 @@ def identity(content: Content) -> str | tuple[str, ...]:
         return content
     digest = hashlib.sha256(np.ascontiguousarray(content).tobytes()).hexdigest()
     return f"{content.dtype} {content.shape} {digest}"
+
+
+def hashed(key: Hashable) -> bytes:
+    """SHA-256 of an identity: of a text as it is, of several texts as a list that keeps their cut.
+
+    >>> hashed(("a", "bc")) == hashed(("ab", "c"))
+    False
+    """
+    text = key if isinstance(key, str) else json.dumps(key)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()

@@ -1,14 +1,19 @@
 """Tables of private records in files: CSV, JSON lines and Parquet, plain or packed by gzip.
 
-A message about a file names the row, and never repeats what stands in it: rows are private.
+They are read in batches, so that a table may be larger than memory. A message about a file names
+the row, and never repeats what stands in it: rows are private.
 """
 
 import gzip
+import io
 import json
+import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import pyarrow as pa
@@ -16,42 +21,60 @@ from pyarrow import parquet
 
 from common.config import DataSource
 from common.errors import ConfigError
+from common.progress import Told, untold
 
 Column = Sequence[Any]
-"""(N,) values of one column, as they stand in the file."""
+"""(n,) values of one column of a batch, as they stand in the file."""
+
+BATCH_ROWS = 1024
+"""Rows that are in memory at a time."""
+
+_Batch = tuple[Mapping[str, Column], float]
+"""Columns by name, all of the table or at least those asked for; the share of the file so far."""
+_Reader = Callable[[Path, str, list[str]], Iterator[_Batch]]
 
 
-def read_table(source: DataSource, path: str, name: str, columns: dict[str, str]) -> list[Column]:
-    """The columns asked for, in that order, all of one length.
+def read_batches(
+    source: DataSource, path: str, name: str, columns: dict[str, str], told: Told = untold
+) -> Iterator[list[Column]]:
+    """The columns asked for, in that order, a batch of rows at a time; one batch at least.
 
     Args: name: the setting that gave the path; columns: column names by the settings that gave
-    them, for messages.
-    Raises: ConfigError if the file is not of that kind, or a column is not there.
+    them, for messages; told: hears how far the file is read.
+    Raises: ConfigError if the file is not of that kind, or a column is not there; rows before the
+    fault were yielded by then.
     """
-    table = _READERS[source](Path(path).expanduser(), f"{name}={path}")
-    found = table.columns if isinstance(table, pd.DataFrame) else table
-    for setting, column in columns.items():
-        if column not in found:
-            # Not by name: in a file without a header the "names" are its first record.
-            raise ConfigError(
-                f"{setting}={column}: no such column among the {len(found)} of {path}; "
-                f"{_WHERE_NAMES_STAND[source]}"
-            )
-    return [list(table[column]) for column in columns.values()]
+    asked = [*columns.values()]
+    for found, share in _READERS[source](Path(path).expanduser(), f"{name}={path}", asked):
+        for setting, column in columns.items():
+            if column not in found:
+                # Not by name: in a file without a header the "names" are its first record.
+                raise ConfigError(
+                    f"{setting}={column}: no such column among the {len(found)} of {path}; "
+                    f"{_WHERE_NAMES_STAND[source]}"
+                )
+        told(f"reading {name}", share)
+        yield [found[column] for column in asked]
 
 
-def texts_of(column: Column, setting: str, where: str) -> list[str]:
+def texts_of(column: Column, setting: str, where: str, *, first: int = 1) -> list[str]:
     """A column of texts, without surplus white space.
 
+    Args: first: the number of its first row, from 1.
     Raises: ConfigError naming the row that is no text, or an empty one.
     """
     texts = []
-    for row, value in enumerate(column, start=1):
+    for row, value in enumerate(column, start=first):
         if not isinstance(value, str):
             raise ConfigError(f"{where}: row {row} has no text in {setting}; it must be a string")
         text = " ".join(value.split())
         if not text:
             raise ConfigError(f"{where}: row {row} has an empty {setting}")
+        if not text.isascii() and not _is_unicode(text):
+            raise ConfigError(
+                f"{where}: row {row} has half a character in {setting}, an escape \\ud800 to "
+                "\\udfff alone; write the whole character"
+            )
         texts.append(text)
     return texts
 
@@ -68,39 +91,73 @@ def names_of(column: Column) -> list[str | None]:
     ]
 
 
-def _read_csv(path: Path, where: str) -> pd.DataFrame:
+def _is_unicode(text: str) -> bool:
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_csv(path: Path, where: str, asked: list[str]) -> Iterator[_Batch]:
+    """All columns: told of some only, pandas passes over rows that have too many fields."""
+    packed = _PACKED.get(path.suffix)
+    try:
+        with path.open("rb") as file, ExitStack() as stack:
+            chunks = stack.enter_context(
+                pd.read_csv(
+                    file,
+                    dtype=str,
+                    keep_default_na=False,
+                    chunksize=BATCH_ROWS,
+                    compression=packed,
+                )
+            )
+            for table in chunks:
+                if not isinstance(table.index, pd.RangeIndex):
+                    # pandas made a row label of the surplus field
+                    raise ConfigError(
+                        f"{where}: rows have more fields than the first line names; "
+                        "quote the texts that hold commas"
+                    )
+                read = {name: table[name].tolist() for name in table.columns if name in asked}
+                yield {**dict.fromkeys(table.columns, ()), **read}, _share(file)
     except (OSError, EOFError, zlib.error, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"{where}: not a readable CSV file ({reason})") from error
-    if not isinstance(table.index, pd.RangeIndex):  # pandas made a row label of the surplus field
-        raise ConfigError(
-            f"{where}: rows have more fields than the first line names; "
-            "quote the texts that hold commas"
-        )
-    return table
 
 
-def _read_jsonl(path: Path, where: str) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {}
+def _read_jsonl(path: Path, where: str, asked: list[str]) -> Iterator[_Batch]:
+    names: set[str] = set()
     try:
-        for number, line in enumerate(_lines(path), start=1):
-            fields = _object(line, f"{where}: line {number}")
-            columns = columns or {name: [] for name in fields}
-            if fields.keys() != columns.keys():
-                raise ConfigError(f"{where}: line {number} has other names than the first line")
-            for name, values in columns.items():
-                values.append(fields[name])
+        with path.open("rb") as file:
+            numbered = enumerate(_lines(file, path), start=1)
+            while lines := list(islice(numbered, BATCH_ROWS)):
+                objects = [_object(line, f"{where}: line {number}") for number, line in lines]
+                names = names or {*objects[0]}
+                for (number, _), fields in zip(lines, objects, strict=True):
+                    if fields.keys() != names:
+                        raise ConfigError(
+                            f"{where}: line {number} has other names than the first line"
+                        )
+                yield _columns(names, asked, objects), _share(file)
+            if not names:
+                yield {}, 1.0
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: not a readable file of JSON lines") from error
-    return columns
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _columns(names: set[str], asked: list[str], objects: list[dict[str, Any]]) -> dict[str, Column]:
+    """Values of those asked for; of the others the names."""
+    read = {name: [fields[name] for fields in objects] for name in asked if name in names}
+    return {**dict.fromkeys(names, ()), **read}
+
+
+def _lines(file: IO[bytes], path: Path) -> Iterator[str]:
     """Lines that are not blank."""
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        yield from (line for line in file if line.strip())
+    opened: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+    with io.TextIOWrapper(opened, encoding="utf-8") as text:
+        yield from (line for line in text if line.strip())
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
@@ -113,18 +170,36 @@ def _object(line: str, where: str) -> dict[str, Any]:
     return fields
 
 
-def _read_parquet(path: Path, where: str) -> dict[str, list[Any]]:
+def _read_parquet(path: Path, where: str, asked: list[str]) -> Iterator[_Batch]:
     try:
-        table = parquet.read_table(path)
+        with parquet.ParquetFile(path) as file:
+            names, total, done = file.schema_arrow.names, file.metadata.num_rows, 0
+            if not total or not {*asked} <= {*names}:
+                yield dict.fromkeys(names, ()), 1.0
+            for batch in file.iter_batches(BATCH_ROWS, columns=[n for n in names if n in asked]):
+                done += batch.num_rows
+                read = {n: batch.column(n).to_pylist() for n in batch.schema.names}
+                yield {**dict.fromkeys(names, ()), **read}, done / total
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ConfigError(f"{where}: not a readable Parquet file") from error
-    return {name: table[name].to_pylist() for name in table.column_names}
 
 
-_READERS: dict[DataSource, Callable[[Path, str], pd.DataFrame | dict[str, list[Any]]]] = {
+def _share(file: IO[bytes]) -> float:
+    """How much of a file was read; all, once its end has closed it."""
+    return 1.0 if file.closed else file.tell() / max(os.fstat(file.fileno()).st_size, 1)
+
+
+_READERS: dict[DataSource, _Reader] = {
     DataSource.csv: _read_csv,
     DataSource.jsonl: _read_jsonl,
     DataSource.parquet: _read_parquet,
+}
+_PACKED: dict[str, Any] = {
+    ".gz": "gzip",
+    ".bz2": "bz2",
+    ".xz": "xz",
+    ".zip": "zip",
+    ".zst": "zstd",
 }
 _WHERE_NAMES_STAND = {
     DataSource.csv: "its first line must name them",

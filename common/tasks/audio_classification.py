@@ -1,6 +1,7 @@
 """Audio classification: one label per sound."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def _length(processor: Any, task: TaskConfig) -> int:
     return max(1, round(task.max_seconds * int(processor.sampling_rate)))
 
 
-def _read(processor: Any, contents: tuple[Content, ...], task: TaskConfig) -> Inputs:
+def _read(processor: Any, contents: Sequence[Content], task: TaskConfig) -> Inputs:
     """(N, samples); every sound is processed alone, and padded before it is normalised, so that
     silence at its end is what the model hears. Raises: ConfigError.
     """

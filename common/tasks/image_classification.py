@@ -1,6 +1,7 @@
 """Image classification: one label per image."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ class ImageClassification(ClassTask):
         return likeliest(model, model(**_read(processor, images)), asked, kind="file")
 
 
-def _read(processor: Any, contents: tuple[Content, ...]) -> Inputs:
+def _read(processor: Any, contents: Sequence[Content]) -> Inputs:
     """(N, C, H, W) pixels, each image processed alone. Raises: ConfigError."""
     channels, size = _channels(processor), _size(processor)
     assert size is not None

@@ -1,0 +1,132 @@
+"""Spool: the texts of a table in a file without a name, mapped into memory, read when asked for.
+
+A table may be larger than memory: its texts are written once, in batches, as Arrow IPC, and the
+pages of that file are the system's to drop. The file has no name from its first byte on, so
+nobody opens it by path, and the system frees it when the last process that holds it ends, however
+it ends. It lies in the folder for temporary files (`TMPDIR`). See decision 0013.
+"""
+
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.reduction import DupFd
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+Row = str | tuple[str, ...]
+"""A text, or several."""
+Rows = NDArray[np.int64]
+
+BLOCK = 1024
+"""Rows that are read together."""
+GIVEN_BACK = 64
+"""Blocks after which the pages read so far are handed back to the system."""
+
+
+class Spool:
+    """The mapped file. Read-only; any number of threads may read."""
+
+    def __init__(self, handle: int, *, several: bool) -> None:
+        """Args: handle: of a finished file, which the spool closes; several: a row is a tuple."""
+        self.handle, self._several = handle, several
+        weakref.finalize(self, os.close, handle)
+        self._mapped = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
+        reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._mapped)))
+        self._batches = [reader.get_batch(n) for n in range(reader.num_record_batches)]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process is given the open file, by multiprocessing, and not what is in it."""
+        return _reopened, (DupFd(self.handle), self._several)
+
+    def read(self, rows: Rows) -> list[Row]:
+        """The rows asked for, in that order."""
+        found: list[Row] = []
+        places = np.searchsorted(self._starts, rows, side="right") - 1
+        for run in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(places)) + 1):
+            if len(run):
+                place = places[run[0]]
+                taken = self._batches[place].take(pa.array(rows[run] - self._starts[place]))
+                columns = [column.to_pylist() for column in taken.columns]
+                found += zip(*columns, strict=True) if self._several else columns[0]
+        return found
+
+    def give_back(self) -> None:
+        """Pages that were read stay in the system's cache and no longer count as this process's."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+
+
+class Spooled(Sequence[Row]):
+    """Rows of a spool, as a sequence that holds none of their texts.
+
+    Guarantee: equal, element by element, to the tuple of the same rows. To another process it goes
+    as an open file and row numbers. Its repr shows no text.
+    """
+
+    __hash__ = None  # type: ignore[assignment] # as of a list: equal to what hashes otherwise
+
+    def __init__(self, spool: Spool, rows: Rows | None = None) -> None:
+        """Args: rows: which, in what order; None: all."""
+        self._spool = spool
+        self._rows = np.arange(len(spool), dtype=np.int64) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Spooled": ...
+    def __getitem__(self, index: int | slice) -> "Row | Spooled":
+        if isinstance(index, slice):
+            return Spooled(self._spool, self._rows[index])
+        return self._spool.read(self._rows[[index]])[0]
+
+    def __iter__(self) -> Iterator[Row]:
+        for number, start in enumerate(range(0, len(self), BLOCK), start=1):
+            yield from self._spool.read(self._rows[start : start + BLOCK])
+            if number % GIVEN_BACK == 0:
+                self._spool.give_back()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str) or len(self) != len(other):
+            return False
+        return all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} spooled rows>"
+
+    def chosen(self, at: Rows) -> "Spooled":
+        """Those at `at`, in that order."""
+        return Spooled(self._spool, self._rows[at])
+
+
+def spooled(batches: Iterable[Sequence[Sequence[str]]], columns: int, *, several: bool) -> Spooled:
+    """Writes batches of columns of texts to a new spool.
+
+    Args: columns: how many each batch has; several: rows are tuples, as a question and its context.
+    Raises: OSError if the folder for temporary files has no room; UnicodeEncodeError at a text
+    that is no Unicode.
+    """
+    schema = pa.schema([(str(number), pa.large_string()) for number in range(columns)])
+    # O_TMPFILE where there is such a thing, else unlinked before the first byte; mode 0600.
+    with tempfile.TemporaryFile() as file:
+        with pa.ipc.new_file(file, schema) as writer:
+            for batch in batches:
+                arrays = [pa.array(column, pa.large_string()) for column in batch]
+                writer.write_batch(pa.record_batch(arrays, schema=schema))
+        file.flush()
+        return Spooled(Spool(os.dup(file.fileno()), several=several))
+
+
+def _reopened(handle: Any, several: bool) -> Spool:
+    return Spool(handle.detach(), several=several)

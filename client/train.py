@@ -1,6 +1,7 @@
 """Local training: the warm model of one process, on which sites take turns."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from common.config import Config, NoiseSource, PrivacyMode
 from common.model import read_of, targets_of
 from common.parameters import Layout, Vector
 from common.prefix import Inputs
+from common.prepared import PreparedRecords
 from common.privacy.mechanism import Mechanism, mechanism_of
 from common.privacy.noise import Randomness
 from common.records import Records
@@ -39,9 +41,7 @@ class Held:
 
     source: Records
     """What it was prepared from: other records of that site are prepared anew."""
-    inputs: Inputs
-    records: int
-    """N, how many."""
+    prepared: PreparedRecords
     owners: NDArray[np.int64] | None
     """(N,) number of the person each record is of, where persons are drawn."""
 
@@ -89,11 +89,11 @@ class Trainer:
         """
         parameters.load(self._model, vector)
         held = self._prepared(site)
-        loss_of = self._loss_of(held.inputs)
+        loss_of, records = self._loss_of(held.prepared.rows), len(held.prepared)
         randomness = randomness_of(self._config, site.name, round_number)
         measured = None
         if self._config.privacy.mode is PrivacyMode.none:
-            self._plain_steps(loss_of, randomness, held.records)
+            self._plain_steps(loss_of, randomness, records)
         else:
             mechanism = mechanism_of(self._config)
             measured = self._private_steps(
@@ -101,7 +101,7 @@ class Trainer:
                 mechanism,
                 randomness,
                 groups=self._groups,
-                records=held.records,
+                records=records,
                 owners=held.owners,
                 steps=self._config.federation.local_steps,
                 meters=self._meters.setdefault(site.name, Meters(mechanism)),
@@ -209,32 +209,31 @@ class Trainer:
     def _made(self, records: int) -> LossOf:
         """Losses of made records of full length, some of them padded."""
         encoded = self._task.made(self._processor, records, self._config)
-        return self._loss_of(self._model.prepare(encoded, batch=self._config.engine.physical_batch))
+        made = self._model.prepare(encoded, batch=self._config.engine.physical_batch)
+        return self._loss_of(lambda at: {name: tensor[at] for name, tensor in made.items()})
 
-    def _loss_of(self, prepared: Inputs) -> LossOf:
+    def _loss_of(self, rows_at: Callable[[NDArray[np.int64]], Inputs]) -> LossOf:
         def loss_of(indices: NDArray[np.int64]) -> Tensor:
             dtype = next(self._model.parameters()).dtype
             rows = {
-                name: tensor[indices].to(dtype) if tensor.is_floating_point() else tensor[indices]
-                for name, tensor in prepared.items()
+                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in rows_at(indices).items()
             }
             return self._task.loss_vector(self._model(**read_of(rows)), targets_of(rows))
 
         return loss_of
 
     def _prepared(self, site: Site) -> Held:
-        """Caps persons, tokenises and runs the frozen prefix, the first time a site trains."""
+        """Caps persons, and prepares what is to be kept, the first time a site trains."""
         known = self._held.get(site.name)
         if known is not None and known.source is site.records:
             return known
-        records = usable(site.records, self._config.privacy)
-        persons = self._config.privacy.mode is PrivacyMode.person
-        held = Held(
-            site.records,
-            self._prepare(records) if len(records) else {},
-            len(records),
-            records.owners() if persons else None,
-        )
+        records, config = usable(site.records, self._config.privacy), self._config
+        # All sites may be in this process; of a number that is not declared nothing is known.
+        declared = config.data.declared_records or len(records)
+        prepared = PreparedRecords(records, config, self._model, self._processor, declared=declared)
+        persons = config.privacy.mode is PrivacyMode.person
+        held = Held(site.records, prepared, records.owners() if persons else None)
         if len(records):
             self._held[site.name] = held
         return held

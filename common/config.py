@@ -274,6 +274,9 @@ class EngineConfig:
     """Torch threads; 0: as many as the process may use."""
     physical_batch: int = 16
     """Records per forward pass; a drawn batch is cut into pieces of this size."""
+    cache_mb: int = 2048
+    """Memory, in MiB, that a process may use for training records prepared once, and as much again
+    for public ones. More than fit, by their declared number, are prepared anew at each use."""
 
 
 @dataclass(frozen=True)
@@ -622,6 +625,7 @@ _RULES: dict[str, _Rule] = {
     "federation.round_timeout_s": _POSITIVE,
     "engine.threads": ("0 or more", lambda value: bool(value >= 0)),
     "engine.physical_batch": _COUNT,
+    "engine.cache_mb": ("0 or more", lambda value: bool(value >= 0)),
     "tuning.head_learning_rate": _POSITIVE,
     "data.labels": ("two or more different class names, in order", _distinct_names),
     "data.toy_records": _COUNT,

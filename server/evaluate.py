@@ -4,8 +4,9 @@ import torch
 
 from common import parameters
 from common.config import Config
-from common.model import FineTuned, pieces
+from common.model import FineTuned
 from common.parameters import Vector
+from common.prepared import PreparedRecords, runs
 from common.records import Records
 from common.tasks import TASKS
 
@@ -16,8 +17,9 @@ class Evaluator:
     def __init__(self, config: Config, model: FineTuned, public: Records) -> None:
         self._config, self._model, self._task = config, model, TASKS[config.task.name]
         self._public, self._processor = public, self._task.load_processor(config.model)
-        encoded = self._task.encode(self._processor, public, config.task)
-        self._inputs = model.prepare(encoded, batch=config.engine.physical_batch)
+        self._prepared = PreparedRecords(
+            public, config, model, self._processor, declared=len(public)
+        )
 
     @torch.inference_mode()
     def measure(self, vector: Vector) -> dict[str, float]:
@@ -25,8 +27,8 @@ class Evaluator:
         parameters.load(self._model, vector)
         self._model.eval()
         scores = [
-            self._task.score(self._model, piece)
-            for piece in pieces(self._inputs, self._config.engine.physical_batch)
+            self._task.score(self._model, self._prepared.rows(indices))
+            for indices in runs(len(self._public), self._config.engine.physical_batch)
         ]
         whole = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
         return self._task.metrics(whole, self._public, self._processor, self._config)

@@ -81,7 +81,7 @@ def _dealt(
             f"the number of training {what}"
         )
     order = np.random.default_rng(seed).permutation(len(labels))
-    rows = Dataset.from_dict({"row": order.tolist(), "label": labels[order].tolist()})
+    rows = Dataset.from_dict({"row": order, "label": labels[order]})
     partitioner = _partitioner(config, seed)
     partitioner.dataset = rows
     try:
@@ -98,7 +98,8 @@ def _dealt(
 
 def _load(partitioner: Partitioner, sites: int, everybody: int) -> list[NDArray[np.int64]]:
     """Raises: ValueError if a site is left with nothing, or a record with no site."""
-    rows = [partitioner.load_partition(site)["row"] for site in range(sites)]
+    parts = (partitioner.load_partition(site).with_format("numpy") for site in range(sites))
+    rows = [part["row"][:] for part in parts]
     if not all(len(indices) for indices in rows) or sum(map(len, rows)) != everybody:
         raise ValueError("a site has no record, or a record no site")
     return [np.array(indices, dtype=np.int64) for indices in rows]

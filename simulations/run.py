@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from time import monotonic
 
 import torch
 from flwr.app import Context, RecordDict
@@ -17,6 +18,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -35,6 +37,7 @@ from common.errors import ConfigError, PrivacyRefusedError
 from common.keys import generate_key
 from common.privacy.accounting import shown
 from common.privacy.chain import public_hex
+from common.progress import Told
 from common.records import Records
 from common.tasks import TASKS, build_model
 from server.app import CONFIG_KEY, Watch, server_app
@@ -51,6 +54,8 @@ from server.report import read_report, show_report
 from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid
 from simulations.partition import deal
 
+PATIENCE_S = 2.0
+"""Seconds of work before a bar says how far it is."""
 DECLARATION_TOLERANCE = 0.1
 """Share by which the counted records of a simulation may differ from the declared ones."""
 
@@ -85,7 +90,8 @@ def run_simulation(config: Config, console: Console) -> Path:
     _check_ledger(run_plan.config)
     model = build_model(config)
     show_plan(run_plan, size_of(model), estimate_seconds(config, model), console)
-    splits = load_splits(config.data, TASKS[config.task.name].toy_examples)
+    with _telling(console) as told:
+        splits = load_splits(config.data, TASKS[config.task.name].toy_examples, told)
     console.print(
         f"{len(splits.train)} private training records{_of_persons(config, splits.train)}; public: "
         f"{len(splits.validation)} validation, {len(splits.holdout)} hold-out; {splits.duplicates} "
@@ -96,9 +102,9 @@ def run_simulation(config: Config, console: Console) -> Path:
     config = _resolve(run_plan.config, splits, sites)
     names = [f"site-{number}" for number in range(1, len(sites) + 1)]
     store = _store(config, run_dir)
-    with store or nullcontext(), _progress(config, console) as watch:
-        records = dict(zip(names, sites, strict=True))
-        ledgers = _ledgers(store, config, records) if store else {}
+    records = dict(zip(names, sites, strict=True))
+    with store or nullcontext():
+        ledgers = _ledgers(store, config, records, console) if store else {}
         opened = [
             Site(name, held, tuple(config.data.labels), ledgers.get(name), config.node)
             for name, held in records.items()
@@ -110,8 +116,9 @@ def run_simulation(config: Config, console: Console) -> Path:
             ),
             names,
         )
-        app = server_app(lambda _: _public(config, splits), watch)
-        app(grid, _server_context(config))
+        with _progress(config, console) as watch:
+            app = server_app(lambda _: _public(config, splits), watch)
+            app(grid, _server_context(config))
     return run_dir
 
 
@@ -181,7 +188,9 @@ def _store(config: Config, run_dir: Path) -> Store | None:
     return Store.create(run_dir / "ledgers" / "sites.db")
 
 
-def _ledgers(store: Store, config: Config, sites: dict[str, Records]) -> dict[str, Ledger]:
+def _ledgers(
+    store: Store, config: Config, sites: dict[str, Records], console: Console
+) -> dict[str, Ledger]:
     """The ledger of each site, bound to its records; new ones where the run made the file.
 
     Raises: ConfigError if a file that lasts holds no ledger of a site, or knows a record of one
@@ -189,7 +198,11 @@ def _ledgers(store: Store, config: Config, sites: dict[str, Records]) -> dict[st
     """
     secret = store.secret
     unit = config.privacy.unit
-    commitments = {name: commit_to(records, secret, unit=unit) for name, records in sites.items()}
+    with _telling(console) as told:
+        commitments = {
+            name: commit_to(records, secret, unit=unit, told=told)
+            for name, records in sites.items()
+        }
     with store.together():
         if config.ledger:
             ledgers = {name: store.ledger(name) for name in sites}
@@ -241,6 +254,32 @@ def _configure_process(config: Config) -> None:
     torch.set_num_threads(config.engine.threads or len(os.sched_getaffinity(0)))
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("flwr").setLevel(logging.WARNING)
+
+
+@contextmanager
+def _telling(console: Console) -> Iterator[Told]:
+    """A live bar on a terminal for what takes longer than `PATIENCE_S`; nothing elsewhere."""
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    task, since = progress.add_task("", total=1.0), monotonic()
+
+    def told(what: str, share: float) -> None:
+        progress.update(task, completed=share, description=what)
+        if monotonic() - since > PATIENCE_S:
+            progress.start()
+
+    try:
+        yield told
+    finally:
+        progress.stop()
 
 
 @contextmanager

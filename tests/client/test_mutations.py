@@ -676,7 +676,7 @@ def replayed(config, site, round_number):
     update = trainer.train(site, vector, round_number=round_number)[0] - vector
     parameters.load(trainer._model, vector)
     held = trainer._prepared(site)
-    loss_of = trainer._loss_of(held.inputs)
+    loss_of = trainer._loss_of(held.prepared.rows)
     engine, mechanism, sums = Loop(trainer._model), mechanism_of(config), {}
     engine.add_clipped(loss_of, np.arange(len(site.records)), mechanism.clip_norm, sums)
     stream = Randomness.seeded(config.seed, site.name, round_number)

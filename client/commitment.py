@@ -55,7 +55,7 @@ def commit_to(
     records name persons, a text of the same person, and where persons are the unit, a person.
     Args: told: hears how far it is.
     """
-    leaves, tags = bytearray(), bytearray()
+    records, leaves, tags = records.laid_out(), bytearray(), bytearray()
     tagged, persons = _tagged(records, unit), records.persons
     identities = telling(records.identities(), told, "committing to records", len(records))
     for at, (key, label) in enumerate(zip(identities, records.labels, strict=True)):

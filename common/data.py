@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import DataConfig, DataSource
-from common.digests import Digests, numbers_of
+from common.digests import Digests, among, firsts_of, gathered
 from common.errors import ConfigError
 from common.intake import read_file
 from common.progress import Told, telling, untold
@@ -48,6 +48,8 @@ class _Keyed:
 
     def where(self, holds: NDArray[np.bool_]) -> "_Keyed":
         """Those of which something holds, in their order."""
+        if holds.all():
+            return self
         return _Keyed(self.records.subset(np.flatnonzero(holds)), self.keys[holds])
 
 
@@ -63,8 +65,9 @@ def load_splits(
     Raises: ConfigError if the source, a column or a label is not what the config says.
     """
     check_files(config)
-    rows = _read(config, made, told)
-    records, read = _deduplicate(rows), len(rows)
+    records = _read(config, made, told)
+    read = len(records)
+    records = _deduplicate(records)
     place = _places(records.records, config.split_seed, told)
     holdout_end = config.holdout_fraction
     validation_end = holdout_end + config.validation_fraction
@@ -102,18 +105,21 @@ def _deduplicate(rows: _Keyed) -> _Keyed:
 
     With persons, of every text of a person: two persons may have written the same.
     """
-    numbers = numbers_of(rows.keys)
-    if rows.records.persons is not None:
-        numbers = numbers * len(rows) + rows.records.owners()
-    first = np.zeros(len(rows), dtype=bool)
-    first[np.unique(numbers, return_index=True)[1]] = True
-    return rows.where(first)
+    if rows.records.persons is None:
+        return rows.where(firsts_of(rows.keys))
+    pairs = zip(rows.keys, rows.records.persons, strict=True)
+    owned = (
+        hashlib.sha256(key.tobytes() + person.encode(errors="surrogatepass")).digest()
+        for key, person in pairs
+    )
+    return rows.where(firsts_of(gathered(owned)))
 
 
 def _apart(rows: _Keyed, *public: _Keyed) -> _Keyed:
     """The records whose text, and person, stand in none of the public ones: those are fixed."""
-    numbers = numbers_of(np.concatenate([rows.keys, *(part.keys for part in public)]))
-    apart = ~np.isin(numbers[: len(rows)], numbers[len(rows) :])
+    apart = np.ones(len(rows), dtype=bool)
+    for part in public:
+        apart &= ~among(rows.keys, part.keys)
     if rows.records.persons is not None:
         persons = {person for part in public for person in part.records.persons or ()}
         apart &= np.array([each not in persons for each in rows.records.persons], dtype=bool)

@@ -30,34 +30,67 @@ def rows_of(whole: bytes | bytearray) -> Digests:
 
 def words_of(digests: Digests) -> tuple[NDArray[np.uint64], ...]:
     """Four (N,) numbers of each, the most significant first: ordered as the bytes are."""
-    words = np.ascontiguousarray(digests).view(">u8").astype(np.uint64)
-    return tuple(words[:, place] for place in range(words.shape[1]))
+    return tuple(_word(digests, place) for place in range(SIZE // 8))
 
 
 def order_of(digests: Digests) -> NDArray[np.int64]:
     """(N,) the rows in the order of their bytes; equal ones stay as they stand."""
-    return np.lexsort(words_of(digests)[::-1]).astype(np.int64, copy=False)
+    first = _word(digests, 0)
+    order = np.argsort(first, kind="stable")
+    same = first[order[1:]] == first[order[:-1]]
+    if same.any():  # these are repeats; the rest of their bytes is looked at all the same
+        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+        rows = order[tied]
+        order[tied] = rows[np.lexsort(words_of(digests[rows])[::-1])]
+    return order
 
 
-def numbers_of(digests: Digests) -> NDArray[np.int64]:
-    """(N,) numbers that are equal where digests are.
+def firsts_of(digests: Digests) -> NDArray[np.bool_]:
+    """(N,) whether a digest stands nowhere before.
 
-    >>> numbers_of(gathered([b"b" * 32, b"a" * 32, b"b" * 32])).tolist()
-    [1, 0, 1]
+    >>> firsts_of(gathered([b"b" * 32, b"a" * 32, b"b" * 32])).tolist()
+    [True, True, False]
     """
     order = order_of(digests)
-    ordered = digests[order]
-    numbers = np.zeros(len(digests), dtype=np.int64)
-    numbers[order[1:]] = (ordered[1:] != ordered[:-1]).any(1).cumsum()
-    return numbers
+    firsts = np.ones(len(digests), dtype=bool)
+    firsts[order[1:][_repeats(digests, order)]] = False
+    return firsts
+
+
+def among(digests: Digests, others: Digests) -> NDArray[np.bool_]:
+    """(N,) whether a digest is one of the others.
+
+    >>> among(gathered([b"b" * 32, b"a" * 32]), gathered([b"a" * 32, b"c" * 32])).tolist()
+    [False, True]
+    """
+    found: NDArray[np.bool_] = np.isin(_word(digests, 0), _word(others, 0))
+    alike = others[np.isin(_word(others, 0), _word(digests[found], 0))]
+    known = {other.tobytes() for other in alike}
+    found[found] = [digest.tobytes() in known for digest in digests[found]]
+    return found
+
+
+def _word(digests: Digests, place: int) -> NDArray[np.uint64]:
+    """(N,) eight bytes of each, as a number."""
+    part = np.ascontiguousarray(digests[:, 8 * place : 8 * place + 8])
+    return part.view(">u8").ravel().astype(np.uint64)
+
+
+def _repeats(digests: Digests, order: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(N - 1,) whether each but the first, in their order, is equal to the one before it."""
+    first = _word(digests, 0)
+    same: NDArray[np.bool_] = first[order[1:]] == first[order[:-1]]
+    at = np.flatnonzero(same)
+    same[at] = (digests[order[at]] == digests[order[at + 1]]).all(1)
+    return same
 
 
 class DigestSet(Set[bytes]):
     """A set of digests in 32 bytes each; in their order."""
 
     def __init__(self, digests: Digests) -> None:
-        firsts = np.unique(numbers_of(digests), return_index=True)[1]
-        self._sorted = digests[firsts]
+        order = order_of(digests)
+        self._sorted = digests[order[np.append(True, ~_repeats(digests, order))[: len(order)]]]
 
     @classmethod
     def _from_iterable(cls, digests: Iterable[bytes]) -> "DigestSet":  # type: ignore[override] # Set names no type of its own

@@ -17,7 +17,7 @@ from common.records import Records
 from common.tasks import TASKS, Processor
 
 MIB = 1 << 20
-AT_ONCE = 256
+AT_ONCE = 240
 """Records that are encoded together while all are prepared, rounded up to whole batches."""
 
 

@@ -46,6 +46,12 @@ class Records:
             _chosen(self.homes, chosen),
         )
 
+    def laid_out(self) -> "Records":
+        """The same records in the order that is quickest to read, for whom no order matters."""
+        if isinstance(self.contents, Spooled):
+            return self.subset(self.contents.layout())
+        return self
+
     def owners(self) -> NDArray[np.int64]:
         """(N,) whose each record is, as a number: persons from 0 up, in the order of their ids.
 

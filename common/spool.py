@@ -96,6 +96,7 @@ class Spooled(Sequence[Row]):
             yield from self._spool.read(self._rows[start : start + BLOCK])
             if number % GIVEN_BACK == 0:
                 self._spool.give_back()
+        self._spool.give_back()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str) or len(self) != len(other):
@@ -104,6 +105,10 @@ class Spooled(Sequence[Row]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} spooled rows>"
+
+    def layout(self) -> Rows:
+        """(N,) in which order they are quickest to read: that of the file."""
+        return np.argsort(self._rows, kind="stable")
 
     def chosen(self, at: Rows) -> "Spooled":
         """Those at `at`, in that order."""

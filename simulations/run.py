@@ -28,7 +28,7 @@ from client.commitment import commit_to
 from client.ledger import Ledger, Store, Terms
 from client.persons import usable
 from client.site import Site
-from common.allocation import keep_freed_memory
+from common.allocation import keep_freed_memory, return_freed_memory
 from common.cli import Invocation, emit_json
 from common.composition import run_job, sweep_index
 from common.config import Config, PrivacyMode, Split, check_delta, to_canonical
@@ -90,6 +90,7 @@ def run_simulation(config: Config, console: Console) -> Path:
     _check_ledger(run_plan.config)
     model = build_model(config)
     show_plan(run_plan, size_of(model), estimate_seconds(config, model), console)
+    return_freed_memory()  # arrays over all records come and go here, and not while training
     with _telling(console) as told:
         splits = load_splits(config.data, TASKS[config.task.name].toy_examples, told)
     console.print(
@@ -105,6 +106,7 @@ def run_simulation(config: Config, console: Console) -> Path:
     records = dict(zip(names, sites, strict=True))
     with store or nullcontext():
         ledgers = _ledgers(store, config, records, console) if store else {}
+        keep_freed_memory()
         opened = [
             Site(name, held, tuple(config.data.labels), ledgers.get(name), config.node)
             for name, held in records.items()

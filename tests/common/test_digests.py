@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.digests import DigestSet, gathered, numbers_of, order_of
+from common.digests import DigestSet, among, firsts_of, gathered, order_of
 
 # Few different bytes, so that many begin alike, and ends of zeros, which numpy's own types drop.
 DIGESTS = st.lists(
@@ -21,10 +21,15 @@ def test_they_are_ordered_as_their_bytes(digests):
 
 
 @given(DIGESTS)
-def test_numbers_are_equal_where_digests_are(digests):
-    numbers = numbers_of(gathered(digests)).tolist()
-    place = {digest: number for number, digest in enumerate(sorted({*digests}))}
-    assert numbers == [place[digest] for digest in digests]
+def test_the_first_of_equal_ones_is_kept(digests):
+    firsts = firsts_of(gathered(digests)).tolist()
+    assert firsts == [digest not in digests[:at] for at, digest in enumerate(digests)]
+
+
+@given(DIGESTS, DIGESTS)
+def test_those_that_stand_elsewhere_are_found(ours, theirs):
+    found = among(gathered(ours), gathered(theirs)).tolist()
+    assert found == [digest in theirs for digest in ours]
 
 
 @given(DIGESTS, DIGESTS)

@@ -1,0 +1,164 @@
+"""Records prepared once or anew at each use: the same training, and nothing kept in the second."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from client.site import Site
+from client.train import Trainer
+from common import prepared
+from common.config import NoiseSource, PrivacyMode, TuningMethod
+from common.parameters import flatten
+from common.prepared import PreparedRecords, are_kept, row_bytes
+from common.tasks import TASKS, build_model
+from server.evaluate import Evaluator
+from tests.common.toy import TINY, toy_config
+
+RECORDS = 40
+LENGTHS = 1e-5
+"""Of a difference in the last bits, relative."""
+
+
+@pytest.fixture(scope="module", params=list(TINY), ids=lambda name: name.value)
+def config(request, tiny_config, tmp_path_factory):
+    return seeded(toy_config(request.param, tiny_config, tmp_path_factory.mktemp("toy")))
+
+
+def seeded(config):
+    return replace(config, privacy=replace(config.privacy, noise=NoiseSource.seeded))
+
+
+def with_engine(config, **changes):
+    return replace(config, engine=replace(config.engine, **changes))
+
+
+def prepared_of(config, records, declared=RECORDS):
+    processor = TASKS[config.task.name].load_processor(config.model)
+    return PreparedRecords(records, config, build_model(config), processor, declared=declared)
+
+
+def records_of(config):
+    return TASKS[config.task.name].toy_examples(RECORDS)
+
+
+def trained(config, records):
+    trainer = Trainer(config)
+    vector = flatten(build_model(config))
+    for number in (1, 2):
+        vector, _ = trainer.train(Site("site", records, (), None), vector, round_number=number)
+    return vector
+
+
+def test_rows_are_the_same_kept_or_not(config):
+    """Batches of one have one shape: then to the bit, in any order and number."""
+    config, records = with_engine(config, physical_batch=1), records_of(config)
+    kept = prepared_of(config, records)
+    anew = prepared_of(with_engine(config, cache_mb=0), records)
+    assert (kept.kept, anew.kept) == (True, False)
+    for at in ([0], [3, 1, 3], range(RECORDS)):
+        rows, others = (each.rows(np.array(at)) for each in (kept, anew))
+        assert rows.keys() == others.keys()
+        for name, tensor in rows.items():
+            assert len(tensor) == len(at)
+            assert torch.equal(tensor, others[name]), name
+
+
+def test_training_is_the_same_kept_or_not(config):
+    records = records_of(config)
+    for batch, tolerance in ((1, 0.0), (16, LENGTHS)):
+        config = with_engine(config, physical_batch=batch)
+        kept = trained(config, records)
+        anew = trained(with_engine(config, cache_mb=0), records)
+        assert np.abs(kept - anew).max() <= tolerance * np.abs(kept).max()
+        assert np.abs(kept - flatten(build_model(config))).max() > 0
+
+
+@pytest.mark.parametrize("method", TuningMethod, ids=lambda method: method.value)
+def test_it_is_in_every_way_of_tuning(method, tiny_config):
+    tuning = replace(tiny_config.tuning, method=method, adapter_learning_rate=0.1)
+    config = with_engine(seeded(replace(tiny_config, tuning=tuning)), physical_batch=1)
+    records = records_of(config)
+    assert np.array_equal(
+        trained(config, records), trained(with_engine(config, cache_mb=0), records)
+    )
+
+
+def test_it_is_without_privacy_and_by_person(tiny_config, person_config):
+    records = records_of(tiny_config)
+    owned = replace(records, persons=tuple(f"p{n // 4}" for n in range(RECORDS)))
+    none = replace(tiny_config, privacy=replace(tiny_config.privacy, mode=PrivacyMode.none))
+    for each, of in ((none, records), (person_config, owned)):
+        config = with_engine(seeded(each), physical_batch=1)
+        assert np.array_equal(trained(config, of), trained(with_engine(config, cache_mb=0), of))
+
+
+def test_evaluation_is_the_same_kept_or_not(config):
+    records, vector = records_of(config), flatten(build_model(config))
+    found = [
+        Evaluator(each, build_model(each), records).measure(vector)
+        for each in (config, with_engine(config, cache_mb=0))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_a_step_without_a_cache_encodes_who_was_drawn_and_nobody_else(tiny_config, monkeypatch):
+    config = with_engine(seeded(tiny_config), cache_mb=0)
+    records, task, read = records_of(config), TASKS[config.task.name], []
+    encode = type(task).encode
+    monkeypatch.setattr(
+        type(task),
+        "encode",
+        lambda task, processor, some, settings: (
+            read.append(len(some)) or encode(task, processor, some, settings)
+        ),
+    )
+    trained(config, records)
+    steps = 2 * config.federation.local_steps
+    assert 0 < sum(read) < RECORDS * steps
+    assert max(read) <= config.engine.physical_batch
+    read.clear()
+    trained(with_engine(config, cache_mb=2048), records)
+    assert sum(read) == RECORDS
+
+
+def test_the_choice_follows_from_the_config_and_not_from_records(tiny_config):
+    """What is done must tell nothing of a site; that it has many records, say."""
+    processor = TASKS[tiny_config.task.name].load_processor(tiny_config.model)
+    model = build_model(tiny_config)
+    each = row_bytes(tiny_config, model, processor)
+    most = prepared.MIB // each
+    config = with_engine(tiny_config, cache_mb=1)
+    assert are_kept(config, model, processor, most)
+    assert not are_kept(config, model, processor, most + 1)
+    for declared, kept in ((most, True), (most + 1, False)):
+        told = replace(config, data=replace(config.data, declared_records=declared))
+        for records in (3, RECORDS):
+            trainer = Trainer(told)
+            site = Site("site", records_of(config).subset(range(records)), (), None)
+            assert trainer._prepared(site).prepared.kept is kept
+
+
+def test_a_made_record_is_as_large_as_any(config):
+    """Else the budget would be of something else."""
+    processor = TASKS[config.task.name].load_processor(config.model)
+    rows = prepared_of(config, records_of(config)).rows(np.arange(RECORDS))
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in rows.values())
+    assert whole == RECORDS * row_bytes(config, build_model(config), processor)
+
+
+def test_more_records_than_are_prepared_at_once_are_all_there(tiny_config, monkeypatch):
+    monkeypatch.setattr(prepared, "AT_ONCE", 7)
+    config, records = with_engine(tiny_config, physical_batch=5), records_of(tiny_config)
+    whole = prepared_of(config, records).rows(np.arange(RECORDS))
+    for index in range(RECORDS):
+        alone = prepared_of(config, records.subset([index])).rows(np.array([0]))
+        for name, tensor in alone.items():
+            assert torch.allclose(tensor[0], whole[name][index], rtol=1e-5, atol=1e-6)
+
+
+def test_a_site_without_records_takes_its_steps(tiny_config):
+    for cache in (0, 2048):
+        config = with_engine(seeded(tiny_config), cache_mb=cache)
+        assert np.isfinite(trained(config, records_of(config).subset([]))).all()

@@ -5,7 +5,8 @@
 A whole step is forward, backward, clipping, noise and fused AdamW, fp32, on one thread. Every arm
 is a process of its own, and arms take turns, step by step; a ratio is the median over rounds of
 the ratio to the ordinary step of the same round, in CPU seconds. Memory is the peak resident set
-of one step, interpreter and libraries included. Physical batch = logical batch.
+of one step, interpreter and libraries included. Physical batch = logical batch, in the
+private step with the filler that gives every batch one shape.
 
 The C library's allocator is the same for all arms: for times freed memory stays with the process
 (the fastest setting for every arm, and the one our nodes use), for memory it goes back at once (so
@@ -26,8 +27,10 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from opacus import GradSampleModule
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
@@ -36,7 +39,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client.clipping.engines import SingleBackward
+from client.clipping.engines import FILLER, SingleBackward
 from client.private_step import private_steps
 from common.allocation import keep_freed_memory, return_freed_memory
 from common.privacy.mechanism import Mechanism
@@ -46,6 +49,8 @@ TOKENS, CLASSES, CLIP, SIGMA, WARM = 128, 5, 1.0, 1.0, 4
 MEMORY, TIME = "memory", "time"
 LARGE, SMALL = 64, 16
 """Records of a step; the small one is for arms that keep every record's gradient."""
+MADE = LARGE + 1
+"""And a filler: a private step has batches of constant shape."""
 FITS = {"gpt2-tied": 32}
 """Records of a large step where 64 do not fit: their logits alone are 1.6 GB, five times over.
 Peers, which hold every record's gradient as well, take small steps only."""
@@ -53,8 +58,8 @@ PEERS = ["plain", "coterie", "opacus-hooks", "opacus-ghost"]
 """Arms that take a large step in the memory of a laptop, all four alive at once."""
 ROUNDS, QUICK_ROUNDS = 5, 3
 
-Losses = Callable[[nn.Module, int], Tensor]
-"""(B,) losses of a model, possibly wrapped, on the first B made records."""
+Losses = Callable[[nn.Module, NDArray[np.int64]], Tensor]
+"""(B,) losses of a model, possibly wrapped, on made records; the last one, `FILLER`, is padding."""
 Step = Callable[[int], None]
 """One whole step on so many records."""
 
@@ -77,17 +82,18 @@ def minilm(*, lora: bool) -> tuple[nn.Module, Losses]:
         )
         model = get_peft_model(model, adapters)
     inputs = {
-        "input_ids": torch.randint(1000, 30000, (LARGE, TOKENS)),
-        "attention_mask": torch.ones(LARGE, TOKENS, dtype=torch.long),
-        "token_type_ids": torch.zeros(LARGE, TOKENS, dtype=torch.long),
+        "input_ids": torch.randint(1000, 30000, (MADE, TOKENS)),
+        "attention_mask": torch.ones(MADE, TOKENS, dtype=torch.long),
+        "token_type_ids": torch.zeros(MADE, TOKENS, dtype=torch.long),
         # Opacus's hooks are silently wrong without; the same for every arm.
-        "position_ids": torch.arange(TOKENS).repeat(LARGE, 1),
+        "position_ids": torch.arange(TOKENS).repeat(MADE, 1),
     }
-    labels = torch.arange(LARGE) % CLASSES
+    inputs["attention_mask"][FILLER, 1:] = 0
+    labels = torch.arange(MADE) % CLASSES
 
-    def losses(wrapped: nn.Module, records: int) -> Tensor:
-        logits = wrapped(**{name: t[:records] for name, t in inputs.items()}).logits
-        return functional.cross_entropy(logits, labels[:records], reduction="none")
+    def losses(wrapped: nn.Module, at: NDArray[np.int64]) -> Tensor:
+        logits = wrapped(**{name: t[at] for name, t in inputs.items()}).logits
+        return functional.cross_entropy(logits, labels[at], reduction="none")
 
     return model, losses
 
@@ -97,15 +103,15 @@ def gpt2() -> tuple[nn.Module, Losses]:
     config = transformers.GPT2Config(
         n_embd=384, n_layer=6, n_head=6, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     )
-    ids = torch.randint(0, config.vocab_size, (LARGE, TOKENS))
-    positions = torch.arange(TOKENS).repeat(LARGE, 1)
+    ids = torch.randint(0, config.vocab_size, (MADE, TOKENS))
+    positions = torch.arange(TOKENS).repeat(MADE, 1)
 
-    def losses(wrapped: nn.Module, records: int) -> Tensor:
-        logits = wrapped(input_ids=ids[:records], position_ids=positions[:records]).logits
+    def losses(wrapped: nn.Module, at: NDArray[np.int64]) -> Tensor:
+        logits = wrapped(input_ids=ids[at], position_ids=positions[at]).logits
         flat = functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), ids[:records, 1:].flatten(), reduction="none"
+            logits[:, :-1].flatten(0, 1), ids[at, 1:].flatten(), reduction="none"
         )
-        return flat.view(records, -1).mean(1)
+        return flat.view(len(at), -1).mean(1)
 
     return transformers.GPT2LMHeadModel(config), losses
 
@@ -121,11 +127,11 @@ def vit() -> tuple[nn.Module, Losses]:
         patch_size=4,
         num_labels=CLASSES,
     )
-    pixels, labels = torch.randn(LARGE, 3, 32, 32), torch.arange(LARGE) % CLASSES
+    pixels, labels = torch.randn(MADE, 3, 32, 32), torch.arange(MADE) % CLASSES
 
-    def losses(wrapped: nn.Module, records: int) -> Tensor:
-        logits = wrapped(pixel_values=pixels[:records]).logits
-        return functional.cross_entropy(logits, labels[:records], reduction="none")
+    def losses(wrapped: nn.Module, at: NDArray[np.int64]) -> Tensor:
+        logits = wrapped(pixel_values=pixels[at]).logits
+        return functional.cross_entropy(logits, labels[at], reduction="none")
 
     return transformers.ViTForImageClassification(config), losses
 
@@ -149,7 +155,7 @@ def plain(model: nn.Module, losses: Losses) -> Step:
     optimizer = adamw(model)
 
     def step(records: int) -> None:
-        losses(model, records).mean().backward()
+        losses(model, np.arange(records)).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -164,12 +170,12 @@ def coterie(model: nn.Module, losses: Losses) -> Step:
         private_steps(
             engine,
             optimizer,
-            lambda piece: losses(model, len(piece)),
+            lambda at: losses(model, at),
             mechanism=Mechanism(SIGMA, CLIP, 1.0, records),
             randomness=Randomness.from_entropy(),
             records=records,
             steps=1,
-            physical_batch=records,
+            physical_batch=records + 1,
         )
 
     return step
@@ -183,7 +189,7 @@ def opacus_hooks(model: nn.Module, losses: Losses, *, functorch: bool = False) -
     )
 
     def step(records: int) -> None:
-        losses(wrapped, records).mean().backward()
+        losses(wrapped, np.arange(records)).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -200,7 +206,7 @@ def opacus_ghost(model: nn.Module, losses: Losses) -> Step:
     )
 
     def step(records: int) -> None:
-        per_record = losses(wrapped, records)
+        per_record = losses(wrapped, np.arange(records))
         DPTensorFastGradientClipping(wrapped, optimizer, per_record, "mean").backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from client.clipping.engines import (
     ENGINES,
+    FILLER,
     ClippingEngine,
     EngineName,
     LossOf,
@@ -87,11 +88,18 @@ class _Reference:
     clip_norm: float
 
 
-def preflight(model: nn.Module, made: Made, *, precision: torch.dtype = torch.float64) -> Verdict:
+def preflight(
+    model: nn.Module,
+    made: Made,
+    *,
+    precision: torch.dtype = torch.float64,
+    rows: int = 16,
+) -> Verdict:
     """Picks the fastest exact engine for `model`, which is left as it was.
 
     Guarantee: the engine of the verdict gave, on made records, the clipped sum of a loop of
-    batches of one in `precision` to `EXACT`, the norms of a smaller batch, and changed no buffer.
+    batches of one in `precision` to `EXACT`, the norms of a smaller batch, and changed no buffer;
+    on a processor, in batches of `rows`, every norm to the bit whoever else is there and where.
     Args: made: losses of made records; it must follow the model's dtype.
     """
     model.eval()
@@ -113,6 +121,7 @@ def preflight(model: nn.Module, made: Made, *, precision: torch.dtype = torch.fl
                     return Verdict(None, math.inf, (), (f"the model failed ({_line(fault)})",))
             try:
                 engine, error = _tried(name, model, references[records], EXACT[precision])
+                _check_place(engine, made, rows)
             except PrivacyRefusedError as fault:
                 refused.append(f"{name.name}: {fault}")
                 continue
@@ -223,6 +232,35 @@ def _check_apart(model: nn.Module, loss_of: LossOf, records: int) -> None:
         )
     if not torch.allclose(together, alone, rtol=1e-3, atol=1e-4):
         raise PrivacyRefusedError("the loss of a record depends on the other records of its batch")
+
+
+def _check_place(engine: ClippingEngine, made: Made, rows: int) -> None:
+    """Refuses an engine that rounds a record's gradient by who else is in the batch, or where.
+
+    A GPU adds in no fixed order, whoever is there: nothing is held against it.
+    """
+    device = next(iter(engine.parameters)).device
+    if rows == 1 or device.type != "cpu":
+        return
+    loss_of = made(rows)
+    forwards, alone = np.arange(rows), np.full(rows, FILLER)
+    alone[0] = forwards[0]
+    try:
+        first = engine.add_clipped(loss_of, forwards, 1.0, {})
+        turned = engine.add_clipped(loss_of, forwards[::-1].copy(), 1.0, {})
+        single = engine.add_clipped(loss_of, alone, 1.0, {})
+    except PrivacyRefusedError:
+        engine.close()
+        raise
+    except FAULTS as fault:
+        engine.close()
+        raise PrivacyRefusedError(f"failed ({_line(fault)})") from fault
+    if not (torch.equal(first, turned.flip(0)) and torch.equal(first[:1], single[:1])):
+        engine.close()
+        raise PrivacyRefusedError(
+            "how a record's gradient is rounded depends on its place in a batch of "
+            f"{rows}; an engine.physical_batch of a multiple of 16 may mend it"
+        )
 
 
 def _line(fault: Exception) -> str:

@@ -7,16 +7,18 @@ way (batch, norms, clipped sum) lives in these functions and does not escape.
 Shapes: N records, B of them in a physical batch, P trainable parameters.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from client.clipping.engines import ClippingEngine, LossOf, Sums, completed
+from client.clipping.engines import FILLER, ClippingEngine, LossOf, Sums, completed
 from client.measurements import Measurements
 from client.meters import Meters, NoiseMeter
 from common.errors import PrivacyRefusedError
@@ -24,8 +26,14 @@ from common.privacy.mechanism import Mechanism
 from common.privacy.noise import Randomness
 from common.privacy.sampling import poisson_sample, records_of
 
+EVEN_ROWS = 16
+"""Rows of a batch come in multiples of it: a product of fewer rounds each row by its place."""
 NOISE_CHUNK = 1 << 16
 """Coordinates that are noised at a time: a chunk stays in the processor's cache."""
+QUANTILES = np.linspace(0.01, 0.99, 99)
+"""Sizes of a drawn batch that count when its rows are chosen."""
+SPARED = 1.1
+"""What fewer passes are worth, in rows computed."""
 NOISED_TOGETHER = 1 << 19
 """Coordinates of parameters that are cut into chunks as one, so that few chunks are small."""
 
@@ -64,6 +72,7 @@ def private_steps(
     `mechanism`, post-processed by `optimizer`; the number of steps depends on nothing but
     `steps`; no gradient is left behind. An empty sample runs no model, and is a step like any.
     Args: loss_of: losses of records by index; records: N, private, used to draw and not released;
+    physical_batch: rows of each forward and backward pass, one of them a filler's at least;
     meters: those of earlier rounds here, told of the same mechanism; owners: (N,) number of the
     person each record is of, where the mechanism draws persons.
     Returns: what the meters saw: a function of noise and coins, never of records.
@@ -88,6 +97,21 @@ def private_steps(
         for parameter in engine.parameters:
             parameter.grad = None
     return meters.close_round(steps)
+
+
+def batch_rows(expected: float, sample_rate: float, most: int) -> int:
+    """How many rows, at most `most`, each physical batch has: many, and few of them fillers.
+
+    Guarantee: it follows from declared constants alone, and not from who was drawn.
+    Args: expected: records of a step, the mechanism's divisor.
+
+    >>> batch_rows(150, 0.5, 16), batch_rows(150, 0.5, 256), batch_rows(10, 0.5, 256)
+    (16, 176, 16)
+    """
+    drawn = stats.norm.ppf(QUANTILES) * math.sqrt(expected * (1.0 - sample_rate)) + expected
+    choices = range(EVEN_ROWS, most + 1, EVEN_ROWS) or range(most, most + 1)
+    used = {rows: float(rows * np.ceil(drawn / max(1, rows - 1)).mean()) for rows in choices}
+    return max(rows for rows in choices if used[rows] <= SPARED * min(used.values()))
 
 
 def plain_steps(
@@ -133,10 +157,16 @@ def _clipped_sums(
     clip_norm: float,
     physical_batch: int,
 ) -> Sums:
-    """The sample's clipped gradients, summed over physical batches whose cut does not matter."""
+    """The sample's clipped gradients, summed over physical batches whose cut does not matter.
+
+    All batches have the same number of rows, and room for one filler at least: how a record's
+    gradient is rounded depends on the size of its batch, and in models that take a shorter way
+    where nobody is padded, on the others in it. Hostile parameters make much of a rounding.
+    """
     sums: Sums = {}
-    for piece in _pieces(sample, physical_batch):
-        engine.add_clipped(loss_of, piece, clip_norm, sums)
+    for piece in _pieces(sample, max(1, physical_batch - 1)):
+        filling = np.full(physical_batch - len(piece), FILLER)
+        engine.add_clipped(loss_of, np.concatenate([piece, filling]), clip_norm, sums)
     return completed(sums, engine)
 
 

@@ -9,16 +9,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.clipping.engines import ClippingEngine, LossOf
+from client.clipping.engines import FILLER, ClippingEngine, LossOf
 from client.measurements import Measurements
 from client.meters import Meters
 from client.persons import usable
 from client.preflight import Verdict, preflight, refusal
-from client.private_step import ParameterGroup, plain_steps, private_steps, sgd
+from client.private_step import ParameterGroup, batch_rows, plain_steps, private_steps, sgd
 from client.site import Site
 from common import parameters
 from common.config import Config, NoiseSource, PrivacyMode
-from common.model import read_of, targets_of
+from common.model import filled, read_of, targets_of
 from common.parameters import Layout, Vector
 from common.prefix import Inputs
 from common.prepared import PreparedRecords
@@ -127,7 +127,7 @@ class Trainer:
 
     def preflight(self, *, precision: torch.dtype = torch.float32) -> Verdict:
         """Tries the model on made records; see `client.preflight`."""
-        verdict = preflight(self._model, self._made, precision=precision)
+        verdict = preflight(self._model, self._made, precision=precision, rows=self._rows())
         self._engine = verdict.engine
         return verdict
 
@@ -156,7 +156,9 @@ class Trainer:
         privacy = self._config.privacy
         most = privacy.max_records_per_person
         self._private_steps(
-            lambda indices: made(owners[indices]) * (BEYOND * privacy.clip_norm),
+            lambda at: (
+                made(np.where(at == FILLER, FILLER, owners[at])) * (BEYOND * privacy.clip_norm)
+            ),
             Mechanism(1.0, privacy.clip_norm, 1.0, REHEARSED, most),
             Randomness.from_entropy(),
             groups=groups,
@@ -188,10 +190,18 @@ class Trainer:
             randomness=randomness,
             records=records,
             steps=steps,
-            physical_batch=self._config.engine.physical_batch,
+            physical_batch=self._rows(),
             meters=meters,
             owners=owners,
         )
+
+    def _rows(self) -> int:
+        """Rows of a physical batch: a constant of the run."""
+        most, records = self._config.engine.physical_batch, self._config.data.declared_records
+        if records is None:
+            return most
+        rate = self._config.privacy.sample_rate
+        return batch_rows(rate * records, rate, most)
 
     def _plain_steps(self, loss_of: LossOf, randomness: Randomness, records: int) -> None:
         self._model.eval()
@@ -215,10 +225,12 @@ class Trainer:
     def _loss_of(self, rows_at: Callable[[NDArray[np.int64]], Inputs]) -> LossOf:
         def loss_of(indices: NDArray[np.int64]) -> Tensor:
             dtype = next(self._model.parameters()).dtype
+            drawn = indices[indices != FILLER]
             rows = {
                 name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-                for name, tensor in rows_at(indices).items()
+                for name, tensor in rows_at(drawn).items()
             }
+            rows = filled(rows, len(indices))
             return self._task.loss_vector(self._model(**read_of(rows)), targets_of(rows))
 
         return loss_of
@@ -231,7 +243,9 @@ class Trainer:
         records, config = usable(site.records, self._config.privacy), self._config
         # All sites may be in this process; of a number that is not declared nothing is known.
         declared = config.data.declared_records or len(records)
-        prepared = PreparedRecords(records, config, self._model, self._processor, declared=declared)
+        prepared = PreparedRecords(
+            records, config, self._model, self._processor, declared=declared, batch=self._rows()
+        )
         persons = config.privacy.mode is PrivacyMode.person
         held = Held(site.records, prepared, records.owners() if persons else None)
         if len(records):

@@ -70,7 +70,10 @@ class FineTuned(nn.Module):
         if self._prefix is None or self._prefix.depth == 0:
             return dict(inputs)
         read, targets = read_of(inputs), targets_of(inputs)
-        hidden = [self._prefix.hidden(piece) for piece in pieces(read, batch)]
+        hidden = [
+            self._prefix.hidden(filled(piece, batch))[:records]
+            for piece, records in _apart(read, batch)
+        ]
         del read[self.encoder.main_input_name]
         return {HIDDEN: torch.cat(hidden), **read, **targets}
 
@@ -133,8 +136,11 @@ class Classifier(FineTuned):
         """As `FineTuned.prepare`; head tuning keeps the pooled feature (N, d) alone."""
         if any(parameter.requires_grad for parameter in self.encoder.parameters()):
             return super().prepare(inputs, batch=batch)
-        pooled = [self._pool(piece) for piece in pieces(read_of(inputs), batch)]
-        return {POOLED: torch.cat(pooled), **targets_of(inputs)} if pooled else {}
+        read, targets = read_of(inputs), targets_of(inputs)
+        pooled = [
+            self._pool(filled(piece, batch))[:records] for piece, records in _apart(read, batch)
+        ]
+        return {POOLED: torch.cat(pooled), **targets} if pooled else {}
 
     def _pool(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """(B, d) mean of the states that are not padding, at length `feature_scale`."""
@@ -165,3 +171,26 @@ def pieces(inputs: Mapping[str, Tensor], batch: int) -> list[Inputs]:
         {name: tensor[start : start + batch] for name, tensor in inputs.items()}
         for start in range(0, records, batch)
     ]
+
+
+def filled(inputs: Mapping[str, Tensor], rows: int) -> Inputs:
+    """Some records, and as many rows of zeros as make `rows` rows of them.
+
+    A filler is padding but for its first position, so that no batch is without padding: models
+    take a shorter way, which rounds otherwise, where nobody has any.
+    """
+    missing = rows - len(next(iter(inputs.values())))
+    if not missing:
+        return dict(inputs)
+    whole = {}
+    for name, tensor in inputs.items():
+        fillers = tensor.new_zeros(missing, *tensor.shape[1:])
+        if name.endswith("mask"):
+            fillers[:, :1] = 1
+        whole[name] = torch.cat([tensor, fillers])
+    return whole
+
+
+def _apart(inputs: Inputs, rows: int) -> list[tuple[Inputs, int]]:
+    """The records in batches of `rows` rows with room for a filler, and how many are in each."""
+    return [(piece, len(next(iter(piece.values())))) for piece in pieces(inputs, max(1, rows - 1))]

@@ -24,10 +24,8 @@ AT_ONCE = 240
 class PreparedRecords:
     """Rows of what `model.prepare` makes of the task's encoding of some records.
 
-    Guarantee: rows are those of the same records whether they are kept or not. What was kept went
-    through the frozen prefix beside its neighbours in the records, what is not beside those it is
-    asked for with; where these batches have one shape the bits agree, elsewhere the last ones of a
-    hidden state may differ, as those of any sum computed in another order.
+    Guarantee: rows are those of the same records, to the bit, whether they are kept or not: all go
+    through the frozen prefix in batches of one shape.
     """
 
     def __init__(
@@ -38,11 +36,12 @@ class PreparedRecords:
         processor: Processor,
         *,
         declared: int,
+        batch: int,
     ) -> None:
         """Args: declared: the public number of records of this process that decides whether they
-        are kept; see `are_kept`.
+        are kept, see `are_kept`; batch: rows that go through the frozen prefix at a time.
         """
-        self._records, self._config, self._model = records, config, model
+        self._records, self._config, self._model, self._batch = records, config, model, batch
         self._task, self._processor = TASKS[config.task.name], processor
         kept = are_kept(config, model, processor, declared)
         self._kept = self._all() if kept and len(records) else None
@@ -63,8 +62,8 @@ class PreparedRecords:
 
     def _all(self) -> Inputs:
         whole: Inputs = {}
-        batch = self._config.engine.physical_batch
-        for indices in runs(len(self), -(-AT_ONCE // batch) * batch):
+        whole_batches = -(-AT_ONCE // self._batch) * self._batch
+        for indices in runs(len(self), whole_batches):
             for name, tensor in self._prepare(indices).items():
                 if name not in whole:
                     whole[name] = tensor.new_empty((len(self), *tensor.shape[1:]))
@@ -75,7 +74,7 @@ class PreparedRecords:
     def _prepare(self, indices: NDArray[np.int64]) -> Inputs:
         records = self._records.subset(indices)
         encoded = self._task.encode(self._processor, records, self._config.task)
-        return self._model.prepare(encoded, batch=self._config.engine.physical_batch)
+        return self._model.prepare(encoded, batch=self._batch)
 
 
 def are_kept(config: Config, model: FineTuned, processor: Processor, declared: int) -> bool:

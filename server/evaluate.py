@@ -18,7 +18,12 @@ class Evaluator:
         self._config, self._model, self._task = config, model, TASKS[config.task.name]
         self._public, self._processor = public, self._task.load_processor(config.model)
         self._prepared = PreparedRecords(
-            public, config, model, self._processor, declared=len(public)
+            public,
+            config,
+            model,
+            self._processor,
+            declared=len(public),
+            batch=config.engine.physical_batch,
         )
 
     @torch.inference_mode()

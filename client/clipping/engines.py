@@ -21,12 +21,18 @@ from client.clipping.capture import Capture, Plan, UncoveredError
 from client.clipping.tape import Tape
 from common.errors import PrivacyRefusedError
 
+FILLER = -1
+"""Index of nobody's record: it fills a batch to its size, and nothing of it is added."""
 LossOf = Callable[[NDArray[np.int64]], Tensor]
-"""(B,) loss vector of the records at the given indices."""
+"""(B,) loss vector of the records at the given indices; of a `FILLER`, anything."""
 Sums = dict[nn.Parameter, Tensor]
 """Float32 sum of clipped gradients, by parameter; one that is not there is zero."""
 ROUNDING = 1e-6
 """Added to a norm before dividing: a clipped gradient stays within the bound after rounding."""
+ROUGHEST = 1e3
+"""How many times as long as a gradient, or as the clip bound, its terms may be before they are
+added up. Beyond, they cancel to what float32 rounding makes of them, here and in the sums of
+others: such a record adds nothing. Ordinary training has about 1."""
 
 
 class EngineName(Enum):
@@ -46,12 +52,18 @@ def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
     return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
 
 
+def _there(piece: NDArray[np.int64], norms: Tensor) -> Tensor:
+    """(B,) whether what stands in the batch is a record, and no filler."""
+    return torch.from_numpy(piece != FILLER).to(norms.device)
+
+
 class ClippingEngine(ABC):
     """Adds clipped per-record gradients of one physical batch to running sums.
 
     Guarantee: with `sums` before and after the call, the difference is the sum over records of
     g_i * min(1, clip_norm / ||g_i||), g_i the gradient of record i's loss over all of
-    `parameters`, to float32 rounding (1e-5 relative), or PrivacyRefusedError is raised.
+    `parameters`, to float32 rounding (1e-5 relative), or PrivacyRefusedError is raised. A
+    record whose gradient is not finite adds nothing, and nor does a `FILLER`.
     """
 
     name: EngineName
@@ -90,10 +102,12 @@ class SingleBackward(ClippingEngine):
         tape = self._tape_of(loss_of, piece)
         with torch.no_grad():
             norms = tape.squared_norms().sqrt_()
-            finite = torch.isfinite(norms)
-            if not bool(finite.all()):
-                tape.zero_records(finite)
-            tape.add_weighted(clip_factors(norms, clip_norm), sums)
+            factors = clip_factors(norms, clip_norm)
+            rough = tape.terms() > ROUGHEST * norms.clamp(min=clip_norm)
+            whole = torch.isfinite(norms) & ~rough
+            if not bool(whole.all()):
+                tape.zero_records(whole)
+            tape.add_weighted(torch.where(_there(piece, norms), factors, 0), sums)
         return norms
 
     def _tape_of(self, loss_of: LossOf, piece: NDArray[np.int64]) -> Tape:
@@ -161,16 +175,17 @@ class Hooks(ClippingEngine):
                 warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
                 losses = _checked(loss_of(piece), len(piece))
                 losses.sum().backward()  # type: ignore[no-untyped-call]
-            return self._collect(len(piece), clip_norm, sums)
+            return self._collect(piece, clip_norm, sums)
         finally:
             for parameter in self.parameters:
                 parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def _collect(self, records: int, clip_norm: float, sums: Sums) -> Tensor:
-        flat = {p: self._gradients(p, name, records) for p, name in self.parameters.items()}
+    def _collect(self, piece: NDArray[np.int64], clip_norm: float, sums: Sums) -> Tensor:
+        flat = {p: self._gradients(p, name, len(piece)) for p, name in self.parameters.items()}
         norms: Tensor = torch.stack([part.norm(dim=1) for part in flat.values()]).norm(dim=0)
         factors, finite = clip_factors(norms, clip_norm), torch.isfinite(norms)
+        factors = torch.where(_there(piece, norms), factors, 0)
         for parameter, part in flat.items():
             safe = torch.where(finite[:, None], part, 0)
             _add(sums, parameter, (factors @ safe).view_as(parameter))
@@ -208,6 +223,9 @@ class Loop(ClippingEngine):
         """See `ClippingEngine`."""
         parameters, norms = list(self.parameters), []
         for record in range(len(piece)):
+            if piece[record] == FILLER:
+                norms.append(torch.zeros(()))
+                continue
             losses = _checked(loss_of(piece[record : record + 1]), 1)
             gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
             present = [g.float() for g in gradients if g is not None]

@@ -10,7 +10,7 @@ V rows of an embedding table.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -65,8 +65,8 @@ class Habits:
 
     alone: frozenset[nn.Parameter]
     """Filed once a batch: norms are taken in the backward pass, while rows are in the cache."""
-    narrow: frozenset[nn.Parameter]
-    """Most rows of their output gradient are zero, as below a classifier that reads one row."""
+    narrow: Mapping[nn.Parameter, slice]
+    """Only these rows of their output gradient are not zero, as below what reads one row."""
     sharing: frozenset[nn.Parameter]
     """Applied to the input of another, as query, key and value are."""
 
@@ -85,7 +85,8 @@ class Tape:
     """Per-record gradients (B, *shape), where they are small or the only way."""
     _early: "dict[nn.Parameter, _Norms]" = field(default_factory=dict)
     """Norms taken in the backward pass."""
-    _narrow: set[nn.Parameter] = field(default_factory=set)
+    _narrow: dict[nn.Parameter, slice] = field(default_factory=dict)
+    _terms: Tensor = field(default_factory=lambda: torch.zeros(()))
     _last: "tuple[Tensor, Tensor] | None" = None
     """Input of the last matrix and its Gram: query, key and value share them."""
 
@@ -95,14 +96,18 @@ class Tape:
         A row shorter than 1e-22 counts as zero, as it does in every norm: its square is.
         """
         rows = g.shape[1]
-        if rows < NARROW or (self.habits is not None and weight not in self.habits.narrow):
+        usual = self.habits.narrow.get(weight) if self.habits else None
+        if rows < NARROW or (self.habits is not None and usual is None):
             return slice(0, rows)
         lengths = torch.linalg.vector_norm(g, dim=2, dtype=torch.float32)
         live = lengths.ne(0).any(0).nonzero().flatten().tolist() or [0]
-        if (live[-1] - live[0] + 1) * NARROW > rows:
+        first, last = live[0], live[-1] + 1
+        if usual is not None:  # never fewer: how rows are rounded must not depend on the others
+            first, last = min(first, usual.start), max(last, usual.stop)
+        if (last - first) * NARROW > rows:
             return slice(0, rows)
-        self._narrow.add(weight)
-        return slice(live[0], live[-1] + 1)
+        self._narrow[weight] = slice(first, last)
+        return self._narrow[weight]
 
     def shown(self) -> Habits:
         """The habits this batch shows, after `settle`."""
@@ -110,7 +115,7 @@ class Tape:
         shared = (group for group in _same_input(self.matrices) if len(group) > 1)
         return Habits(
             alone=frozenset(use.weight for use in alone),
-            narrow=frozenset(self._narrow),
+            narrow=dict(self._narrow),
             sharing=frozenset(use.weight for group in shared for use in group),
         )
 
@@ -165,7 +170,15 @@ class Tape:
         norms += [_matrix_norms(group) for group in _same_input(late)]
         norms += [_table_norms(tables) for tables in _same_gradient(late)]
         norms += [_tied_norms(uses) for uses in tied]
+        self._terms = torch.stack([each.rows for each in norms]).sum(0) if norms else total * 0
         return total.add_(_added(norms)).clamp_(min=0) if norms else total
+
+    def terms(self) -> Tensor:
+        """(B,) L2 norm of what the sums will be made of, row by row; after `squared_norms`.
+
+        Of a gradient that is kept whole, nothing: its rows are added up apart from others'.
+        """
+        return self._terms.sqrt()
 
     def zero_records(self, keep: Tensor) -> None:
         """Makes every record where `keep` (B,) is false contribute nothing, NaN or not."""
@@ -287,7 +300,7 @@ class _Norms:
     uses: Sequence[MatrixUse | TableUse]
     found: Tensor
     rows: Tensor
-    """(B,) what they would be if rows did not cancel or reinforce each other; 0: no check."""
+    """(B,) what they would be if rows did not cancel or reinforce each other."""
 
     @classmethod
     def sum_of(
@@ -302,9 +315,11 @@ class _Norms:
         return cls(uses, found, rows)
 
     @classmethod
-    def exact(cls, uses: Sequence[MatrixUse | TableUse], found: Tensor) -> "_Norms":
-        """Of gradients that were built, or of one row: nothing cancels."""
-        return cls(uses, found, torch.zeros_like(found))
+    def built(cls, uses: Sequence[MatrixUse]) -> "_Norms":
+        """Of matrices whose gradients are built, record by record."""
+        rows = [use.a.float().square().sum(2) * use.g.float().square().sum(2) for use in uses]
+        found = _built_norms(uses, range(len(rows[0])))
+        return cls(uses, found, torch.stack([each.sum(1) for each in rows]).sum(0))
 
 
 def _added(norms: list[_Norms]) -> Tensor:
@@ -321,9 +336,10 @@ def _matrix_norms(group: list[MatrixUse]) -> _Norms:
     a = group[0].a.float()
     if a.shape[1] == 1:
         squared = torch.stack([use.g.float().square().sum((1, 2)) for use in group]).sum(0)
-        return _Norms.exact(group, a.square().sum((1, 2)) * squared)
+        found = a.square().sum((1, 2)) * squared
+        return _Norms(group, found, found)
     if _cheaper_built(a.shape[1], a.shape[2], sum(use.g.shape[2] for use in group)):
-        return _Norms.exact(group, _built_norms(group, range(len(a))))
+        return _Norms.built(group)
     of_gradients = _gram(group[0].g.float())
     for use in group[1:]:
         g = use.g.float()
@@ -358,7 +374,7 @@ def _tied_norms(uses: list[MatrixUse | TableUse]) -> _Norms:
         a = _side_by_side([use.a.float() for use in matrices])
         g = _side_by_side([use.g.float() for use in matrices])
         if not tables and _cheaper_built(a.shape[1], a.shape[2], g.shape[2]):
-            return _Norms.exact(uses, _built_norms(uses, range(len(a))))
+            return _Norms.built(matrices)
         products.append((_gram(a), _gram(g)))
     if tables:
         ids = _side_by_side([use.ids for use in tables])

@@ -245,7 +245,7 @@ class Line:
             randomness=Randomness.from_entropy(),
             records=len(self.values),
             steps=steps,
-            physical_batch=4096,
+            physical_batch=8,
         )
 
 
@@ -366,7 +366,7 @@ def test_a_model_with_a_gradient_missing_for_some_record_is_refused():
     """What BERT does with broadcast position ids: silently wrong without this check."""
     line = Line()
     line.model = Broadcast()
-    with pytest.raises(PrivacyRefusedError, match="1 gradients for 5 records"):
+    with pytest.raises(PrivacyRefusedError, match="1 gradients for 8 records"):
         line.train(Hooks(line.model))
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -191,6 +192,7 @@ class Trainer:
             records=records,
             steps=steps,
             physical_batch=self._rows(),
+            fillers=self._fillers,
             meters=meters,
             owners=owners,
         )
@@ -215,11 +217,19 @@ class Trainer:
             physical_batch=self._config.engine.physical_batch,
         )
 
-    @torch.no_grad()
+    @cached_property
+    def _fillers(self) -> int:
+        """Rows of a batch that are nobody's at least: one, where the model reads a mask."""
+        return int(any(name.endswith("mask") for name in self._prepared_made(1)))
+
     def _made(self, records: int) -> LossOf:
         """Losses of made records of full length, some of them padded."""
+        return self._loss_of(self._prepared_made(records))
+
+    @torch.no_grad()
+    def _prepared_made(self, records: int) -> Inputs:
         encoded = self._task.made(self._processor, records, self._config)
-        return self._loss_of(self._model.prepare(encoded, batch=self._config.engine.physical_batch))
+        return self._model.prepare(encoded, batch=self._config.engine.physical_batch)
 
     def _loss_of(self, prepared: Inputs) -> LossOf:
         def loss_of(indices: NDArray[np.int64]) -> Tensor:

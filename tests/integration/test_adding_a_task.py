@@ -71,15 +71,16 @@ def test_the_page_holds_one_file_one_yaml_and_one_line():
 def test_the_new_task_learns_privately_and_answers(checkout, tiny_model):
     simulate, predict = COMMANDS[0].splitlines()
     small = [f"model.name={tiny_model}", "task.max_tokens=12", "engine.threads=1"]
-    ran = coterie(checkout, simulate, *small, "federation.local_steps=10", "federation.rounds=4")
+    more = ["federation.local_steps=10", "federation.rounds=6", "engine.physical_batch=256"]
+    ran = coterie(checkout, simulate, *small, *more)
     assert ran.returncode == 0, ran.stderr
     report = json.loads(ran.stdout)
     assert report["task"] == "text_regression"
     assert report["privacy"]["private"] is True
     assert report["privacy"]["epsilon"]["pld"] <= 8
     assert [*report["evaluation"]] == ["mean_absolute_error", "rmse"]
-    # An untrained head says 0 of everything, and is 1.5 off in the mean.
-    assert report["evaluation"]["mean_absolute_error"] < 1.0
+    # The best constant is 1.0 off in the mean; four runs were 0.665 to 0.671.
+    assert report["evaluation"]["mean_absolute_error"] < 0.85
     answered = coterie(checkout, predict)
     assert answered.returncode == 0, answered.stderr
     (prediction,) = json.loads(answered.stdout)["predictions"]

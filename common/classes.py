@@ -8,7 +8,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
+)
 
 from common.config import Config, ModelConfig
 from common.errors import ConfigError
@@ -28,6 +34,7 @@ class ClassTask:
     """A task whose records each carry one of `data.labels`."""
 
     CLASSES = True
+    LOWER_IS_BETTER = False
 
     def loss_vector(self, output: Tensor, targets: Inputs) -> Tensor:
         """(B,) cross entropy of each record: never a mean, which would mix records."""
@@ -50,6 +57,26 @@ class ClassTask:
         accuracy = multiclass_accuracy(predicted, labels, num_classes=classes, average="micro")
         macro = multiclass_f1_score(predicted, labels, num_classes=classes, average="macro")
         return {"accuracy": round(float(accuracy), 4), "macro_f1": round(float(macro), 4)}
+
+    def detail(self, scores: Inputs, config: Config) -> dict[str, Any]:
+        """Precision, recall, F1 and number of records of each class, and the confusion matrix: a
+        row a true class, a column a predicted one. What would divide by nothing is 0.
+        """
+        names, predicted, labels = config.data.labels, scores[PREDICTED], scores[LABELS]
+        measures = {
+            name: measure(predicted, labels, num_classes=len(names), average="none").tolist()
+            for name, measure in _BY_CLASS.items()
+        }
+        counts = multiclass_confusion_matrix(predicted, labels, num_classes=len(names))
+        rows = [
+            {
+                "class": label,
+                **{name: round(values[at], 4) for name, values in measures.items()},
+                "support": int(counts[at].sum()),
+            }
+            for at, label in enumerate(names)
+        ]
+        return {"classes": rows, "confusion": counts.tolist()}
 
     def save(self, model: FineTuned, folder: Path, facts: dict[str, Any]) -> None:
         """Writes encoder, with its adapters merged, and head: `AutoModel` opens the folder."""
@@ -82,6 +109,13 @@ class ClassTask:
             model.classifier.weight.copy_(weight)
             model.classifier.bias.copy_(bias)
         return model
+
+
+_BY_CLASS = {
+    "precision": multiclass_precision,
+    "recall": multiclass_recall,
+    "f1": multiclass_f1_score,
+}
 
 
 def build_classifier(config: Config, probe: Inputs) -> FineTuned:

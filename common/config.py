@@ -28,23 +28,25 @@ MAX_SECONDS = 3600
 # Enums are read by member *name* (OmegaConf), so members are spelled as people type them.
 
 
+CLASSES, NO_CLASSES = True, False
+
+
 class TaskName(Enum):
-    """What the model learns to do."""
+    """What the model learns to do: a line makes `common/tasks/NAME.py` a task.
 
-    text_classification = "text_classification"
-    image_classification = "image_classification"
-    audio_classification = "audio_classification"
-    causal_lm = "causal_lm"
-    question_answering = "question_answering"
-    seq2seq = "seq2seq"
+    It names the class in that file, and says whether its records carry one of `data.labels`, which
+    must then be given.
+    """
 
-    @property
-    def has_classes(self) -> bool:
-        """Whether its records carry one of `data.labels`, which must then be given."""
-        return self not in _WITHOUT_CLASSES
+    text_classification = "TextClassification", CLASSES
+    image_classification = "ImageClassification", CLASSES
+    audio_classification = "AudioClassification", CLASSES
+    causal_lm = "CausalLM", NO_CLASSES
+    question_answering = "QuestionAnswering", NO_CLASSES
+    seq2seq = "Seq2Seq", NO_CLASSES
 
-
-_WITHOUT_CLASSES = frozenset({TaskName.causal_lm, TaskName.question_answering, TaskName.seq2seq})
+    def __init__(self, class_name: str, has_classes: bool) -> None:
+        self.class_name, self.has_classes = class_name, has_classes
 
 
 class TuningMethod(Enum):
@@ -161,6 +163,10 @@ class DataConfig:
     """
     site_column: str = ""
     """Column that says whose a record is, for `federation.partition=natural`. Empty: none does."""
+    group_column: str = ""
+    """Column that names a group of each public record: a report gives the metrics of each group.
+    What stands there in private rows is dropped unseen; of `data.test_path`'s file alone it is
+    read, where there is one. Empty: no groups."""
     holdout_fraction: float = 0.2
     """Share of the records set aside as public hold-out, in [0, 1)."""
     validation_fraction: float = 0.1
@@ -258,10 +264,23 @@ class FederationConfig:
     """Concentration of the Dirichlet label skew; smaller is more skewed."""
     classes_per_site: int = 2
     """Classes a site has records of, under `partition=pathological`."""
+    leave_out: str = ""
+    """A site, as `site-3`, that does not train: the report measures the final model on its records,
+    WITHOUT any protection of these, which a simulation alone can do. Empty: all sites train."""
     quorum: float = 1.0
     """Share of the sites whose valid update a round needs, in (0, 1]."""
     round_timeout_s: float = 3600.0
     """Seconds after which a round closes with the replies it has."""
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """What a simulation calls the sites that it deals records to."""
+        return tuple(f"site-{number}" for number in range(1, self.sites + 1))
+
+    @property
+    def training_sites(self) -> int:
+        """Sites that train: all but the one that is left out."""
+        return self.sites - bool(self.leave_out)
 
 
 @dataclass(frozen=True)
@@ -282,6 +301,9 @@ class EvaluationConfig:
 
     split: Split = Split.holdout
     """`validation` for choosing hyperparameters, `holdout` for reporting."""
+    every: int = 1
+    """Rounds from one measurement to the next; 0: after the last round only, which is always
+    measured. The final model is the last round's, whatever was measured before."""
 
 
 @dataclass(frozen=True)
@@ -525,6 +547,8 @@ def _broken(config: Config) -> Iterator[str]:
         yield f"data.holdout_fraction + data.validation_fraction={public}: must be below 1"
     yield from _broken_of_persons(config)
     yield from _broken_of_contents(config)
+    yield from _broken_of_groups(config)
+    yield from _broken_of_left_out(config.federation)
     sites, declared = config.federation.sites, config.data.declared_records
     if declared is not None and 1 <= declared < sites:
         yield f"federation.sites={sites}: must be at most {declared}, the training records"
@@ -563,6 +587,39 @@ def _broken_of_contents(config: Config) -> Iterator[str]:
         yield f"task={task.name}: data=digits holds images; choose task=image_classification"
     if source is DataSource.bbc_news and task in _NO_TEXTS:
         yield f"task={task.name}: data=bbc_news holds texts; choose other data or another task"
+
+
+def _broken_of_groups(config: Config) -> Iterator[str]:
+    """What metrics by group need: public records that name one."""
+    data, setting = config.data, f"data.group_column={config.data.group_column}"
+    if not data.group_column:
+        return
+    if data.source not in FILES:
+        known = ", ".join(sorted(source.name for source in FILES))
+        yield f"{setting}: data={data.source.name} names no groups; give one of data={known}"
+    if data.group_column == data.person_column:
+        yield f"{setting}: must not be the column of persons; a report would print their ids"
+    if data.test_path and config.evaluation.split is not Split.holdout:
+        yield (
+            f"{setting}: is read from data.test_path, the hold-out; "
+            f"evaluation.split={config.evaluation.split.name} names no groups"
+        )
+
+
+def _broken_of_left_out(federation: FederationConfig) -> Iterator[str]:
+    """A site can be left out if it is one, and others stay."""
+    left_out, sites = federation.leave_out, federation.sites
+    if left_out and sites == 1:
+        yield f"federation.leave_out={left_out}: must be empty with one site; nobody would train"
+    elif left_out and not _is_site(left_out, sites):
+        yield f"federation.leave_out={left_out}: must be one of site-1 to site-{sites}, or empty"
+
+
+def _is_site(name: str, sites: int) -> bool:
+    """Without a list of the names: their number may be a stranger's choice."""
+    digits = name.removeprefix("site-")
+    short = digits.isascii() and digits.isdigit() and len(digits) <= len(str(sites))
+    return short and 1 <= int(digits) <= sites and name == f"site-{int(digits)}"
 
 
 def _distinct_names(labels: list[str]) -> bool:
@@ -620,6 +677,7 @@ _RULES: dict[str, _Rule] = {
     "federation.classes_per_site": _COUNT,
     "federation.quorum": _OPEN_SHARE,
     "federation.round_timeout_s": _POSITIVE,
+    "evaluation.every": ("0 or more", lambda value: bool(value >= 0)),
     "engine.threads": ("0 or more", lambda value: bool(value >= 0)),
     "engine.physical_batch": _COUNT,
     "tuning.head_learning_rate": _POSITIVE,

@@ -8,7 +8,7 @@ that looked across would let one person's presence change what is done with anot
 import hashlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,20 +42,25 @@ def load_splits(config: DataConfig, made: Callable[[int], Records] | None = None
     Raises: ConfigError if the source, a column or a label is not what the config says.
     """
     check_files(config)
+    group_column = config.group_column
+    if config.test_path:  # that file alone names groups
+        config = replace(config, group_column="")
     rows = _read(config, made)
     records, read = _deduplicate(rows), len(rows)
     place = _places(records, config.split_seed)
     holdout_end = config.holdout_fraction
     validation_end = holdout_end + config.validation_fraction
     if config.test_path:
-        test = _read_file(config, config.test_path, "data.test_path")
+        grouped = replace(config, group_column=group_column)
+        test = _read_file(grouped, config.test_path, "data.test_path")
         holdout, read = _deduplicate(test), read + len(test)
         validation_end, holdout_end = config.validation_fraction, 0.0
     else:
         holdout = records.subset(np.flatnonzero(place < holdout_end))
     inside = (place >= holdout_end) & (place < validation_end)
     validation = _apart(records.subset(np.flatnonzero(inside)), holdout)
-    train = _apart(records.subset(np.flatnonzero(place >= validation_end)), holdout, validation)
+    private = replace(records, groups=None)  # what names a group is public, or is dropped here
+    train = _apart(private.subset(np.flatnonzero(place >= validation_end)), holdout, validation)
     kept = len(train) + len(validation) + len(holdout)
     return Splits(train, validation, holdout, duplicates=read - kept)
 
@@ -155,6 +160,7 @@ def _read_file(config: DataConfig, path: str, name: str) -> Records:
         "data.label_column": config.label_column if config.labels else "",
         "data.person_column": config.person_column,
         "data.site_column": config.site_column,
+        "data.group_column": config.group_column,
     }
     named = {setting: column for setting, column in named.items() if column}
     columns = read_table(config.source, path, name, {**asked, **named})
@@ -166,6 +172,7 @@ def _read_file(config: DataConfig, path: str, name: str) -> Records:
         np.zeros(len(texts[0]), np.int64) if labels is None else _labels(labels, config, where),
         _ids(rest.get("data.person_column"), config.person_column, where),
         _ids(rest.get("data.site_column"), config.site_column, where),
+        _groups(rest.get("data.group_column")),
     )
 
 
@@ -176,6 +183,13 @@ def _labels(column: Column, config: DataConfig, where: str) -> NDArray[np.int64]
         row = labels.index(None) + 1
         raise ConfigError(f"{where}: row {row} has a label that is not one of data.labels")
     return np.array(labels, dtype=np.int64)
+
+
+def _groups(column: Column | None) -> tuple[str, ...] | None:
+    """The groups in a column; it refuses nothing, as rows that are private stand in it, too."""
+    if column is None:
+        return None
+    return tuple(" ".join((each or "").split()) for each in names_of(column))
 
 
 def _ids(column: Column | None, name: str, where: str) -> tuple[str, ...] | None:

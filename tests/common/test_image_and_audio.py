@@ -24,7 +24,7 @@ from .toy import toy_config
 BOTH = [TaskName.image_classification, TaskName.audio_classification]
 
 
-@pytest.fixture(scope="module", params=BOTH, ids=lambda name: name.value)
+@pytest.fixture(scope="module", params=BOTH, ids=lambda name: name.name)
 def config(request, tiny_config, tmp_path_factory):
     return toy_config(request.param, tiny_config, tmp_path_factory.mktemp("toy"))
 

@@ -23,7 +23,7 @@ def test_there_are_tasks_and_each_name_has_one():
     assert {name for name in TASKS if TASKS[name].CLASSES} == {n for n in TaskName if n.has_classes}
 
 
-@pytest.fixture(scope="module", params=list(TASKS), ids=lambda name: name.value)
+@pytest.fixture(scope="module", params=list(TASKS), ids=lambda name: name.name)
 def config(request, tiny_config, tmp_path_factory):
     return toy_config(request.param, tiny_config, tmp_path_factory.mktemp("toy"))
 

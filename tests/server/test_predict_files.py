@@ -30,7 +30,7 @@ def report(tmp_path_factory, tiny_overrides):
     return json.loads((run / "report.json").read_text())
 
 
-@pytest.fixture(scope="module", params=BOTH, ids=lambda name: name.value)
+@pytest.fixture(scope="module", params=BOTH, ids=lambda name: name.name)
 def config(request, tiny_config, tmp_path_factory):
     return toy_config(request.param, tiny_config, tmp_path_factory.mktemp("toy"))
 

@@ -16,6 +16,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from common.canonical import canonical_json, digest
 from common.errors import ConfigError
@@ -433,6 +434,15 @@ def to_canonical(config: Config) -> str:
 def to_yaml(config: Config) -> str:
     """The config as people read it: what a run folder keeps as `config.yaml`."""
     return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config))))
+
+
+def from_yaml(text: str) -> Config:
+    """Parses what `to_yaml` wrote. Raises: ConfigError, as `from_canonical`."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"malformed configuration: {_one_line(error)}") from error
+    return from_canonical(json.dumps(values))
 
 
 def from_canonical(text: str) -> Config:

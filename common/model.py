@@ -172,7 +172,9 @@ class NativeClassifier(FineTuned):
     """
 
     def __init__(self, native: PreTrainedModel, *, labels: list[str]) -> None:
-        super().__init__(native.base_model)
+        encoder = native.base_model
+        assert isinstance(encoder, PreTrainedModel)
+        super().__init__(encoder)
         self.native = native
         self.labels = labels
 
@@ -196,8 +198,7 @@ class NativeClassifier(FineTuned):
             self._prefix.depth = min(self._prefix.depth, last)
 
     def merged_native(self) -> PreTrainedModel:
-        """The whole network with its adapters folded in: plain Hugging Face. The model is used up.
-        """
+        """The whole network with its adapters folded in: plain Hugging Face. The model is used up."""
         merged = self.merged_encoder()
         assert merged is self.native.base_model
         return self.native

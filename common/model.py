@@ -198,7 +198,7 @@ class NativeClassifier(FineTuned):
             self._prefix.depth = min(self._prefix.depth, last)
 
     def merged_native(self) -> PreTrainedModel:
-        """The whole network with its adapters folded in: plain Hugging Face. The model is used up."""
+        """The whole network with its adapters folded in, which uses the model up."""
         merged = self.merged_encoder()
         assert merged is self.native.base_model
         return self.native

@@ -1,4 +1,4 @@
-"""`coterie export`: a finished run's model in the form its user needs, held against the original."""
+"""`coterie export`: a run's model in the form its user needs, held against the original."""
 
 import importlib.metadata
 import shutil
@@ -45,7 +45,8 @@ class Format(StrEnum):
 
 
 BOUNDS = {Format.merged: 1e-4, Format.adapter: 1e-4, Format.onnx: 1e-3, Format.int8: 0.1}
-"""Largest error of an output that is let through, as a share of the largest output."""
+"""Largest error of an output that is let through, as a share of the largest one, or of 1 where
+that is smaller."""
 
 Answers = Callable[[Inputs], Tensor]
 """Outputs, as the task's model gives them, of what it reads."""
@@ -116,7 +117,7 @@ def export(invocation: Invocation) -> None:
         form: Annotated[Format, typer.Option("--format", help="What to write.")] = Format.merged,
         max_error: Annotated[
             float | None,
-            typer.Option(help="Largest error of an output, as a share of the largest output."),
+            typer.Option(help="Largest error of an output, as a share of the largest, or of 1."),
         ] = None,
     ) -> None:
         """Writes the model of a finished run, opens it again, and holds its outputs against the
@@ -161,8 +162,8 @@ def export_run(
         if not found.within(bound):
             raise VerificationError(
                 f"--format={form.value}: an output is off by {found.max_abs_error:.1e} where the "
-                f"largest is {found.largest_output:.3g}, above the bound of {bound:g} of it; "
-                "nothing was written"
+                f"largest is {found.largest_output:.3g}, above the bound of {bound:g} of it, or "
+                "of 1; nothing was written"
             )
         record = _record(run, form, found, bound)
         (temporary / CARD).write_text(_card(run, form, record), encoding="utf-8")

@@ -69,7 +69,7 @@ def write(model: FineTuned, made: Inputs, folder: Path) -> None:
     except (torch.onnx.errors.OnnxExporterError, *_FAULTS) as error:
         raise ConfigError(
             f"--format=onnx: torch cannot export {type(model.encoder).__name__} "
-            f"({first_line(error)}); choose merged"
+            f"({_reason(error)}); choose merged"
         ) from error
 
 
@@ -117,6 +117,13 @@ def _check_installed() -> None:
         raise ConfigError(
             f"--format=onnx: needs {', '.join(missing)}; pip install 'coterie[export]'"
         )
+
+
+def _reason(error: BaseException) -> str:
+    """What lies at the bottom: the exporter wraps it in advice on reports to its authors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error) if isinstance(error, Exception) else type(error).__name__
 
 
 _FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)

@@ -64,10 +64,9 @@ class Trainer:
         )
         """What building the model changed in it, in words."""
         rates = config.tuning
-        adapters = tuple(p for p in self._model.encoder.parameters() if p.requires_grad)
         named = (
             (self._model.head_parameters(), rates.head_learning_rate),
-            (adapters, rates.adapter_learning_rate),
+            (self._model.adapter_parameters(), rates.adapter_learning_rate),
         )
         self._groups = [ParameterGroup(group, rate) for group, rate in named if group]
         self._engine: ClippingEngine | None = None

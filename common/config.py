@@ -16,6 +16,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from common.canonical import canonical_json, digest
 from common.errors import ConfigError
@@ -57,6 +58,13 @@ class TuningMethod(Enum):
     full = "full"
     bitfit = "bitfit"
     last_layers = "last_layers"
+
+
+class HeadName(Enum):
+    """What a task with classes puts on its encoder."""
+
+    mean = "mean"
+    native = "native"
 
 
 class PrivacyMode(Enum):
@@ -133,7 +141,10 @@ class ModelConfig:
     name: str = MISSING
     """Hub name, local folder, an embedded model of the `demo` extra, or one of `made_models`."""
     feature_scale: float = MISSING
-    """Length to which pooled features are normalised before the classification head."""
+    """Length to which pooled features are normalised before the `mean` head."""
+    head: HeadName = HeadName.mean
+    """Of tasks with classes: `mean`, a linear layer on the normalised mean of the states; or
+    `native`, what transformers itself puts on this encoder, which `pipeline(...)` opens."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +205,9 @@ class TuningConfig:
     """Rank r of the LoRA matrices."""
     alpha: int = 16
     """LoRA scaling: the adapter's output is multiplied by alpha / rank."""
+    freeze_a: bool = False
+    """FFA-LoRA: of each pair of LoRA matrices, A stays as `seed` drew it, the same at every site
+    and public, and B alone is trained and travels. Source: Sun et al. (2024), arXiv:2403.12313."""
     last_layers: int = 1
     """How many of the top blocks get adapters; 0: all, and of an encoder-decoder both sides'."""
     targets: list[str] = MISSING
@@ -444,6 +458,15 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config))))
 
 
+def from_yaml(text: str) -> Config:
+    """Parses what `to_yaml` wrote. Raises: ConfigError, as `from_canonical`."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"malformed configuration: {_one_line(error)}") from error
+    return from_canonical(json.dumps(values))
+
+
 def from_canonical(text: str) -> Config:
     """Parses a config that came over the network.
 
@@ -545,6 +568,16 @@ def _broken(config: Config) -> Iterator[str]:
     public = round(config.data.holdout_fraction + config.data.validation_fraction, 12)
     if public >= 1:
         yield f"data.holdout_fraction + data.validation_fraction={public}: must be below 1"
+    if config.tuning.freeze_a and config.tuning.method is not TuningMethod.lora:
+        yield (
+            f"tuning.freeze_a=True: must be left out with tuning={config.tuning.method.name}; "
+            "only tuning=lora has a matrix A"
+        )
+    if config.model.head is HeadName.native and not config.task.name.has_classes:
+        yield (
+            f"model.head=native: must be left out with task={config.task.name.name}, which always "
+            "has the head that transformers gives it"
+        )
     yield from _broken_of_persons(config)
     yield from _broken_of_contents(config)
     yield from _broken_of_groups(config)

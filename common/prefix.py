@@ -69,7 +69,9 @@ def trainable_depth(encoder: nn.Module) -> int:
     Raises: NoPrefixError if the encoder cannot be cut.
     """
     _, _, blocks = _find_cuttable(encoder)
-    inside = {p for block in blocks for p in block.parameters()}
+    # What reads the last block's states may be trained: it runs in every step.
+    above = [pooler] if isinstance(pooler := getattr(encoder, "pooler", None), nn.Module) else []
+    inside = {p for module in (*blocks, *above) for p in module.parameters()}
     if any(p.requires_grad and p not in inside for p in encoder.parameters()):
         return 0
     for depth, block in enumerate(blocks):

@@ -30,12 +30,16 @@ def tune(model: FineTuned, config: Config, probe: Mapping[str, Tensor]) -> FineT
     """
     encoder = model.encoder
     encoder.requires_grad_(requires_grad=False)
-    _disable_dropout(encoder)
+    _disable_dropout(model)
     if config.tuning.method is TuningMethod.lora:
         model.adopt(_add_adapters(encoder, config.tuning, config.seed))
+        if config.tuning.freeze_a:
+            _freeze_a(encoder)
     else:
         _unfreeze(encoder, config.tuning)
         _freeze_tables(model)
+    for parameter in model.pooler_parameters():
+        parameter.requires_grad = True
     _check_reads(model, config, probe)
     _freeze_unused(model, probe)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -141,6 +145,13 @@ def _add_adapters(encoder: PreTrainedModel, tuning: TuningConfig, seed: int) -> 
     return wrapped
 
 
+def _freeze_a(encoder: PreTrainedModel) -> None:
+    """Freezes A of every adapter: it comes from the public seed, and so needs no privacy."""
+    for name, parameter in encoder.named_parameters():
+        if ".lora_A." in name:
+            parameter.requires_grad = False
+
+
 def _places(encoder: PreTrainedModel, tuning: TuningConfig) -> list[str]:
     """Full names of the linear modules that get adapters. Raises: ConfigError if none do."""
     kind = encoder.config.model_type
@@ -152,7 +163,9 @@ def _places(encoder: PreTrainedModel, tuning: TuningConfig) -> list[str]:
         else [encoder]
     )
     inside = {module for block in top for module in block.modules()}
-    linear = {name: module for name, module in encoder.named_modules() if _linear(module)}
+    # A pooler belongs to the head that reads it, or to nothing.
+    modules = [(n, m) for n, m in encoder.named_modules() if not n.startswith("pooler.")]
+    linear = {name: module for name, module in modules if _linear(module)}
     places = [n for n, module in linear.items() if module in inside and f".{n}".endswith(endings)]
     if not places:
         names = sorted({name.split(".")[-1] for name in linear})
@@ -168,9 +181,9 @@ def _linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _disable_dropout(encoder: PreTrainedModel) -> None:
+def _disable_dropout(model: nn.Module) -> None:
     """Sets every dropout rate to zero, in modules and in the attributes some models keep."""
-    for module in encoder.modules():
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import AutoModelForImageClassification
 
 from common.classes import ClassTask, build_classifier, class_targets, likeliest
 from common.config import Config, ModelConfig, TaskConfig
@@ -24,6 +25,8 @@ TOY_SIZE = 8
 class ImageClassification(ClassTask):
     """One label per image; a record's content is (H, W, C) of uint8, C of 1 or 3."""
 
+    FAMILY = AutoModelForImageClassification
+
     def load_processor(self, model: ModelConfig) -> Any:
         """The model's image processor. Raises: ConfigError if it gives images of no one size."""
         processor = load_image_processor(model)
@@ -35,9 +38,9 @@ class ImageClassification(ClassTask):
         return processor
 
     def build(self, config: Config) -> FineTuned:
-        """Mean-pooled image encoder with a linear head. Raises: ConfigError."""
+        """Image encoder with a head. Raises: ConfigError."""
         processor = self.load_processor(config.model)
-        return build_classifier(config, read_of(self.made(processor, 2, config)))
+        return build_classifier(config, read_of(self.made(processor, 2, config)), self.FAMILY)
 
     def encode(self, processor: Any, records: Records, task: TaskConfig) -> Inputs:
         """(N, C, H, W) pixels of the processor's size. Raises: ConfigError if one is no image."""

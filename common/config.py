@@ -191,8 +191,8 @@ class TuningConfig:
     last_layers: int = 1
     """How many of the top blocks get adapters; 0: all, and of an encoder-decoder both sides'."""
     targets: list[str] = MISSING
-    """Names of the linear modules, inside a block, that get adapters. Empty: those that peft names
-    for this type of model.
+    """Names of the linear modules, inside a block, that get adapters. Empty: those that are
+    usual for this type of model, as peft names them, else its query and value projections.
     """
     head_learning_rate: float = MISSING
     """Step size of the classification head, in units of parameter per clipped gradient."""

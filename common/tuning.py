@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,6 +17,8 @@ from common.model import FineTuned
 from common.prefix import NoPrefixError, find_blocks
 from common.pretrained import first_line
 
+QUERY_AND_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"))
+"""What models call the projections that adapters usually sit on, for kinds that peft knows not."""
 TABLE = "relative_attention_bias"
 
 
@@ -144,8 +146,6 @@ def _add_adapters(encoder: PreTrainedModel, tuning: TuningConfig, seed: int) -> 
 def _places(encoder: PreTrainedModel, tuning: TuningConfig) -> list[str]:
     """Full names of the linear modules that get adapters. Raises: ConfigError if none do."""
     kind = encoder.config.model_type
-    targets = tuning.targets or USUAL_TARGETS.get(kind, ())
-    endings = tuple(f".{target}" for target in targets)
     top = (
         _top_blocks(encoder, "tuning.last_layers", tuning.last_layers)
         if tuning.last_layers
@@ -153,15 +153,22 @@ def _places(encoder: PreTrainedModel, tuning: TuningConfig) -> list[str]:
     )
     inside = {module for block in top for module in block.modules()}
     linear = {name: module for name, module in encoder.named_modules() if _linear(module)}
-    places = [n for n, module in linear.items() if module in inside and f".{n}".endswith(endings)]
-    if not places:
-        names = sorted({name.split(".")[-1] for name in linear})
-        usual = "" if tuning.targets else f"; peft names none for a {kind}"
-        raise ConfigError(
-            f"tuning.targets={list(tuning.targets)}: the model's linear modules are "
-            f"{', '.join(names)}{usual}"
-        )
-    return places
+    for targets in [tuning.targets] if tuning.targets else _usual(kind):
+        endings = tuple(f".{target}" for target in targets)
+        places = [n for n, each in linear.items() if each in inside and f".{n}".endswith(endings)]
+        if places:
+            return places
+    names = sorted({name.split(".")[-1] for name in linear})
+    usual = "" if tuning.targets else f"; none is usual for a {kind}"
+    raise ConfigError(
+        f"tuning.targets={list(tuning.targets)}: the model's linear modules are "
+        f"{', '.join(names)}{usual}"
+    )
+
+
+def _usual(kind: str) -> list[Sequence[str]]:
+    """Names to look for in a model of this kind: those of peft, then a query's and a value's."""
+    return [USUAL_TARGETS.get(kind, ()), *QUERY_AND_VALUE]
 
 
 def _linear(module: nn.Module) -> bool:

@@ -43,3 +43,8 @@ class VerificationError(CoterieError):
     """A file or message is malformed, altered or of another run."""
 
     exit_code = 5
+
+
+def first_line(error: Exception) -> str:
+    """What a library says in its first line."""
+    return str(error).strip().split("\n")[0]

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from common.config import ModelConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, first_line
 from common.made_models import PREFIX, make_encoder, make_processor
 
 # transformers leaves its logging functions untyped.
@@ -155,8 +155,3 @@ def locate(name: str) -> str:
             "(pickled weights are never opened)"
         )
     return str(folder)
-
-
-def first_line(error: Exception) -> str:
-    """What a library says in its first line."""
-    return str(error).strip().split("\n")[0]

@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from common.config import Config, TaskName, TuningConfig, TuningMethod
-from common.errors import ConfigError
+from common.errors import ConfigError, first_line
 from common.model import FineTuned
 from common.prefix import NoPrefixError, find_blocks
-from common.pretrained import first_line
 
 QUERY_AND_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"))
 """What models call the projections that adapters usually sit on, for kinds that peft knows not."""

@@ -1,14 +1,16 @@
 """One file a task; `TASKS` is the list."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from common.config import Config, ModelConfig, TaskConfig, TaskName
+from common.media import File, Reader
 from common.model import FineTuned
 from common.prefix import Inputs
-from common.records import Records
+from common.records import Content, Records
 from common.tasks.audio_classification import AudioClassification
 from common.tasks.causal_lm import CausalLM
 from common.tasks.image_classification import ImageClassification
@@ -84,6 +86,17 @@ class Task(Protocol):
         """
 
 
+@runtime_checkable
+class FileTask(Protocol):
+    """A task whose records are files, besides: without this method they are texts."""
+
+    def read(self, processor: Processor, file: File, where: str) -> Content:
+        """What a file holds, as `encode` takes it. Args: where: what messages call the file.
+
+        Raises: ConfigError if it holds something else.
+        """
+
+
 TASKS: dict[TaskName, Task] = {
     TaskName.text_classification: TextClassification(),
     TaskName.causal_lm: CausalLM(),
@@ -98,3 +111,9 @@ TASKS: dict[TaskName, Task] = {
 def build_model(config: Config) -> FineTuned:
     """The model of the config's task. Raises: ConfigError."""
     return TASKS[config.task.name].build(config)
+
+
+def reader_of(name: TaskName, processor: Processor) -> Reader | None:
+    """How the task reads one file; None if its records are texts."""
+    task = TASKS[name]
+    return partial(task.read, processor) if isinstance(task, FileTask) else None

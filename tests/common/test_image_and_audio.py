@@ -192,11 +192,18 @@ def test_a_gray_image_serves_a_model_of_colours(images, tmp_path):
     assert torch.equal(pixels[:, 0], pixels[:, 2])
 
 
+def test_colours_are_turned_gray_for_a_model_of_grays(images):
+    """A record is the same for every model, so that its split and its ledger are."""
+    red = np.zeros((8, 8, 3), np.uint8)
+    red[..., 0] = 200
+    gray = np.full((8, 8, 1), 60, np.uint8)  # 0.299 of 200
+    assert torch.equal(*encoded(images, red, gray)["pixel_values"])
+
+
 BROKEN_IMAGES = {
     "a text": "goal",
     "float pixels": np.zeros((8, 8, 1), np.float32),
     "two channels": np.zeros((8, 8, 2), np.uint8),
-    "colours for a gray model": np.zeros((8, 8, 3), np.uint8),
     "a film": np.zeros((2, 8, 8, 1), np.uint8),
     "a line": np.zeros(8, np.uint8)[:, None, None, None],
     "no pixels": np.zeros((0, 8, 1), np.uint8),

@@ -47,7 +47,7 @@ def run(name, tiny_overrides, tmp_path_factory):
     sizes = ["task.max_target_tokens=4", "privacy.count_noise=5"]
     with pytest.MonkeyPatch.context() as patch:
         splits = Splits(*(records.subset(part) for part in parts), duplicates=0)
-        patch.setattr("simulations.run.load_splits", lambda _config, _made: splits)
+        patch.setattr("simulations.run.load_splits", lambda *_: splits)
         run = f"run_dir={folder / 'run'}"
         assert cli.main(["simulate", *own, *sizes, f"task={name}", run]) == 0
     return folder / "run"

@@ -5,6 +5,7 @@ messages about it name rows and columns that the config names. A data set of the
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,20 @@ class HubTable:
     local: bool
 
     def column(self, setting: str, name: str) -> Column:
-        """The values of a column, classes by the names that the schema gives them.
+        """The values of a column, or of a field in one as `translation.en`; classes by the names
+        that the schema gives them.
 
         Args: setting: that gave the name. Raises: ConfigError if there is no such column.
         """
-        if name not in self.rows.column_names:
+        rows = self.rows if name in self.rows.column_names else self.rows.flatten()
+        if name not in rows.column_names:
             raise ConfigError(
                 f"{setting}={name}: no such column among the {len(self.rows.column_names)} of "
                 f"{self.where}; its schema names them"
             )
-        kind = self.rows.features[name]
-        values = list(self.rows[name])
+        kind = rows.features[name]
+        with self._reading(name):
+            values = list(rows[name])
         if not isinstance(kind, ClassLabel):
             return values
         known = dict(enumerate(kind.names))
@@ -86,9 +90,20 @@ class HubTable:
         Raises: ConfigError naming the row that holds none.
         """
         encoded = type(self.rows.features[name])(decode=False)
-        for row, value in enumerate(self.rows.cast_column(name, encoded)[name], start=1):
-            called = f"{self.where}: row {row}"
+        rows = self.rows.cast_column(name, encoded)
+        for row in range(len(rows)):
+            called = f"{self.where}: row {row + 1}"
+            with self._reading(name):
+                value = rows[row][name]
             yield read(self._file(value, called), called)
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Files are mapped, and found to be damaged when they are read. Raises: ConfigError."""
+        try:
+            yield
+        except Exception as error:  # its text might hold what it could not read
+            raise ConfigError(f"{self.where}: its column {name} cannot be read") from error
 
     def _file(self, value: Any, called: str) -> File:
         """What stands in the row itself, or, of a data set of the hub, in its cache."""
@@ -116,6 +131,8 @@ def open_split(config: DataConfig, path: str, split: str, name: str) -> HubTable
     if not local:
         rows = _from_hub(config, path, split, where)
     elif (folder / SAVED).is_file() or (folder / SAVED_SPLITS).is_file():
+        if split == config.test_split and not (folder / SAVED_SPLITS).is_file():
+            raise ConfigError(f"data.test_split={split}: {where} holds one split; leave it out")
         rows = _saved(folder, split, where)
     else:
         rows = _of_parquet(folder, split, where)

@@ -46,5 +46,10 @@ class VerificationError(CoterieError):
 
 
 def first_line(error: Exception) -> str:
-    """What a library says in its first line."""
-    return str(error).strip().split("\n")[0]
+    r"""What a library says in its first line, and in the next where that one only announces it.
+
+    >>> first_line(ValueError("Field 'layers':\n    expected int\nSee the manual"))
+    "Field 'layers': expected int"
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -1,6 +1,7 @@
 """Files of images and sounds, as arrays: what their tasks read."""
 
 import importlib
+import logging
 import warnings
 from collections.abc import Callable
 from io import BytesIO
@@ -17,6 +18,8 @@ from scipy.signal import resample_poly
 from common.config import MAX_SECONDS
 from common.errors import ConfigError
 from common.records import Content
+
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it finds wrong, our errors say
 
 COLOURS = {1: "L", 3: "RGB"}
 """PIL's name of an image with so many channels."""

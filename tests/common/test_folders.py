@@ -341,3 +341,44 @@ def test_a_run_on_a_folder_ends_with_a_report(task, tiny_overrides, tmp_path, co
     assert answer.code == 0, answer.err
     assert answer.json["evaluation_records"] > 0
     assert "repeated files dropped" in " ".join(answer.err.split())
+
+
+BEFORE_ANY_RECORD = {
+    "a broken folder": ("vit_digits", [], "file 1 of dog: not a readable image file"),
+    "a model of texts": ("minilm", [], "has no processor of pixel_values"),
+    "a task of sounds": (
+        "wav2vec2_tiny",
+        ["task=audio_classification"],
+        "task=audio_classification: data=image_folder holds images; choose task=image_class",
+    ),
+    "persons": ("vit_digits", ["data.person_column=who"], "data=image_folder names no persons"),
+    "labels that are no names of folders": (
+        "vit_digits",
+        ["data.labels=[cat,../dog]"],
+        "data.labels=['cat', '../dog']: must be names of folders",
+    ),
+    "no path": ("vit_digits", ["data.path=''"], "data.path='': must be the path of a folder"),
+    "a table": (
+        "vit_digits",
+        ["data=csv"],
+        "task=image_classification: data=csv holds texts; choose other data or another task",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BEFORE_ANY_RECORD)
+def test_a_mistake_ends_the_command_with_one_line_and_nothing_written(
+    fault, tiny_overrides, tmp_path, monkeypatch, coterie
+):
+    model, own, message = BEFORE_ANY_RECORD[fault]
+    monkeypatch.chdir(tmp_path)
+    put("dog/0.{}", b"no image")(fill(tmp_path / "d", IMAGES), "png")
+    kept = [each for each in tiny_overrides if not each.startswith(("data", "model", "task"))]
+    folder = ["data=image_folder", "data.path=d", "data.labels=[cat,dog]"]
+    chosen = [*folder, "task=image_classification", f"model={model}", *own]
+    groups = {each.split("=")[0]: each for each in chosen}  # a group is chosen once
+    answer = coterie("simulate", *kept, *groups.values())
+    assert answer.code == 2, answer.err
+    assert message in answer.err
+    assert "Traceback" not in answer.err
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]

@@ -17,6 +17,7 @@ from pyarrow import parquet
 from common.config import DataConfig, DataSource, TaskName
 from common.data import check_files, load_splits
 from common.errors import ConfigError
+from common.hub import HubTable
 from common.tasks import reader_of
 
 SECRET = "swordfish"  # stands in private texts; must stand in no message
@@ -326,6 +327,30 @@ def test_a_row_without_its_image_or_sound_is_one_line(tmp_path, kind, fault):
         everything(tmp_path / "d", READERS[kind])
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_files_that_rows_name_are_opened_in_the_cache_of_the_hub_only(tmp_path, monkeypatch):
+    """Else a data set of somebody else's would say which files of this machine are read."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
+    inside, outside = tmp_path / "cache" / "a.png", tmp_path / "b.png"
+    through = tmp_path / "cache" / "link.png"
+    through.symlink_to(outside)
+    for path in (inside, outside):
+        path.write_bytes(encoded(1, Image))
+    for path, local, is_read in (
+        (inside, False, True),
+        (inside, True, False),
+        (outside, False, False),
+        (through, False, False),
+    ):
+        rows = media(Image, {0: {"bytes": None, "path": str(path)}}, count=1)
+        contents = HubTable(rows, "data.path=a", local).contents("media", READERS[Image])
+        if is_read:
+            assert next(contents).shape == (4, 4, 1)
+        else:
+            with pytest.raises(ConfigError, match="row 1 names a file instead of holding it"):
+                next(contents)
 
 
 def test_a_column_of_images_is_found_by_its_schema_only(tmp_path):

@@ -18,10 +18,10 @@ from torchmetrics.functional.classification import (
 from transformers import PreTrainedModel
 
 from common.config import Config, HeadName, ModelConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, first_line
 from common.model import Classifier, FineTuned, NativeClassifier, read_of
 from common.prefix import Inputs
-from common.pretrained import first_line, load_encoder
+from common.pretrained import load_encoder
 from common.records import Records
 from common.tuning import tune
 

@@ -90,11 +90,16 @@ class DataSource(Enum):
     csv = "csv"
     jsonl = "jsonl"
     parquet = "parquet"
+    image_folder = "image_folder"
+    audio_folder = "audio_folder"
+    hub = "hub"
     toy = "toy"
 
 
 FILES = frozenset({DataSource.csv, DataSource.jsonl, DataSource.parquet})
 """Sources that are a file of the user's own, at `data.path`."""
+FOLDERS = frozenset({DataSource.image_folder, DataSource.audio_folder})
+"""Sources that are a folder of the user's own, at `data.path`, with one for each label in it."""
 
 
 class Partition(Enum):
@@ -154,14 +159,29 @@ class DataConfig:
     source: DataSource = MISSING
     """Reader to use."""
     path: str = MISSING
-    """File of private records (csv, jsonl, parquet; the first two may be packed by gzip)."""
+    """File of private records (csv, jsonl, parquet; the first two may be packed by gzip), a folder
+    with one for each label in it (image_folder, audio_folder), or a data set by its name on the
+    hub, its folder saved by `datasets`, or a folder of its parquet files (hub).
+    """
     test_path: str = ""
-    """File of public hold-out records, as `path`; empty: a share of `path` is declared public."""
+    """Public hold-out records, as `path`; empty: a share of `path` is declared public."""
+    subset: str = ""
+    """Which configuration of a data set of the hub. Empty: its only one, or its default."""
+    split: str = "train"
+    """Which split of a data set (hub) holds the private records, and those of `test_path`."""
+    test_split: str = ""
+    """Which split of a data set (hub) is the public hold-out. Empty: none is."""
+    revision: str = ""
+    """Commit or tag of a data set of the hub, whose records then stay what they were. Empty: the
+    newest.
+    """
     text_column: str = "text"
     """Column that holds the text."""
     columns: list[str] = field(default_factory=list)
     """Columns of a task with several texts, in its order: question, context, answer; or source,
     target. Empty: `text_column` alone."""
+    media_column: str = ""
+    """Column of a data set (hub) that holds an image or a sound. Empty: the only such one."""
     label_column: str = "label"
     """Column that holds the class name."""
     person_column: str = ""
@@ -211,8 +231,8 @@ class TuningConfig:
     last_layers: int = 1
     """How many of the top blocks get adapters; 0: all, and of an encoder-decoder both sides'."""
     targets: list[str] = MISSING
-    """Names of the linear modules, inside a block, that get adapters. Empty: those that peft names
-    for this type of model.
+    """Names of the linear modules, inside a block, that get adapters. Empty: those that are
+    usual for this type of model, as peft names them, else its query and value projections.
     """
     head_learning_rate: float = MISSING
     """Step size of the classification head, in units of parameter per clipped gradient."""
@@ -559,8 +579,8 @@ def _broken(config: Config) -> Iterator[str]:
         rules["tuning.k"] = _COUNT
     if not config.task.name.has_classes:
         rules["data.labels"] = ("different class names, in order, or none", _distinct_or_none)
-    if config.data.source in FILES:
-        rules["data.path"] = (f"the path of a {config.data.source.name} file", bool)
+    if config.data.source in _PATHS:
+        rules["data.path"] = (_PATHS[config.data.source], bool)
     for name, (rule, holds) in rules.items():
         value: Any = reduce(getattr, name.split("."), config)
         if not holds(value):
@@ -582,6 +602,7 @@ def _broken(config: Config) -> Iterator[str]:
     yield from _broken_of_contents(config)
     yield from _broken_of_groups(config)
     yield from _broken_of_left_out(config.federation)
+    yield from _broken_of_sources(config)
     sites, declared = config.federation.sites, config.data.declared_records
     if declared is not None and 1 <= declared < sites:
         yield f"federation.sites={sites}: must be at most {declared}, the training records"
@@ -616,10 +637,32 @@ def _broken_of_persons(config: Config) -> Iterator[str]:
 def _broken_of_contents(config: Config) -> Iterator[str]:
     """Data that hold what the task does not read, as far as the source alone tells."""
     source, task = config.data.source, config.task.name
-    if source is DataSource.digits and task is not TaskName.image_classification:
-        yield f"task={task.name}: data=digits holds images; choose task=image_classification"
-    if source is DataSource.bbc_news and task in _NO_TEXTS:
-        yield f"task={task.name}: data=bbc_news holds texts; choose other data or another task"
+    if (only := _ONLY.get(source)) and task is not only:
+        kind = "sounds" if only is TaskName.audio_classification else "images"
+        yield f"task={task.name}: data={source.name} holds {kind}; choose task={only.name}"
+    if source in _OF_TEXTS and task in _NO_TEXTS:
+        yield f"task={task.name}: data={source.name} holds texts; choose other data or another task"
+
+
+def _broken_of_sources(config: Config) -> Iterator[str]:
+    """Settings that the source of the records has no use for, or cannot follow."""
+    data = config.data
+    if data.source in FOLDERS and any(map(_is_no_folder, data.labels)):
+        yield f"data.labels={data.labels}: must be names of folders, with no / and no dot in front"
+    if data.source is not DataSource.hub:
+        given = {n: getattr(data, n) for n in ("subset", "test_split", "revision", "media_column")}
+        for name in (name for name, value in given.items() if value):
+            yield f"data.{name}={given[name]}: must be left out with data={data.source.name}"
+    elif not data.split:
+        yield "data.split='': must name a split"
+    elif data.test_split and data.test_path:
+        yield f"data.test_split={data.test_split}: must be left out where data.test_path is given"
+    elif data.test_split == data.split:
+        yield f"data.test_split={data.test_split}: must differ from data.split"
+
+
+def _is_no_folder(label: str) -> bool:
+    return not label or label.startswith(".") or "/" in label
 
 
 def _broken_of_groups(config: Config) -> Iterator[str]:
@@ -668,10 +711,24 @@ def _positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
 
-_NO_PERSONS = (DataSource.bbc_news, DataSource.digits)
+_NO_PERSONS = (DataSource.bbc_news, DataSource.digits, *FOLDERS)
 """Sources that say of no record whose it is."""
 _NO_TEXTS = (TaskName.image_classification, TaskName.audio_classification)
 """Tasks whose records are no texts."""
+_OF_TEXTS = (DataSource.bbc_news, *FILES)
+"""Sources that hold texts."""
+_ONLY = {
+    DataSource.digits: TaskName.image_classification,
+    DataSource.image_folder: TaskName.image_classification,
+    DataSource.audio_folder: TaskName.audio_classification,
+}
+"""The one task that reads what these sources hold."""
+_PATHS = {
+    **{source: f"the path of a {source.name} file" for source in FILES},
+    **dict.fromkeys(FOLDERS, "the path of a folder that has one for each label"),
+    DataSource.hub: "the name of a data set on the hub, or the path of a local one",
+}
+"""What `data.path` must be."""
 
 _Rule = tuple[str, Callable[[Any], bool]]
 """What a value must be, in words and as a test."""

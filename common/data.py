@@ -14,9 +14,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import DataConfig, DataSource
+from common.config import FOLDERS, DataConfig, DataSource
 from common.errors import ConfigError
-from common.records import Records
+from common.folders import labelled_files
+from common.hub import is_local, open_split
+from common.media import Reader
+from common.records import Content, Records
 from common.tables import Column, names_of, read_table, texts_of
 
 
@@ -33,27 +36,31 @@ class Splits:
     """
 
 
-def load_splits(config: DataConfig, made: Callable[[int], Records] | None = None) -> Splits:
+def load_splits(
+    config: DataConfig,
+    made: Callable[[int], Records] | None = None,
+    read: Reader | None = None,
+) -> Splits:
     """Reads and splits the records.
 
     Guarantee: the three splits share no text and no person; a record's split depends on
     `split_seed` and its text only, or its person's id, so adding a record moves no other.
-    Args: made: the task's own made examples, for `data=toy`.
+    Args: made: the task's own made examples, for `data=toy`; read: what the task reads in a file,
+    if its records are files.
     Raises: ConfigError if the source, a column or a label is not what the config says.
     """
     check_files(config)
     group_column = config.group_column
     if config.test_path:  # that file alone names groups
         config = replace(config, group_column="")
-    rows = _read(config, made)
-    records, read = _deduplicate(rows), len(rows)
+    rows = _read(config, made, read)
+    records, total = _deduplicate(rows), len(rows)
     place = _places(records, config.split_seed)
     holdout_end = config.holdout_fraction
     validation_end = holdout_end + config.validation_fraction
-    if config.test_path:
-        grouped = replace(config, group_column=group_column)
-        test = _read_file(grouped, config.test_path, "data.test_path")
-        holdout, read = _deduplicate(test), read + len(test)
+    if config.test_path or config.test_split:
+        test = _read_public(replace(config, group_column=group_column), read)
+        holdout, total = _deduplicate(test), total + len(test)
         validation_end, holdout_end = config.validation_fraction, 0.0
     else:
         holdout = records.subset(np.flatnonzero(place < holdout_end))
@@ -62,13 +69,17 @@ def load_splits(config: DataConfig, made: Callable[[int], Records] | None = None
     private = replace(records, groups=None)  # what names a group is public, or is dropped here
     train = _apart(private.subset(np.flatnonzero(place >= validation_end)), holdout, validation)
     kept = len(train) + len(validation) + len(holdout)
-    return Splits(train, validation, holdout, duplicates=read - kept)
+    return Splits(train, validation, holdout, duplicates=total - kept)
 
 
 def check_files(config: DataConfig) -> None:
     """Refuses a path that leads nowhere, without opening anything. Raises: ConfigError."""
     for name, path in (("data.path", config.path), ("data.test_path", config.test_path)):
-        if path and not Path(path).expanduser().is_file():
+        place = Path(path).expanduser()
+        if config.source in FOLDERS or config.source is DataSource.hub:
+            if path and not place.is_dir() and (config.source in FOLDERS or is_local(path)):
+                raise ConfigError(f"{name}={path}: no such folder")
+        elif path and not place.is_file():
             raise ConfigError(f"{name}={path}: no such file")
 
 
@@ -104,7 +115,9 @@ def _apart(records: Records, *public: Records) -> Records:
     return records.subset(np.flatnonzero(apart))
 
 
-def _read(config: DataConfig, made: Callable[[int], Records] | None) -> Records:
+def _read(
+    config: DataConfig, made: Callable[[int], Records] | None, read: Reader | None
+) -> Records:
     if config.source is DataSource.toy:
         if made is None:
             raise ConfigError("data=toy: only a task's own examples are meant")
@@ -113,7 +126,14 @@ def _read(config: DataConfig, made: Callable[[int], Records] | None) -> Records:
         return _read_bbc_news(config)
     if config.source is DataSource.digits:
         return _read_digits(config)
-    return _read_file(config, config.path, "data.path")
+    return _read_own(config, config.path, config.split, "data.path", read)
+
+
+def _read_public(config: DataConfig, read: Reader | None) -> Records:
+    """The hold-out: of a place of its own, or a split of the same data set."""
+    if config.test_split:
+        return _read_own(config, config.path, config.test_split, "data.path", read)
+    return _read_own(config, config.test_path, config.split, "data.test_path", read)
 
 
 def _read_bbc_news(config: DataConfig) -> Records:
@@ -151,28 +171,79 @@ def _read_digits(config: DataConfig) -> Records:
     return Records(tuple(images[n] for n in kept), np.array(labels, dtype=np.int64))
 
 
-def _read_file(config: DataConfig, path: str, name: str) -> Records:
-    """One file of the user's own. Raises: ConfigError naming the row that is not as it must be."""
-    where = f"{name}={path}"
-    contents = {f"data.columns[{n}]": column for n, column in enumerate(config.columns)}
-    asked = contents or {"data.text_column": config.text_column}
+def _read_own(config: DataConfig, path: str, split: str, name: str, read: Reader | None) -> Records:
+    """The user's own records. Raises: ConfigError naming the file or row that is not as it must
+    be.
+    """
+    if config.source in FOLDERS:
+        return _read_folder(config, path, name, read)
+    if config.source is DataSource.hub:
+        return _read_hub(config, path, split, name, read)
+    where, texts, facts = f"{name}={path}", _text_columns(config), _fact_columns(config)
+    columns = read_table(config.source, path, name, {**texts, **facts})
+    asked = [*zip(texts.values(), columns, strict=False)]
+    rest = dict(zip(facts, columns[len(texts) :], strict=True))
+    return _records(config, where, _texts(config, asked, where), rest)
+
+
+def _read_folder(config: DataConfig, path: str, name: str, read: Reader | None) -> Records:
+    """One record a file. Raises: ConfigError naming the file by its place."""
+    assert read is not None  # a rule of the config: only tasks of files read folders
+    files = labelled_files(config, path, name)
+    labels = np.array([file.label for file in files], dtype=np.int64)
+    return Records(tuple(read(file.path, file.where) for file in files), labels)
+
+
+def _read_hub(config: DataConfig, path: str, split: str, name: str, read: Reader | None) -> Records:
+    """One split of a data set. Raises: ConfigError naming the row."""
+    table = open_split(config, path, split, name)
+    if config.labels:
+        table.check_labels(config)
+    facts = {each: table.column(each, at) for each, at in _fact_columns(config).items()}
+    contents: tuple[Content, ...]
+    if read is None:
+        columns = [(at, table.column(each, at)) for each, at in _text_columns(config).items()]
+        contents = _texts(config, columns, table.where)
+    else:
+        contents = tuple(table.contents(table.media_column(config.media_column), read))
+    return _records(config, table.where, contents, facts)
+
+
+def _text_columns(config: DataConfig) -> dict[str, str]:
+    """Columns that hold texts, by the settings that name them."""
+    several = {f"data.columns[{n}]": column for n, column in enumerate(config.columns)}
+    return several or {"data.text_column": config.text_column}
+
+
+def _fact_columns(config: DataConfig) -> dict[str, str]:
+    """Columns that say more about a record, by the settings that name them."""
     named = {
         "data.label_column": config.label_column if config.labels else "",
         "data.person_column": config.person_column,
         "data.site_column": config.site_column,
         "data.group_column": config.group_column,
     }
-    named = {setting: column for setting, column in named.items() if column}
-    columns = read_table(config.source, path, name, {**asked, **named})
-    texts = [texts_of(columns[at], column, where) for at, column in enumerate(asked.values())]
-    rest = dict(zip(named, columns[len(asked) :], strict=True))
-    labels = rest.get("data.label_column")
+    return {setting: column for setting, column in named.items() if column}
+
+
+def _texts(
+    config: DataConfig, columns: list[tuple[str, Column]], where: str
+) -> tuple[Content, ...]:
+    """One text a record, or several."""
+    texts = [texts_of(column, name, where) for name, column in columns]
+    return tuple(zip(*texts, strict=True)) if config.columns else tuple(texts[0])
+
+
+def _records(
+    config: DataConfig, where: str, contents: tuple[Content, ...], facts: dict[str, Column]
+) -> Records:
+    labels = facts.get("data.label_column")
     return Records(
-        tuple(zip(*texts, strict=True)) if contents else tuple(texts[0]),
-        np.zeros(len(texts[0]), np.int64) if labels is None else _labels(labels, config, where),
-        _ids(rest.get("data.person_column"), config.person_column, where),
-        _ids(rest.get("data.site_column"), config.site_column, where),
-        _groups(rest.get("data.group_column")),
+        contents,
+        np.zeros(len(contents), np.int64) if labels is None else _labels(labels, config, where),
+        _ids(facts.get("data.person_column"), config.person_column, where),
+        _ids(facts.get("data.site_column"), config.site_column, where),
+        _groups(facts.get("data.group_column")),
     )
 
 

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from common.config import Config, TaskName, TuningConfig, TuningMethod
-from common.errors import ConfigError
+from common.errors import ConfigError, first_line
 from common.model import FineTuned
 from common.prefix import NoPrefixError, find_blocks
-from common.pretrained import first_line
 
+QUERY_AND_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"))
+"""What models call the projections that adapters usually sit on, for kinds that peft knows not."""
 TABLE = "relative_attention_bias"
 
 
@@ -155,8 +156,6 @@ def _freeze_a(encoder: PreTrainedModel) -> None:
 def _places(encoder: PreTrainedModel, tuning: TuningConfig) -> list[str]:
     """Full names of the linear modules that get adapters. Raises: ConfigError if none do."""
     kind = encoder.config.model_type
-    targets = tuning.targets or USUAL_TARGETS.get(kind, ())
-    endings = tuple(f".{target}" for target in targets)
     top = (
         _top_blocks(encoder, "tuning.last_layers", tuning.last_layers)
         if tuning.last_layers
@@ -166,15 +165,22 @@ def _places(encoder: PreTrainedModel, tuning: TuningConfig) -> list[str]:
     # A pooler belongs to the head that reads it, or to nothing.
     modules = [(n, m) for n, m in encoder.named_modules() if not n.startswith("pooler.")]
     linear = {name: module for name, module in modules if _linear(module)}
-    places = [n for n, module in linear.items() if module in inside and f".{n}".endswith(endings)]
-    if not places:
-        names = sorted({name.split(".")[-1] for name in linear})
-        usual = "" if tuning.targets else f"; peft names none for a {kind}"
-        raise ConfigError(
-            f"tuning.targets={list(tuning.targets)}: the model's linear modules are "
-            f"{', '.join(names)}{usual}"
-        )
-    return places
+    for targets in [tuning.targets] if tuning.targets else _usual(kind):
+        endings = tuple(f".{target}" for target in targets)
+        places = [n for n, each in linear.items() if each in inside and f".{n}".endswith(endings)]
+        if places:
+            return places
+    names = sorted({name.split(".")[-1] for name in linear})
+    usual = "" if tuning.targets else f"; none is usual for a {kind}"
+    raise ConfigError(
+        f"tuning.targets={list(tuning.targets)}: the model's linear modules are "
+        f"{', '.join(names)}{usual}"
+    )
+
+
+def _usual(kind: str) -> list[Sequence[str]]:
+    """Names to look for in a model of this kind: those of peft, then a query's and a value's."""
+    return [USUAL_TARGETS.get(kind, ()), *QUERY_AND_VALUE]
 
 
 def _linear(module: nn.Module) -> bool:

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.errors import ConfigError, VerificationError
+from common.errors import ConfigError, VerificationError, first_line
 from common.model import FineTuned
 from common.prefix import Inputs
-from common.pretrained import first_line
 
 FILE, OUTPUT, RECORDS = "model.onnx", "output", "records"
 LARGEST = 1_900_000_000

@@ -36,7 +36,7 @@ from common.keys import generate_key
 from common.privacy.accounting import shown
 from common.privacy.chain import public_hex
 from common.records import Records
-from common.tasks import TASKS, build_model
+from common.tasks import TASKS, build_model, reader_of
 from server.app import CONFIG_KEY, Watch, server_app
 from server.groups import check_groups
 from server.plan import (
@@ -95,13 +95,15 @@ def run_simulation(config: Config, console: Console) -> Path:
     check_files(config.data)
     run_plan = make_plan(config)
     _check_ledger(run_plan.config)
-    model = build_model(config)
+    model, task = build_model(config), TASKS[config.task.name]
+    processor = task.load_processor(config.model)
     show_plan(run_plan, size_of(model), estimate_seconds(config, model), console)
-    splits = load_splits(config.data, TASKS[config.task.name].toy_examples)
+    read = reader_of(config.task.name, processor)
+    splits = load_splits(config.data, task.toy_examples, read)
     console.print(
         f"{len(splits.train)} private training records{_of_persons(config, splits.train)}; public: "
         f"{len(splits.validation)} validation, {len(splits.holdout)} hold-out; {splits.duplicates} "
-        "repeated texts dropped",
+        f"repeated {'texts' if read is None else 'files'} dropped",
         highlight=False,
     )
     sites = deal(splits.train, config.federation, seed=config.seed)

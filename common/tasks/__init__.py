@@ -1,5 +1,6 @@
 """One file a task; `TASKS` is the list. How to add one: docs/adding-a-task.md."""
 
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -7,9 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from common.config import Config, ModelConfig, TaskConfig, TaskName
+from common.media import File, Reader
 from common.model import FineTuned
 from common.prefix import Inputs
-from common.records import Records
+from common.records import Content, Records
 
 Processor = Any
 """What turns contents into tensors: a tokenizer, or a processor of images or sounds."""
@@ -82,6 +84,17 @@ class Task(Protocol):
 
 
 @runtime_checkable
+class FileTask(Protocol):
+    """A task whose records are files, besides: without this method they are texts."""
+
+    def read(self, processor: Processor, file: File, where: str) -> Content:
+        """What a file holds, as `encode` takes it. Args: where: what messages call the file.
+
+        Raises: ConfigError if it holds something else.
+        """
+
+
+@runtime_checkable
 class Detailed(Protocol):
     """A task that can say more of public records than its metrics do, for a report."""
 
@@ -112,3 +125,9 @@ TASKS: dict[TaskName, Task] = {name: _load(name) for name in TaskName}
 def build_model(config: Config) -> FineTuned:
     """The model of the config's task. Raises: ConfigError."""
     return TASKS[config.task.name].build(config)
+
+
+def reader_of(name: TaskName, processor: Processor) -> Reader | None:
+    """How the task reads one file; None if its records are texts."""
+    task = TASKS[name]
+    return partial(task.read, processor) if isinstance(task, FileTask) else None

@@ -43,11 +43,11 @@ def run(name, tiny_overrides, tmp_path_factory):
     if tiny.save is not None:
         tiny.save(folder / "model")
         own = [o for o in own if not o.startswith("model.name=")]
-        own += [f"model.name={folder / 'model'}", "tuning.targets=[]", "tuning.last_layers=0"]
+        own += [f"model.name={folder / 'model'}", "tuning.last_layers=0"]
     sizes = ["task.max_target_tokens=4", "privacy.count_noise=5"]
     with pytest.MonkeyPatch.context() as patch:
         splits = Splits(*(records.subset(part) for part in parts), duplicates=0)
-        patch.setattr("simulations.run.load_splits", lambda _config, _made: splits)
+        patch.setattr("simulations.run.load_splits", lambda *_: splits)
         run = f"run_dir={folder / 'run'}"
         assert cli.main(["simulate", *own, *sizes, f"task={name}", run]) == 0
     return folder / "run"

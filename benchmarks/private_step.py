@@ -163,8 +163,9 @@ def plain(model: nn.Module, losses: Losses) -> Step:
 
 
 def coterie(model: nn.Module, losses: Losses) -> Step:
-    """Our private step, meters on."""
+    """Our private step, meters on; a model that reads a mask has a filler in its batch."""
     engine, optimizer = SingleBackward(model), adamw(model)
+    fillers = int(getattr(model, "base_model", model).config.model_type == "bert")
 
     def step(records: int) -> None:
         private_steps(
@@ -175,7 +176,8 @@ def coterie(model: nn.Module, losses: Losses) -> Step:
             randomness=Randomness.from_entropy(),
             records=records,
             steps=1,
-            physical_batch=records + 1,
+            physical_batch=records + fillers,
+            fillers=fillers,
         )
 
     return step

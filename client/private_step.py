@@ -63,6 +63,7 @@ def private_steps(
     records: int,
     steps: int,
     physical_batch: int,
+    fillers: int = 1,
     meters: Meters | None = None,
     owners: NDArray[np.int64] | None = None,
 ) -> Measurements:
@@ -72,9 +73,10 @@ def private_steps(
     `mechanism`, post-processed by `optimizer`; the number of steps depends on nothing but
     `steps`; no gradient is left behind. An empty sample runs no model, and is a step like any.
     Args: loss_of: losses of records by index; records: N, private, used to draw and not released;
-    physical_batch: rows of each forward and backward pass, one of them a filler's at least;
-    meters: those of earlier rounds here, told of the same mechanism; owners: (N,) number of the
-    person each record is of, where the mechanism draws persons.
+    physical_batch: rows of each forward and backward pass; fillers: how many of them no record
+    takes, none only where the model reads no mask; meters: those of earlier rounds here, told of
+    the same mechanism; owners: (N,) number of the person each record is of, where the mechanism
+    draws persons.
     Returns: what the meters saw: a function of noise and coins, never of records.
     Raises: PrivacyRefusedError if a trainable parameter is not optimised, a meter alarms, or a
     person has more records than the mechanism bounds.
@@ -88,7 +90,9 @@ def private_steps(
             sample = poisson_sample(units, sample_rate=mechanism.sample_rate, coins=randomness)
             meters.sampler.read(sample, units=units)
             drawn = sample if owners is None else records_of(sample, owners)
-            sums = _clipped_sums(engine, loss_of, drawn, mechanism.clip_norm, physical_batch)
+            sums = _clipped_sums(
+                engine, loss_of, drawn, mechanism.clip_norm, physical_batch, fillers=fillers
+            )
             meters.check_sum(sums, records=len(drawn), units=len(sample))
             _release(sums, mechanism, randomness, meters.noise)
             optimizer.step()
@@ -156,15 +160,17 @@ def _clipped_sums(
     sample: NDArray[np.int64],
     clip_norm: float,
     physical_batch: int,
+    *,
+    fillers: int = 1,
 ) -> Sums:
     """The sample's clipped gradients, summed over physical batches whose cut does not matter.
 
-    All batches have the same number of rows, and room for one filler at least: how a record's
+    All batches have the same number of rows, `fillers` of them at least for nobody: how a record's
     gradient is rounded depends on the size of its batch, and in models that take a shorter way
     where nobody is padded, on the others in it. Hostile parameters make much of a rounding.
     """
     sums: Sums = {}
-    for piece in _pieces(sample, max(1, physical_batch - 1)):
+    for piece in _pieces(sample, max(1, physical_batch - fillers)):
         filling = np.full(physical_batch - len(piece), FILLER)
         engine.add_clipped(loss_of, np.concatenate([piece, filling]), clip_norm, sums)
     return completed(sums, engine)

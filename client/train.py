@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -63,10 +64,9 @@ class Trainer:
         )
         """What building the model changed in it, in words."""
         rates = config.tuning
-        adapters = tuple(p for p in self._model.encoder.parameters() if p.requires_grad)
         named = (
             (self._model.head_parameters(), rates.head_learning_rate),
-            (adapters, rates.adapter_learning_rate),
+            (self._model.adapter_parameters(), rates.adapter_learning_rate),
         )
         self._groups = [ParameterGroup(group, rate) for group, rate in named if group]
         self._engine: ClippingEngine | None = None
@@ -191,6 +191,7 @@ class Trainer:
             records=records,
             steps=steps,
             physical_batch=self._rows(),
+            fillers=self._fillers,
             meters=meters,
             owners=owners,
         )
@@ -215,12 +216,20 @@ class Trainer:
             physical_batch=self._config.engine.physical_batch,
         )
 
-    @torch.no_grad()
+    @cached_property
+    def _fillers(self) -> int:
+        """Rows of a batch that are nobody's at least: one, where the model reads a mask."""
+        return int(any(name.endswith("mask") for name in self._prepared_made(1)))
+
     def _made(self, records: int) -> LossOf:
         """Losses of made records of full length, some of them padded."""
-        encoded = self._task.made(self._processor, records, self._config)
-        made = self._model.prepare(encoded, batch=self._config.engine.physical_batch)
+        made = self._prepared_made(records)
         return self._loss_of(lambda at: {name: tensor[at] for name, tensor in made.items()})
+
+    @torch.no_grad()
+    def _prepared_made(self, records: int) -> Inputs:
+        encoded = self._task.made(self._processor, records, self._config)
+        return self._model.prepare(encoded, batch=self._config.engine.physical_batch)
 
     def _loss_of(self, rows_at: Callable[[NDArray[np.int64]], Inputs]) -> LossOf:
         def loss_of(indices: NDArray[np.int64]) -> Tensor:

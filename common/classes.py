@@ -1,18 +1,25 @@
 """What all tasks with classes share: loss, score and metrics of one label per record."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
+)
+from transformers import PreTrainedModel
 
-from common.config import Config, ModelConfig
-from common.errors import ConfigError
-from common.model import Classifier, FineTuned, read_of
+from common.config import Config, HeadName, ModelConfig
+from common.errors import ConfigError, first_line
+from common.model import Classifier, FineTuned, NativeClassifier, read_of
 from common.prefix import Inputs
 from common.pretrained import load_encoder
 from common.records import Records
@@ -28,6 +35,9 @@ class ClassTask:
     """A task whose records each carry one of `data.labels`."""
 
     CLASSES = True
+    LOWER_IS_BETTER = False
+    FAMILY: ClassVar[Any]
+    """The Auto class of transformers that opens a model with the native head."""
 
     def loss_vector(self, output: Tensor, targets: Inputs) -> Tensor:
         """(B,) cross entropy of each record: never a mean, which would mix records."""
@@ -51,12 +61,38 @@ class ClassTask:
         macro = multiclass_f1_score(predicted, labels, num_classes=classes, average="macro")
         return {"accuracy": round(float(accuracy), 4), "macro_f1": round(float(macro), 4)}
 
+    def detail(self, scores: Inputs, config: Config) -> dict[str, Any]:
+        """Precision, recall, F1 and number of records of each class, and the confusion matrix: a
+        row a true class, a column a predicted one. What would divide by nothing is 0.
+        """
+        names, predicted, labels = config.data.labels, scores[PREDICTED], scores[LABELS]
+        measures = {
+            name: measure(predicted, labels, num_classes=len(names), average="none").tolist()
+            for name, measure in _BY_CLASS.items()
+        }
+        counts = multiclass_confusion_matrix(predicted, labels, num_classes=len(names))
+        rows = [
+            {
+                "class": label,
+                **{name: round(values[at], 4) for name, values in measures.items()},
+                "support": int(counts[at].sum()),
+            }
+            for at, label in enumerate(names)
+        ]
+        return {"classes": rows, "confusion": counts.tolist()}
+
     def save(self, model: FineTuned, folder: Path, facts: dict[str, Any]) -> None:
-        """Writes encoder, with its adapters merged, and head: `AutoModel` opens the folder."""
+        """Writes encoder, with its adapters merged, and head: `AutoModel` opens the folder, and
+        `pipeline(...)` that of a native head.
+        """
+        if isinstance(model, NativeClassifier):
+            native = model.merged_native()
+            setattr(native.config, COTERIE_KEY, {"head": HeadName.native.name, **facts})
+            native.save_pretrained(folder)
+            return
         assert isinstance(model, Classifier)
         encoder = model.merged_encoder()
-        encoder.config.id2label = dict(enumerate(model.labels))
-        encoder.config.label2id = {label: index for index, label in enumerate(model.labels)}
+        name_labels(encoder, model.labels)
         setattr(encoder.config, COTERIE_KEY, {"pooling": "mean", **facts})
         prefix = encoder.base_model_prefix
         weights = {f"{prefix}.{name}": t.contiguous() for name, t in encoder.state_dict().items()}
@@ -68,6 +104,9 @@ class ClassTask:
     def restore(self, folder: Path, settings: dict[str, Any]) -> FineTuned:
         """Opens what `save` wrote. Raises: KeyError, ValueError or ConfigError."""
         labels = [settings["id2label"][str(i)] for i in range(len(settings["id2label"]))]
+        if settings[COTERIE_KEY].get("head") == HeadName.native.name:
+            native = load_encoder(ModelConfig(str(folder.resolve())), self.FAMILY)
+            return NativeClassifier(native, labels=labels)
         scale = float(settings[COTERIE_KEY]["feature_scale"])
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             weight, bias = file.get_tensor(HEAD_WEIGHT), file.get_tensor(HEAD_BIAS)
@@ -84,12 +123,23 @@ class ClassTask:
         return model
 
 
-def build_classifier(config: Config, probe: Inputs) -> FineTuned:
-    """Mean-pooled encoder with a linear head, tuned as the config says.
+_BY_CLASS = {
+    "precision": multiclass_precision,
+    "recall": multiclass_recall,
+    "f1": multiclass_f1_score,
+}
 
-    Args: probe: two made records of full size, as the model reads them.
+
+def build_classifier(config: Config, probe: Inputs, family: Any) -> FineTuned:
+    """Encoder with the head that `model.head` names, tuned as the config says.
+
+    Args: probe: two made records of full size, as the model reads them; family: the Auto class of
+    the native head.
     Raises: ConfigError if the model is not one, cannot read them, or has nothing to tune.
     """
+    if config.model.head is HeadName.native:
+        native = load_native(config, family)
+        return tune(NativeClassifier(native, labels=list(config.data.labels)), config, probe)
     encoder = load_encoder(config.model)
     if not isinstance(getattr(encoder.config, "hidden_size", None), int):
         raise ConfigError(
@@ -101,6 +151,52 @@ def build_classifier(config: Config, probe: Inputs) -> FineTuned:
     return tune(model, config, probe)
 
 
+def load_native(config: Config, family: Any) -> PreTrainedModel:
+    """The encoder under its native head.
+
+    Guarantee: what the model's files do not hold depends on `config.seed` and nothing else; the
+    output layer is zero. Raises: ConfigError if transformers has no such head for it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder = load_encoder(config.model)
+        name_labels(encoder, config.data.labels)
+        try:
+            native: PreTrainedModel = family.from_config(encoder.config)
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise ConfigError(
+                f"model.head=native: {type(encoder).__name__} has none in transformers for "
+                f"task={config.task.name.name} ({first_line(error)}); leave it out"
+            ) from error
+    # Poolers that only one of the two has are left: the head that reads one trains it.
+    missing, _ = native.base_model.load_state_dict(encoder.state_dict(), strict=False)
+    assert all(name.startswith("pooler.") for name in missing), missing
+    _zero_output(native, len(config.data.labels))
+    return native
+
+
+def name_labels(model: PreTrainedModel, labels: list[str]) -> None:
+    """Writes the class names into the model's own config."""
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {label: index for index, label in enumerate(labels)}
+
+
+@torch.no_grad()
+def _zero_output(native: PreTrainedModel, classes: int) -> None:
+    """Zeros the last linear layer: before training each class is as likely as another.
+
+    Raises: ConfigError if there is none.
+    """
+    below = {*native.base_model.modules()}
+    head = [m for m in native.modules() if isinstance(m, nn.Linear) and m not in below]
+    if not head or head[-1].out_features != classes:
+        raise ConfigError(
+            f"model.head=native: {type(native).__name__} ends in no linear layer; leave it out"
+        )
+    for parameter in head[-1].parameters():
+        parameter.zero_()
+
+
 def class_targets(records: Records) -> Inputs:
     """(N,) class index of each record."""
     return {LABELS: torch.from_numpy(records.labels)}
@@ -110,7 +206,7 @@ def likeliest(
     model: FineTuned, logits: Tensor, asked: list[str], kind: str = "text"
 ) -> list[dict[str, Any]]:
     """Label and probability of each, and a sentence that says so; `kind` is what was asked."""
-    assert isinstance(model, Classifier)
+    assert isinstance(model, Classifier | NativeClassifier)
     best = logits.softmax(1).max(1)
     found = zip(asked, best.values.tolist(), best.indices.tolist(), strict=True)
     return [

@@ -16,6 +16,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from common.canonical import canonical_json, digest
 from common.errors import ConfigError
@@ -28,23 +29,25 @@ MAX_SECONDS = 3600
 # Enums are read by member *name* (OmegaConf), so members are spelled as people type them.
 
 
+CLASSES, NO_CLASSES = True, False
+
+
 class TaskName(Enum):
-    """What the model learns to do."""
+    """What the model learns to do: a line makes `common/tasks/NAME.py` a task.
 
-    text_classification = "text_classification"
-    image_classification = "image_classification"
-    audio_classification = "audio_classification"
-    causal_lm = "causal_lm"
-    question_answering = "question_answering"
-    seq2seq = "seq2seq"
+    It names the class in that file, and says whether its records carry one of `data.labels`, which
+    must then be given.
+    """
 
-    @property
-    def has_classes(self) -> bool:
-        """Whether its records carry one of `data.labels`, which must then be given."""
-        return self not in _WITHOUT_CLASSES
+    text_classification = "TextClassification", CLASSES
+    image_classification = "ImageClassification", CLASSES
+    audio_classification = "AudioClassification", CLASSES
+    causal_lm = "CausalLM", NO_CLASSES
+    question_answering = "QuestionAnswering", NO_CLASSES
+    seq2seq = "Seq2Seq", NO_CLASSES
 
-
-_WITHOUT_CLASSES = frozenset({TaskName.causal_lm, TaskName.question_answering, TaskName.seq2seq})
+    def __init__(self, class_name: str, has_classes: bool) -> None:
+        self.class_name, self.has_classes = class_name, has_classes
 
 
 class TuningMethod(Enum):
@@ -55,6 +58,13 @@ class TuningMethod(Enum):
     full = "full"
     bitfit = "bitfit"
     last_layers = "last_layers"
+
+
+class HeadName(Enum):
+    """What a task with classes puts on its encoder."""
+
+    mean = "mean"
+    native = "native"
 
 
 class PrivacyMode(Enum):
@@ -80,11 +90,16 @@ class DataSource(Enum):
     csv = "csv"
     jsonl = "jsonl"
     parquet = "parquet"
+    image_folder = "image_folder"
+    audio_folder = "audio_folder"
+    hub = "hub"
     toy = "toy"
 
 
 FILES = frozenset({DataSource.csv, DataSource.jsonl, DataSource.parquet})
 """Sources that are a file of the user's own, at `data.path`."""
+FOLDERS = frozenset({DataSource.image_folder, DataSource.audio_folder})
+"""Sources that are a folder of the user's own, at `data.path`, with one for each label in it."""
 
 
 class Partition(Enum):
@@ -131,7 +146,10 @@ class ModelConfig:
     name: str = MISSING
     """Hub name, local folder, an embedded model of the `demo` extra, or one of `made_models`."""
     feature_scale: float = MISSING
-    """Length to which pooled features are normalised before the classification head."""
+    """Length to which pooled features are normalised before the `mean` head."""
+    head: HeadName = HeadName.mean
+    """Of tasks with classes: `mean`, a linear layer on the normalised mean of the states; or
+    `native`, what transformers itself puts on this encoder, which `pipeline(...)` opens."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +159,29 @@ class DataConfig:
     source: DataSource = MISSING
     """Reader to use."""
     path: str = MISSING
-    """File of private records (csv, jsonl, parquet; the first two may be packed by gzip)."""
+    """File of private records (csv, jsonl, parquet; the first two may be packed by gzip), a folder
+    with one for each label in it (image_folder, audio_folder), or a data set by its name on the
+    hub, its folder saved by `datasets`, or a folder of its parquet files (hub).
+    """
     test_path: str = ""
-    """File of public hold-out records, as `path`; empty: a share of `path` is declared public."""
+    """Public hold-out records, as `path`; empty: a share of `path` is declared public."""
+    subset: str = ""
+    """Which configuration of a data set of the hub. Empty: its only one, or its default."""
+    split: str = "train"
+    """Which split of a data set (hub) holds the private records, and those of `test_path`."""
+    test_split: str = ""
+    """Which split of a data set (hub) is the public hold-out. Empty: none is."""
+    revision: str = ""
+    """Commit or tag of a data set of the hub, whose records then stay what they were. Empty: the
+    newest.
+    """
     text_column: str = "text"
     """Column that holds the text."""
     columns: list[str] = field(default_factory=list)
     """Columns of a task with several texts, in its order: question, context, answer; or source,
     target. Empty: `text_column` alone."""
+    media_column: str = ""
+    """Column of a data set (hub) that holds an image or a sound. Empty: the only such one."""
     label_column: str = "label"
     """Column that holds the class name."""
     person_column: str = ""
@@ -161,6 +194,10 @@ class DataConfig:
     """
     site_column: str = ""
     """Column that says whose a record is, for `federation.partition=natural`. Empty: none does."""
+    group_column: str = ""
+    """Column that names a group of each public record: a report gives the metrics of each group.
+    What stands there in private rows is dropped unseen; of `data.test_path`'s file alone it is
+    read, where there is one. Empty: no groups."""
     holdout_fraction: float = 0.2
     """Share of the records set aside as public hold-out, in [0, 1)."""
     validation_fraction: float = 0.1
@@ -188,11 +225,14 @@ class TuningConfig:
     """Rank r of the LoRA matrices."""
     alpha: int = 16
     """LoRA scaling: the adapter's output is multiplied by alpha / rank."""
+    freeze_a: bool = False
+    """FFA-LoRA: of each pair of LoRA matrices, A stays as `seed` drew it, the same at every site
+    and public, and B alone is trained and travels. Source: Sun et al. (2024), arXiv:2403.12313."""
     last_layers: int = 1
     """How many of the top blocks get adapters; 0: all, and of an encoder-decoder both sides'."""
     targets: list[str] = MISSING
-    """Names of the linear modules, inside a block, that get adapters. Empty: those that peft names
-    for this type of model.
+    """Names of the linear modules, inside a block, that get adapters. Empty: those that are
+    usual for this type of model, as peft names them, else its query and value projections.
     """
     head_learning_rate: float = MISSING
     """Step size of the classification head, in units of parameter per clipped gradient."""
@@ -258,10 +298,23 @@ class FederationConfig:
     """Concentration of the Dirichlet label skew; smaller is more skewed."""
     classes_per_site: int = 2
     """Classes a site has records of, under `partition=pathological`."""
+    leave_out: str = ""
+    """A site, as `site-3`, that does not train: the report measures the final model on its records,
+    WITHOUT any protection of these, which a simulation alone can do. Empty: all sites train."""
     quorum: float = 1.0
     """Share of the sites whose valid update a round needs, in (0, 1]."""
     round_timeout_s: float = 3600.0
     """Seconds after which a round closes with the replies it has."""
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """What a simulation calls the sites that it deals records to."""
+        return tuple(f"site-{number}" for number in range(1, self.sites + 1))
+
+    @property
+    def training_sites(self) -> int:
+        """Sites that train: all but the one that is left out."""
+        return self.sites - bool(self.leave_out)
 
 
 @dataclass(frozen=True)
@@ -285,6 +338,9 @@ class EvaluationConfig:
 
     split: Split = Split.holdout
     """`validation` for choosing hyperparameters, `holdout` for reporting."""
+    every: int = 1
+    """Rounds from one measurement to the next; 0: after the last round only, which is always
+    measured. The final model is the last round's, whatever was measured before."""
 
 
 @dataclass(frozen=True)
@@ -425,6 +481,15 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config))))
 
 
+def from_yaml(text: str) -> Config:
+    """Parses what `to_yaml` wrote. Raises: ConfigError, as `from_canonical`."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"malformed configuration: {_one_line(error)}") from error
+    return from_canonical(json.dumps(values))
+
+
 def from_canonical(text: str) -> Config:
     """Parses a config that came over the network.
 
@@ -517,8 +582,8 @@ def _broken(config: Config) -> Iterator[str]:
         rules["tuning.k"] = _COUNT
     if not config.task.name.has_classes:
         rules["data.labels"] = ("different class names, in order, or none", _distinct_or_none)
-    if config.data.source in FILES:
-        rules["data.path"] = (f"the path of a {config.data.source.name} file", bool)
+    if config.data.source in _PATHS:
+        rules["data.path"] = (_PATHS[config.data.source], bool)
     for name, (rule, holds) in rules.items():
         value: Any = reduce(getattr, name.split("."), config)
         if not holds(value):
@@ -526,8 +591,21 @@ def _broken(config: Config) -> Iterator[str]:
     public = round(config.data.holdout_fraction + config.data.validation_fraction, 12)
     if public >= 1:
         yield f"data.holdout_fraction + data.validation_fraction={public}: must be below 1"
+    if config.tuning.freeze_a and config.tuning.method is not TuningMethod.lora:
+        yield (
+            f"tuning.freeze_a=True: must be left out with tuning={config.tuning.method.name}; "
+            "only tuning=lora has a matrix A"
+        )
+    if config.model.head is HeadName.native and not config.task.name.has_classes:
+        yield (
+            f"model.head=native: must be left out with task={config.task.name.name}, which always "
+            "has the head that transformers gives it"
+        )
     yield from _broken_of_persons(config)
     yield from _broken_of_contents(config)
+    yield from _broken_of_groups(config)
+    yield from _broken_of_left_out(config.federation)
+    yield from _broken_of_sources(config)
     sites, declared = config.federation.sites, config.data.declared_records
     if declared is not None and 1 <= declared < sites:
         yield f"federation.sites={sites}: must be at most {declared}, the training records"
@@ -562,10 +640,65 @@ def _broken_of_persons(config: Config) -> Iterator[str]:
 def _broken_of_contents(config: Config) -> Iterator[str]:
     """Data that hold what the task does not read, as far as the source alone tells."""
     source, task = config.data.source, config.task.name
-    if source is DataSource.digits and task is not TaskName.image_classification:
-        yield f"task={task.name}: data=digits holds images; choose task=image_classification"
-    if source is DataSource.bbc_news and task in _NO_TEXTS:
-        yield f"task={task.name}: data=bbc_news holds texts; choose other data or another task"
+    if (only := _ONLY.get(source)) and task is not only:
+        kind = "sounds" if only is TaskName.audio_classification else "images"
+        yield f"task={task.name}: data={source.name} holds {kind}; choose task={only.name}"
+    if source in _OF_TEXTS and task in _NO_TEXTS:
+        yield f"task={task.name}: data={source.name} holds texts; choose other data or another task"
+
+
+def _broken_of_sources(config: Config) -> Iterator[str]:
+    """Settings that the source of the records has no use for, or cannot follow."""
+    data = config.data
+    if data.source in FOLDERS and any(map(_is_no_folder, data.labels)):
+        yield f"data.labels={data.labels}: must be names of folders, with no / and no dot in front"
+    if data.source is not DataSource.hub:
+        given = {n: getattr(data, n) for n in ("subset", "test_split", "revision", "media_column")}
+        for name in (name for name, value in given.items() if value):
+            yield f"data.{name}={given[name]}: must be left out with data={data.source.name}"
+    elif not data.split:
+        yield "data.split='': must name a split"
+    elif data.test_split and data.test_path:
+        yield f"data.test_split={data.test_split}: must be left out where data.test_path is given"
+    elif data.test_split == data.split:
+        yield f"data.test_split={data.test_split}: must differ from data.split"
+
+
+def _is_no_folder(label: str) -> bool:
+    return not label or label.startswith(".") or "/" in label
+
+
+def _broken_of_groups(config: Config) -> Iterator[str]:
+    """What metrics by group need: public records that name one."""
+    data, setting = config.data, f"data.group_column={config.data.group_column}"
+    if not data.group_column:
+        return
+    if data.source not in FILES:
+        known = ", ".join(sorted(source.name for source in FILES))
+        yield f"{setting}: data={data.source.name} names no groups; give one of data={known}"
+    if data.group_column == data.person_column:
+        yield f"{setting}: must not be the column of persons; a report would print their ids"
+    if data.test_path and config.evaluation.split is not Split.holdout:
+        yield (
+            f"{setting}: is read from data.test_path, the hold-out; "
+            f"evaluation.split={config.evaluation.split.name} names no groups"
+        )
+
+
+def _broken_of_left_out(federation: FederationConfig) -> Iterator[str]:
+    """A site can be left out if it is one, and others stay."""
+    left_out, sites = federation.leave_out, federation.sites
+    if left_out and sites == 1:
+        yield f"federation.leave_out={left_out}: must be empty with one site; nobody would train"
+    elif left_out and not _is_site(left_out, sites):
+        yield f"federation.leave_out={left_out}: must be one of site-1 to site-{sites}, or empty"
+
+
+def _is_site(name: str, sites: int) -> bool:
+    """Without a list of the names: their number may be a stranger's choice."""
+    digits = name.removeprefix("site-")
+    short = digits.isascii() and digits.isdigit() and len(digits) <= len(str(sites))
+    return short and 1 <= int(digits) <= sites and name == f"site-{int(digits)}"
 
 
 def _distinct_names(labels: list[str]) -> bool:
@@ -581,10 +714,24 @@ def _positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
 
-_NO_PERSONS = (DataSource.bbc_news, DataSource.digits)
+_NO_PERSONS = (DataSource.bbc_news, DataSource.digits, *FOLDERS)
 """Sources that say of no record whose it is."""
 _NO_TEXTS = (TaskName.image_classification, TaskName.audio_classification)
 """Tasks whose records are no texts."""
+_OF_TEXTS = (DataSource.bbc_news, *FILES)
+"""Sources that hold texts."""
+_ONLY = {
+    DataSource.digits: TaskName.image_classification,
+    DataSource.image_folder: TaskName.image_classification,
+    DataSource.audio_folder: TaskName.audio_classification,
+}
+"""The one task that reads what these sources hold."""
+_PATHS = {
+    **{source: f"the path of a {source.name} file" for source in FILES},
+    **dict.fromkeys(FOLDERS, "the path of a folder that has one for each label"),
+    DataSource.hub: "the name of a data set on the hub, or the path of a local one",
+}
+"""What `data.path` must be."""
 
 _Rule = tuple[str, Callable[[Any], bool]]
 """What a value must be, in words and as a test."""
@@ -623,6 +770,7 @@ _RULES: dict[str, _Rule] = {
     "federation.classes_per_site": _COUNT,
     "federation.quorum": _OPEN_SHARE,
     "federation.round_timeout_s": _POSITIVE,
+    "evaluation.every": ("0 or more", lambda value: bool(value >= 0)),
     "engine.threads": ("0 or more", lambda value: bool(value >= 0)),
     "engine.physical_batch": _COUNT,
     "engine.cache_mb": ("0 or more", lambda value: bool(value >= 0)),

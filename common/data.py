@@ -8,18 +8,22 @@ that looked across would let one person's presence change what is done with anot
 import hashlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import DataConfig, DataSource
+from common.config import FOLDERS, DataConfig, DataSource
 from common.digests import Digests, among, firsts_of, gathered
 from common.errors import ConfigError
-from common.intake import read_file
+from common.folders import labelled_files
+from common.hub import is_local, open_split
+from common.intake import fact_columns, read_file, records_of, text_columns
+from common.media import Reader
 from common.progress import Told, telling, untold
-from common.records import Records
+from common.records import Content, Records
+from common.tables import texts_of
 
 
 @dataclass(frozen=True)
@@ -54,39 +58,52 @@ class _Keyed:
 
 
 def load_splits(
-    config: DataConfig, made: Callable[[int], Records] | None = None, told: Told = untold
+    config: DataConfig,
+    made: Callable[[int], Records] | None = None,
+    read: Reader | None = None,
+    told: Told = untold,
 ) -> Splits:
     """Reads and splits the records.
 
     Guarantee: the three splits share no text and no person; a record's split depends on
     `split_seed` and its text only, or its person's id, so adding a record moves no other.
     Texts of a table are not in memory, their digests are.
-    Args: made: the task's own made examples, for `data=toy`; told: hears how far it is.
+    Args: made: the task's own made examples, for `data=toy`; read: what the task reads in a file,
+    if its records are files; told: hears how far it is.
     Raises: ConfigError if the source, a column or a label is not what the config says.
     """
     check_files(config)
-    records = _read(config, made, told)
-    read = len(records)
+    group_column = config.group_column
+    if config.test_path:  # that file alone names groups
+        config = replace(config, group_column="")
+    records = _read(config, made, read, told)
+    total = len(records)
     records = _deduplicate(records)
     place = _places(records.records, config.split_seed, told)
     holdout_end = config.holdout_fraction
     validation_end = holdout_end + config.validation_fraction
-    if config.test_path:
-        test = _Keyed(*read_file(config, config.test_path, "data.test_path", told))
-        holdout, read = _deduplicate(test), read + len(test)
+    if config.test_path or config.test_split:
+        test = _read_public(replace(config, group_column=group_column), read, told)
+        holdout, total = _deduplicate(test), total + len(test)
         validation_end, holdout_end = config.validation_fraction, 0.0
     else:
         holdout = records.where(place < holdout_end)
     validation = _apart(records.where((place >= holdout_end) & (place < validation_end)), holdout)
-    train = _apart(records.where(place >= validation_end), holdout, validation)
+    # What names a group is public, or is dropped here.
+    private = _Keyed(replace(records.records, groups=None), records.keys)
+    train = _apart(private.where(place >= validation_end), holdout, validation)
     kept = len(train) + len(validation) + len(holdout)
-    return Splits(train.records, validation.records, holdout.records, duplicates=read - kept)
+    return Splits(train.records, validation.records, holdout.records, duplicates=total - kept)
 
 
 def check_files(config: DataConfig) -> None:
     """Refuses a path that leads nowhere, without opening anything. Raises: ConfigError."""
     for name, path in (("data.path", config.path), ("data.test_path", config.test_path)):
-        if path and not Path(path).expanduser().is_file():
+        place = Path(path).expanduser()
+        if config.source in FOLDERS or config.source is DataSource.hub:
+            if path and not place.is_dir() and (config.source in FOLDERS or is_local(path)):
+                raise ConfigError(f"{name}={path}: no such folder")
+        elif path and not place.is_file():
             raise ConfigError(f"{name}={path}: no such file")
 
 
@@ -126,13 +143,18 @@ def _apart(rows: _Keyed, *public: _Keyed) -> _Keyed:
     return rows.where(apart)
 
 
-def _read(config: DataConfig, made: Callable[[int], Records] | None, told: Told) -> _Keyed:
+def _read(
+    config: DataConfig,
+    made: Callable[[int], Records] | None,
+    read: Reader | None,
+    told: Told,
+) -> _Keyed:
     if config.source is DataSource.bbc_news:
         return _keyed(_read_bbc_news(config), told)
     if config.source is DataSource.digits:
         return _keyed(_read_digits(config), told)
     if config.source is not DataSource.toy:
-        return _Keyed(*read_file(config, config.path, "data.path", told))
+        return _read_own(config, config.path, config.split, "data.path", read, told=told)
     if made is None:
         raise ConfigError("data=toy: only a task's own examples are meant")
     return _keyed(made(config.toy_records), told)
@@ -140,6 +162,13 @@ def _read(config: DataConfig, made: Callable[[int], Records] | None, told: Told)
 
 def _keyed(records: Records, told: Told) -> _Keyed:
     return _Keyed(records, records.digests(told))
+
+
+def _read_public(config: DataConfig, read: Reader | None, told: Told) -> _Keyed:
+    """The hold-out: of a place of its own, or a split of the same data set."""
+    if config.test_split:
+        return _read_own(config, config.path, config.test_split, "data.path", read, told=told)
+    return _read_own(config, config.test_path, config.split, "data.test_path", read, told=told)
 
 
 def _read_bbc_news(config: DataConfig) -> Records:
@@ -175,3 +204,40 @@ def _read_digits(config: DataConfig) -> Records:
     kept = [n for n, digit in enumerate(scans.target) if str(digit) in index]
     labels = [index[str(scans.target[n])] for n in kept]
     return Records(tuple(images[n] for n in kept), np.array(labels, dtype=np.int64))
+
+
+def _read_own(
+    config: DataConfig, path: str, split: str, name: str, read: Reader | None, *, told: Told
+) -> _Keyed:
+    """The user's own records. Raises: ConfigError naming the file or row that is not as it must
+    be.
+    """
+    if config.source in FOLDERS:
+        return _keyed(_read_folder(config, path, name, read), told)
+    if config.source is DataSource.hub:
+        return _keyed(_read_hub(config, path, split, name, read), told)
+    return _Keyed(*read_file(config, path, name, told))
+
+
+def _read_folder(config: DataConfig, path: str, name: str, read: Reader | None) -> Records:
+    """One record a file. Raises: ConfigError naming the file by its place."""
+    assert read is not None  # a rule of the config: only tasks of files read folders
+    files = labelled_files(config, path, name)
+    labels = np.array([file.label for file in files], dtype=np.int64)
+    return Records(tuple(read(file.path, file.where) for file in files), labels)
+
+
+def _read_hub(config: DataConfig, path: str, split: str, name: str, read: Reader | None) -> Records:
+    """One split of a data set. Raises: ConfigError naming the row."""
+    table = open_split(config, path, split, name)
+    if config.labels:
+        table.check_labels(config)
+    facts = {each: table.column(each, at) for each, at in fact_columns(config).items()}
+    contents: tuple[Content, ...]
+    if read is None:
+        columns = text_columns(config).items()
+        texts = [texts_of(table.column(each, at), at, table.where) for each, at in columns]
+        contents = tuple(zip(*texts, strict=True)) if config.columns else tuple(texts[0])
+    else:
+        contents = tuple(table.contents(table.media_column(config.media_column), read))
+    return records_of(config, table.where, contents, facts)

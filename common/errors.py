@@ -43,3 +43,13 @@ class VerificationError(CoterieError):
     """A file or message is malformed, altered or of another run."""
 
     exit_code = 5
+
+
+def first_line(error: Exception) -> str:
+    r"""What a library says in its first line, and in the next where that one only announces it.
+
+    >>> first_line(ValueError("Field 'layers':\n    expected int\nSee the manual"))
+    "Field 'layers': expected int"
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -9,24 +9,59 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from common.classes import COTERIE_KEY
-from common.config import ModelConfig
+from common.config import ModelConfig, TaskConfig
 from common.model import FineTuned
 from common.prefix import Inputs
 from common.pretrained import load_encoder
+from common.records import Records
 
 IGNORED = -100
 """Stands in targets where a record has no token."""
 TARGET_IDS = "target_ids"
 """(B, T) tokens that should have been written."""
+SAMPLES = 4
+"""Public records of which a report shows what the model writes."""
 
 
 class GenerativeTask:
     """A task whose model writes text, and is saved and opened as transformers does it itself."""
 
     CLASSES = False
+    LOWER_IS_BETTER = False
+    ANSWER: ClassVar[str]
+    """Under which `answer` gives what was written."""
     FAMILY: ClassVar[Any]
     """The Auto class of transformers that opens the model."""
     MODEL: ClassVar[type[FineTuned]]
+
+    def prompts(self, records: Records) -> list[tuple[str, str]]:
+        """What to ask of each record, and what should be written."""
+        raise NotImplementedError
+
+    def answer(
+        self,
+        model: FineTuned,
+        tokenizer: PreTrainedTokenizerBase,
+        asked: list[str],
+        task: TaskConfig,
+    ) -> list[dict[str, Any]]:
+        """What is written from each, greedily."""
+        raise NotImplementedError
+
+    def samples(
+        self,
+        model: FineTuned,
+        tokenizer: PreTrainedTokenizerBase,
+        records: Records,
+        task: TaskConfig,
+    ) -> list[dict[str, str]]:
+        """Of the first few records what is written, greedily, and what should be."""
+        pairs = self.prompts(records.subset(range(min(SAMPLES, len(records)))))
+        answers = self.answer(model, tokenizer, [prompt for prompt, _ in pairs], task)
+        return [
+            {"prompt": prompt, "written": str(answer[self.ANSWER]), "reference": reference}
+            for (prompt, reference), answer in zip(pairs, answers, strict=True)
+        ]
 
     def save(self, model: FineTuned, folder: Path, facts: dict[str, Any]) -> None:
         """Writes the whole model, with its adapters merged; tied weights are written once."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from common.prefix import FrozenPrefix, Inputs, NoPrefixError, trainable_depth
+from common.prefix import FrozenPrefix, Inputs, NoPrefixError, find_blocks, trainable_depth
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +48,20 @@ class FineTuned(nn.Module):
 
     def head_parameters(self) -> tuple[nn.Parameter, ...]:
         """What the task put on top, and trains in every way of tuning."""
-        pretrained = {id(parameter) for parameter in self.encoder.parameters()}
-        head = (p for p in self.parameters() if id(p) not in pretrained)
+        below = {id(parameter) for parameter in self.encoder.parameters()}
+        below -= {id(parameter) for parameter in self.pooler_parameters()}
+        head = (p for p in self.parameters() if id(p) not in below)
         return tuple(parameter for parameter in head if parameter.requires_grad)
+
+    def adapter_parameters(self) -> tuple[nn.Parameter, ...]:
+        """What is trained below the head."""
+        head = {id(parameter) for parameter in self.head_parameters()}
+        trained = (p for p in self.encoder.parameters() if p.requires_grad)
+        return tuple(parameter for parameter in trained if id(parameter) not in head)
+
+    def pooler_parameters(self) -> tuple[nn.Parameter, ...]:
+        """What hangs in the encoder and belongs to the head."""
+        return ()
 
     def cut_frozen_prefix(self) -> None:
         """Finds what is frozen, so that `prepare` runs it once per record; see `FrozenPrefix`."""
@@ -89,15 +101,18 @@ class FineTuned(nn.Module):
 
     def _states(self, inputs: Inputs) -> Tensor:
         """(B, T, d) last hidden states, from raw inputs or from the cut."""
+        states: Tensor = self._run(self.encoder, inputs).last_hidden_state
+        return states
+
+    def _run(self, network: PreTrainedModel, inputs: Inputs) -> Any:
+        """What `network`, the encoder or one around it, gives of raw inputs or from the cut."""
         hidden = inputs.pop(HIDDEN, None)
         if hidden is None:
-            whole: Tensor = self.encoder(**inputs).last_hidden_state
-            return whole
+            return network(**inputs)
         assert self._prefix is not None
         main = {self.encoder.main_input_name: self._placeholder(hidden)}
         with self._prefix.entered(hidden):
-            entered: Tensor = self.encoder(**main, **inputs).last_hidden_state
-        return entered
+            return network(**main, **inputs)
 
     def _placeholder(self, hidden: Tensor) -> Tensor:
         """Zeros of the shape of the ids, or the pixels, that the encoder no longer reads."""
@@ -152,6 +167,47 @@ class Classifier(FineTuned):
             weights = mask.unsqueeze(-1).to(states.dtype)
             mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1)
         return functional.normalize(mean, dim=1) * self.feature_scale
+
+
+class NativeClassifier(FineTuned):
+    """An encoder under the head that transformers itself gives it; logits (B, K).
+
+    Untrained layers of that head are drawn from a seed; the last one starts at zero. A pooler
+    that the head reads is trained with it. The length of what the last layer reads is not bounded
+    here: the clip bound does all of it.
+    """
+
+    def __init__(self, native: PreTrainedModel, *, labels: list[str]) -> None:
+        encoder = native.base_model
+        assert isinstance(encoder, PreTrainedModel)
+        super().__init__(encoder)
+        self.native = native
+        self.labels = labels
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Logits (B, K) from raw inputs or from what `prepare` made of them."""
+        logits: Tensor = self._run(self.native, dict(inputs)).logits
+        return logits
+
+    def pooler_parameters(self) -> tuple[nn.Parameter, ...]:
+        """Those of the encoder's pooler; none where it has none."""
+        pooler = getattr(self.encoder, "pooler", None)
+        return tuple(pooler.parameters()) if isinstance(pooler, nn.Module) else ()
+
+    def cut_frozen_prefix(self) -> None:
+        """As `FineTuned.cut_frozen_prefix`; the last block runs in every step, as what the head
+        reads of it differs from model to model.
+        """
+        super().cut_frozen_prefix()
+        if self._prefix is not None:
+            last = len(find_blocks(self.encoder)[2]) - 1
+            self._prefix.depth = min(self._prefix.depth, last)
+
+    def merged_native(self) -> PreTrainedModel:
+        """The whole network with its adapters folded in, which uses the model up."""
+        merged = self.merged_encoder()
+        assert merged is self.native.base_model
+        return self.native
 
 
 def targets_of(inputs: Mapping[str, Tensor]) -> Inputs:

@@ -16,6 +16,13 @@ Inputs = dict[str, Tensor]
 """What a model reads, by argument name; every tensor has the records along its first axis."""
 
 
+EMBEDDINGS = "embeddings"
+"""The module of encoders of texts and images that makes what the first block reads."""
+CONVOLUTIONS, PROJECTION = "feature_extractor", "feature_projection"
+POSITIONS = "encoder.pos_conv_embed"
+"""Those of Wav2Vec2. Its kin differ in what these give, or in what their blocks hand on."""
+
+
 class _Captured(Exception):  # noqa: N818 - control flow, not an error
     """Carries the hidden state out of a forward pass that need not be finished."""
 
@@ -24,7 +31,7 @@ class _Captured(Exception):  # noqa: N818 - control flow, not an error
 
 
 class FrozenPrefix:
-    """Cuts an encoder of the usual shape (embeddings, then a list of blocks) in two.
+    """Cuts an encoder of the usual shape (what makes states, then a list of blocks) in two.
 
     `depth` blocks are below the cut. A block's first positional argument is the hidden state.
     """
@@ -32,7 +39,6 @@ class FrozenPrefix:
     def __init__(self, encoder: nn.Module, depth: int) -> None:
         self._encoder, self.depth = encoder, depth
         self._owner, self._name, self._blocks = _find_cuttable(encoder)
-        self._embeddings = encoder.get_submodule("embeddings")
 
     @torch.no_grad()
     def hidden(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -53,13 +59,45 @@ class FrozenPrefix:
     @contextmanager
     def entered(self, hidden: Tensor) -> Iterator[None]:
         """Within this block the encoder starts at the cut, from `hidden` (B, T, d)."""
-        setattr(self._owner, self._name, self._blocks[self.depth :])
-        self._embeddings.forward = lambda *_args, **_kwargs: hidden
+        upper = self._blocks[self.depth :]
+        if not hasattr(self._encoder, EMBEDDINGS):
+            upper = nn.ModuleList([_Entry(hidden), *upper])
+        stand_ins = _stand_ins(self._encoder, hidden)
+        setattr(self._owner, self._name, upper)
+        for module, given in stand_ins.items():
+            module.forward = lambda *_args, given=given, **_kwargs: given
         try:
             yield
         finally:
-            del self._embeddings.forward
+            for module in stand_ins:
+                del module.forward
             setattr(self._owner, self._name, self._blocks)
+
+
+class _Entry(nn.Module):
+    """A block that gives what is kept, whatever comes to it."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self._hidden = hidden
+
+    def forward(self, _states: Tensor, **_others: object) -> Tensor:
+        """(B, T, d)."""
+        return self._hidden
+
+
+def _stand_ins(encoder: nn.Module, hidden: Tensor) -> dict[nn.Module, object]:
+    """What each module below the blocks gives at once, that it need not run."""
+    if hasattr(encoder, EMBEDDINGS):
+        return {encoder.get_submodule(EMBEDDINGS): hidden}
+    # Of Wav2Vec2 only sizes count of what comes before the blocks: `_Entry` replaces it.
+    records, states, _ = hidden.shape
+    nothing = torch.zeros_like(hidden)
+    return {
+        encoder.get_submodule(CONVOLUTIONS): hidden.new_zeros((records, 1, states)),
+        encoder.get_submodule(PROJECTION): (nothing, nothing),
+        encoder.get_submodule(POSITIONS): nothing,
+    }
 
 
 def trainable_depth(encoder: nn.Module) -> int:
@@ -69,7 +107,9 @@ def trainable_depth(encoder: nn.Module) -> int:
     Raises: NoPrefixError if the encoder cannot be cut.
     """
     _, _, blocks = _find_cuttable(encoder)
-    inside = {p for block in blocks for p in block.parameters()}
+    # What reads the last block's states may be trained: it runs in every step.
+    above = [pooler] if isinstance(pooler := getattr(encoder, "pooler", None), nn.Module) else []
+    inside = {p for module in (*blocks, *above) for p in module.parameters()}
     if any(p.requires_grad and p not in inside for p in encoder.parameters()):
         return 0
     for depth, block in enumerate(blocks):
@@ -95,10 +135,13 @@ def find_blocks(encoder: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
 
 
 def _find_cuttable(encoder: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
-    """As `find_blocks`, where one module, `embeddings`, makes what the first block reads."""
-    if not hasattr(encoder, "embeddings"):
-        raise NoPrefixError("the encoder has no embeddings followed by a list of blocks")
-    return find_blocks(encoder)
+    """As `find_blocks`, where it is known what makes what the first block reads."""
+    owner, name, blocks = find_blocks(encoder)
+    if hasattr(encoder, EMBEDDINGS):
+        return owner, name, blocks
+    if getattr(encoder.config, "model_type", "") == "wav2vec2":
+        return owner, name, blocks
+    raise NoPrefixError("the encoder has no embeddings followed by a list of blocks")
 
 
 class NoPrefixError(CoterieError):

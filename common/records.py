@@ -31,6 +31,8 @@ class Records:
     """(N,) id of the person each record is of; None where nobody says. Never leaves a site."""
     homes: tuple[str, ...] | None = field(default=None, repr=False)
     """(N,) name of the site each record is from, for a simulation that deals them so."""
+    groups: tuple[str, ...] | None = None
+    """(N,) name of a group of each PUBLIC record, empty where none is named; None of others."""
 
     def __len__(self) -> int:
         """N, the number of records."""
@@ -44,6 +46,7 @@ class Records:
             self.labels[chosen],
             _chosen(self.persons, chosen),
             _chosen(self.homes, chosen),
+            _chosen(self.groups, chosen),
         )
 
     def laid_out(self) -> "Records":

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from common.config import Config, TaskName, TuningConfig, TuningMethod
-from common.errors import ConfigError
+from common.errors import ConfigError, first_line
 from common.model import FineTuned
 from common.prefix import NoPrefixError, find_blocks
-from common.pretrained import first_line
 
+QUERY_AND_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"))
+"""What models call the projections that adapters usually sit on, for kinds that peft knows not."""
 TABLE = "relative_attention_bias"
 
 
@@ -30,12 +31,16 @@ def tune(model: FineTuned, config: Config, probe: Mapping[str, Tensor]) -> FineT
     """
     encoder = model.encoder
     encoder.requires_grad_(requires_grad=False)
-    _disable_dropout(encoder)
+    _disable_dropout(model)
     if config.tuning.method is TuningMethod.lora:
         model.adopt(_add_adapters(encoder, config.tuning, config.seed))
+        if config.tuning.freeze_a:
+            _freeze_a(encoder)
     else:
         _unfreeze(encoder, config.tuning)
         _freeze_tables(model)
+    for parameter in model.pooler_parameters():
+        parameter.requires_grad = True
     _check_reads(model, config, probe)
     _freeze_unused(model, probe)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -141,36 +146,50 @@ def _add_adapters(encoder: PreTrainedModel, tuning: TuningConfig, seed: int) -> 
     return wrapped
 
 
+def _freeze_a(encoder: PreTrainedModel) -> None:
+    """Freezes A of every adapter: it comes from the public seed, and so needs no privacy."""
+    for name, parameter in encoder.named_parameters():
+        if ".lora_A." in name:
+            parameter.requires_grad = False
+
+
 def _places(encoder: PreTrainedModel, tuning: TuningConfig) -> list[str]:
     """Full names of the linear modules that get adapters. Raises: ConfigError if none do."""
     kind = encoder.config.model_type
-    targets = tuning.targets or USUAL_TARGETS.get(kind, ())
-    endings = tuple(f".{target}" for target in targets)
     top = (
         _top_blocks(encoder, "tuning.last_layers", tuning.last_layers)
         if tuning.last_layers
         else [encoder]
     )
     inside = {module for block in top for module in block.modules()}
-    linear = {name: module for name, module in encoder.named_modules() if _linear(module)}
-    places = [n for n, module in linear.items() if module in inside and f".{n}".endswith(endings)]
-    if not places:
-        names = sorted({name.split(".")[-1] for name in linear})
-        usual = "" if tuning.targets else f"; peft names none for a {kind}"
-        raise ConfigError(
-            f"tuning.targets={list(tuning.targets)}: the model's linear modules are "
-            f"{', '.join(names)}{usual}"
-        )
-    return places
+    # A pooler belongs to the head that reads it, or to nothing.
+    modules = [(n, m) for n, m in encoder.named_modules() if not n.startswith("pooler.")]
+    linear = {name: module for name, module in modules if _linear(module)}
+    for targets in [tuning.targets] if tuning.targets else _usual(kind):
+        endings = tuple(f".{target}" for target in targets)
+        places = [n for n, each in linear.items() if each in inside and f".{n}".endswith(endings)]
+        if places:
+            return places
+    names = sorted({name.split(".")[-1] for name in linear})
+    usual = "" if tuning.targets else f"; none is usual for a {kind}"
+    raise ConfigError(
+        f"tuning.targets={list(tuning.targets)}: the model's linear modules are "
+        f"{', '.join(names)}{usual}"
+    )
+
+
+def _usual(kind: str) -> list[Sequence[str]]:
+    """Names to look for in a model of this kind: those of peft, then a query's and a value's."""
+    return [USUAL_TARGETS.get(kind, ()), *QUERY_AND_VALUE]
 
 
 def _linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _disable_dropout(encoder: PreTrainedModel) -> None:
+def _disable_dropout(model: nn.Module) -> None:
     """Sets every dropout rate to zero, in modules and in the attributes some models keep."""
-    for module in encoder.modules():
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():

@@ -15,11 +15,13 @@ from common.durable import write_atomic
 from common.errors import VerificationError
 from common.messages import Instruction
 from common.parameters import Layout
+from common.prefix import Inputs
 from common.records import Records
 from common.tasks import build_model
 from server.count import count_correct
 from server.evaluate import Evaluator
 from server.heads import HeadBook
+from server.left_out import check_left_out, measure_left_out
 from server.plan import RunPlan, is_private, make_plan, not_private_reason
 from server.record import RoundLine, append_line
 from server.release import write_model
@@ -39,8 +41,14 @@ class Watch:
     on_round: Callable[[RoundLine], None]
 
 
-def server_app(public: Callable[[Config], Records], watch: Watch) -> ServerApp:
-    """The ServerApp of one run. `public` reads the split the config evaluates on."""
+def server_app(
+    public: Callable[[Config], Records], watch: Watch, left_out: Records | None = None
+) -> ServerApp:
+    """The ServerApp of one run.
+
+    Args: public: reads the split the config evaluates on; left_out: in simulations only, the
+    records of the site that does not train.
+    """
     app = ServerApp()
 
     @app.main()
@@ -49,12 +57,15 @@ def server_app(public: Callable[[Config], Records], watch: Watch) -> ServerApp:
         if not isinstance(text, str):
             raise VerificationError("run config: holds no configuration")
         config = from_canonical(text)
-        _run(grid, make_plan(config), public(config), watch)
+        check_left_out(config, left_out)
+        _run(grid, make_plan(config), public(config), watch, left_out)
 
     return app
 
 
-def _run(grid: Grid, run_plan: RunPlan, public: Records, watch: Watch) -> None:
+def _run(
+    grid: Grid, run_plan: RunPlan, public: Records, watch: Watch, left_out: Records | None
+) -> None:
     config, started = run_plan.config, time.perf_counter()
     run_dir = Path(config.run_dir)
     stamp = "" if is_private(config) else f"# {not_private_reason(config)}\n"
@@ -77,19 +88,32 @@ def _run(grid: Grid, run_plan: RunPlan, public: Records, watch: Watch) -> None:
         on_reply=watch.on_reply,
     )
     nodes: dict[int, str] = {}
+    scores: Inputs = {}
     for outcome in rounds:
-        vector, nodes = outcome.vector, outcome.nodes
-        lines.append(round_line(outcome, evaluator.measure(vector), lines, run_plan))
+        vector, nodes, metrics = outcome.vector, outcome.nodes, {}
+        if is_measured(config, outcome.round):
+            scores = evaluator.score(vector)
+            metrics = evaluator.metrics(scores)
+        lines.append(round_line(outcome, metrics, lines, run_plan))
         append_line(run_dir, lines[-1])
         watch.on_round(lines[-1])
     last = Instruction(run_id, len(lines), config, layout.digest, vector)
     counted = count_correct(grid, run_plan, last, heads, nodes)
     # 12. Report, and release the model of the final round: never the best on the hold-out.
     key = heads.key if heads else ""
-    facts = RunFacts(run_id, time.perf_counter() - started, len(public), key)
+    detail = evaluator.detail(scores)
+    elsewhere = measure_left_out(config, model, vector, left_out)
+    spent_s = time.perf_counter() - started
+    facts = RunFacts(run_id, spent_s, len(public), key, detail, elsewhere)
     report = build_report(run_plan, lines, facts, counted)
     write_model(run_dir / "model", model, vector, config, report)
     write_report(run_dir, report, lines)
+
+
+def is_measured(config: Config, number: int) -> bool:
+    """Whether the public split is measured after a round; after the last one it always is."""
+    every = config.evaluation.every
+    return number == config.federation.rounds or (every > 0 and number % every == 0)
 
 
 def _heads(config: Config, run_dir: Path) -> HeadBook | None:

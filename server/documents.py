@@ -7,6 +7,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from common.privacy.accounting import shown
 
+
+def named(group: str) -> str:
+    """A group as people read it; records may name none.
+
+    >>> named("north"), named("")
+    ('north', '(none named)')
+    """
+    return group or "(none named)"
+
+
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=select_autoescape(["html", "html.jinja"]),
@@ -15,6 +25,7 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 _ENVIRONMENT.filters["epsilon"] = shown
+_ENVIRONMENT.filters["named"] = named
 
 
 def render(template: str, **values: Any) -> str:

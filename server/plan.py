@@ -13,6 +13,7 @@ from common.cli import Invocation, emit_json
 from common.composition import run_job
 from common.config import (
     Config,
+    FederationConfig,
     NoiseSource,
     PrivacyConfig,
     PrivacyMode,
@@ -150,7 +151,8 @@ def estimate_seconds(config: Config, model: FineTuned) -> float | None:
     step_s = _fastest(step) / PROBE
     model.zero_grad(set_to_none=True)
     visits = config.total_steps * config.privacy.sample_rate
-    return records * (prepare_s + visits * step_s)
+    training = records * config.federation.training_sites / config.federation.sites
+    return training * (prepare_s + visits * step_s)
 
 
 def _fastest(work: Callable[[], object]) -> float:
@@ -179,7 +181,7 @@ def plan_object(run_plan: RunPlan, size: ModelSize, seconds: float | None) -> di
         "noise_multiplier": event.noise_multiplier,
         "sample_rate": event.sample_rate,
         "clip_norm": config.privacy.clip_norm,
-        "sites": config.federation.sites,
+        "sites": config.federation.training_sites,
         "rounds": config.federation.rounds,
         "steps_per_round": event.steps,
         "steps": config.total_steps,
@@ -188,7 +190,10 @@ def plan_object(run_plan: RunPlan, size: ModelSize, seconds: float | None) -> di
         "trainable": size.trainable,
         "parameters": size.total,
         "bytes_per_message": size.bytes_per_message,
-        "bytes": 2 * size.bytes_per_message * config.federation.rounds * config.federation.sites,
+        "bytes": 2
+        * size.bytes_per_message
+        * config.federation.rounds
+        * config.federation.training_sites,
         "config_hash": config_hash(config),
     }
     if seconds is not None:
@@ -230,7 +235,7 @@ def show_plan(run_plan: RunPlan, size: ModelSize, seconds: float | None, console
     rows = {
         "model": f"{config.model.name}, {config.tuning.method.name}: trains "
         f"{size.trainable:,} of {size.total:,} parameters",
-        "federation": f"{federation.sites} sites, {federation.rounds} rounds of "
+        "federation": f"{_who_trains(federation)}, {federation.rounds} rounds of "
         f"{federation.local_steps} step{'s' if federation.local_steps > 1 else ''}, "
         f"{federation.partition.name}",
         "spare rounds": f"{privacy.spare_rounds}, to repeat what a crash lost; paid for already",
@@ -250,6 +255,14 @@ def show_plan(run_plan: RunPlan, size: ModelSize, seconds: float | None, console
     for name, text in rows.items():
         table.add_row(name, text)
     console.print(table)
+
+
+def _who_trains(federation: FederationConfig) -> str:
+    if not federation.leave_out:
+        return f"{federation.sites} sites"
+    return (
+        f"{federation.training_sites} of {federation.sites} sites, without {federation.leave_out}"
+    )
 
 
 def _drawn(privacy: PrivacyConfig) -> str:

@@ -10,16 +10,18 @@ from server.record import RoundLine
 
 def plots_of(content: dict[str, Any], lines: list[RoundLine]) -> list[dict[str, str]]:
     """Quality by round, beside the baseline's if there is one, and epsilon by round."""
-    rounds = [line.round for line in lines]
-    name = next(iter(lines[0].metrics))
-    quality = {name: [line.metrics[name] for line in lines]}
+    name = next(iter(lines[-1].metrics))
+    measured = [line for line in lines if line.metrics]
+    quality = {name: [line.metrics[name] for line in measured]}
     levels = {}
     if "baseline" in content:
         levels["without privacy"] = content["baseline"]["evaluation"][name]
     spent = [math.inf if line.epsilon == "inf" else float(line.epsilon) for line in lines]
-    plots = [_plot(rounds, quality, levels, f"{name} on public records")]
+    at = [line.round for line in measured]
+    plots = [_plot(at, quality, levels, f"{name} on public records")]
     if all(map(math.isfinite, spent)):
-        plots.append(_plot(rounds, {"epsilon spent": spent}, {}, "epsilon spent by a site"))
+        at = [line.round for line in lines]
+        plots.append(_plot(at, {"epsilon spent": spent}, {}, "epsilon spent by a site"))
     return plots
 
 

@@ -28,6 +28,7 @@ class RoundLine:
 
     round: int
     metrics: dict[str, float]
+    """On public records; empty after a round that was not measured."""
     epsilon: float | str
     """Of the site that was charged most, or "inf"."""
     asked: tuple[str, ...]

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from common import parameters
 from common.classes import COTERIE_KEY
 from common.cli import Invocation, emit_json, run_typer
-from common.config import Config, ModelConfig, TaskConfig, TaskName
+from common.config import Config, HeadName, ModelConfig, TaskConfig, TaskName
 from common.durable import folder_atomic
 from common.errors import ConfigError, VerificationError
 from common.model import FineTuned
@@ -43,7 +43,12 @@ def write_model(
         task.save(model, temporary, facts)
         task.load_processor(config.model).save_pretrained(temporary)
         (temporary / "README.md").write_text(
-            render("model_card.md.jinja", report=report, head=facts)
+            render(
+                "model_card.md.jinja",
+                report=report,
+                head=facts,
+                native=config.model.head is HeadName.native,
+            )
         )
 
 

@@ -3,7 +3,8 @@
 import json
 import platform
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from common.errors import ConfigError, VerificationError
 from common.privacy.accounting import epsilon_object, number, shown
 from common.privacy.mechanism import count_event
 from server.count import Counted
-from server.documents import render
+from server.documents import named, render
 from server.guarantees import guarantees
 from server.plan import (
     NOT_PRIVATE,
@@ -70,6 +71,10 @@ class RunFacts:
     evaluation_records: int
     coordinator_key: str = ""
     """That signed the sites' ledger heads; empty where there are none."""
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    """What the metrics of the public records do not say: by class, by group, texts written."""
+    left_out: Mapping[str, Any] | None = None
+    """How the model does at the site that did not train, if one was left out."""
 
 
 def build_report(
@@ -98,6 +103,8 @@ def build_report(
         "evaluation": dict(lines[-1].metrics),
         "evaluation_split": config.evaluation.split.name,
         "evaluation_records": facts.evaluation_records,
+        "evaluation_detail": dict(facts.detail),
+        **({"evaluation_left_out": dict(facts.left_out)} if facts.left_out else {}),
         **({"evaluation_private": counted.section()} if counted and counted.books else {}),
         **_cost_sections(lines, facts),
         "config_hash": config_hash(config),
@@ -244,6 +251,10 @@ def show_report(content: dict[str, Any], run_dir: Path, console: Console) -> Non
     console.print(f"{metrics} on {content['evaluation_records']} public records", highlight=False)
     if "evaluation_private" in content:
         console.print(_counted_sentence(content["evaluation_private"]), highlight=False)
+    if "evaluation_left_out" in content:
+        console.print(_left_out_sentence(content["evaluation_left_out"]), highlight=False)
+    if groups := content.get("evaluation_detail", {}).get("groups"):
+        console.print(_groups_sentence(groups), highlight=False)
     if "baseline" in content:
         beside = _metrics(content["baseline"]["evaluation"])
         console.print(f"without privacy: {beside}", highlight=False)
@@ -259,6 +270,28 @@ def _counted_sentence(counted: dict[str, Any]) -> str:
         f"right on {counted['accuracy']:.4f} (standard error of the noise "
         f"{counted['standard_error']:.4f}) of the sites' own training records, as "
         f"{counted['sites']} sites counted"
+    )
+
+
+def _left_out_sentence(found: dict[str, Any]) -> str:
+    return (
+        f"{_metrics(found['metrics'])} on {found['records']} records of {found['site']} "
+        f"({NOT_PRIVATE}: {found['reason']})"
+    )
+
+
+def _groups_sentence(groups: dict[str, Any]) -> str:
+    """For whom the model works worst, as far as there are records enough to say."""
+    if groups["worst"] is None:
+        return (
+            f"by {groups['column']}: fewer than two groups of {groups['fewest']} public records, "
+            "none is compared"
+        )
+    values = {each["group"]: each["value"] for each in groups["groups"]}
+    worst, best = groups["worst"], groups["best"]
+    return (
+        f"by {groups['column']}: {groups['metric']} worst for {named(worst)} "
+        f"({values[worst]:.4f}), {groups['gap']:.4f} from {named(best)} ({values[best]:.4f})"
     )
 
 

@@ -71,7 +71,7 @@ def run_rounds(
     """
     config, strategy = run_plan.config, fedavg()
     timeout_s = config.federation.round_timeout_s
-    nodes = wait_for_sites(grid, sites=config.federation.sites, timeout_s=timeout_s)
+    nodes = wait_for_sites(grid, sites=config.federation.training_sites, timeout_s=timeout_s)
     spares = dict.fromkeys(nodes, config.privacy.spare_rounds)
     for number in range(1, config.federation.rounds + 1):
         # 1. Sample the cohort.
@@ -128,7 +128,8 @@ def run_rounds(
 
 
 def _check_quorum(verdicts: Verdicts, run_plan: RunPlan, number: int) -> None:
-    sites, quorum = run_plan.config.federation.sites, run_plan.config.federation.quorum
+    federation = run_plan.config.federation
+    sites, quorum = federation.training_sites, federation.quorum
     if len(verdicts.accepted) < max(1, math.ceil(quorum * sites - ROUNDING)):
         reasons = sorted(set(verdicts.refused.values()))
         raise FederationError(

@@ -39,9 +39,11 @@ from common.privacy.accounting import shown
 from common.privacy.chain import public_hex
 from common.progress import Told
 from common.records import Records
-from common.tasks import TASKS, build_model
+from common.tasks import TASKS, build_model, reader_of
 from server.app import CONFIG_KEY, Watch, server_app
+from server.groups import check_groups
 from server.plan import (
+    NOT_PRIVATE,
     estimate_seconds,
     is_private,
     make_plan,
@@ -52,6 +54,7 @@ from server.plan import (
 from server.record import RoundLine
 from server.report import read_report, show_report
 from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid
+from simulations.left_out import Finished, show_summary, summary, write_summary
 from simulations.partition import deal
 
 PATIENCE_S = 2.0
@@ -62,18 +65,27 @@ DECLARATION_TOLERANCE = 0.1
 
 def simulate(invocation: Invocation) -> None:
     """Fine-tune one model across simulated sites, privately; the main job."""
+    finished: list[Finished] = []
 
     def job(config: Config) -> None:
         console = Console(stderr=invocation.json)
         _configure_process(config)
         run_dir = run_simulation(config, console)
         content, _ = read_report(run_dir)
+        finished.append(Finished(config, content))
         if invocation.json:
             emit_json(content)
         else:
             show_report(content, run_dir, console)
 
     run_job(job, invocation)
+    if (together := summary(finished)) is not None:
+        if folder := finished[0].config.run_dir:
+            write_summary(Path(folder).expanduser(), together)
+        if invocation.json:
+            emit_json({"leave_one_site_out": together})
+        else:
+            show_summary(together, Console())
 
 
 def run_simulation(config: Config, console: Console) -> Path:
@@ -88,22 +100,31 @@ def run_simulation(config: Config, console: Console) -> Path:
     check_files(config.data)
     run_plan = make_plan(config)
     _check_ledger(run_plan.config)
-    model = build_model(config)
+    model, task = build_model(config), TASKS[config.task.name]
+    processor = task.load_processor(config.model)
     show_plan(run_plan, size_of(model), estimate_seconds(config, model), console)
+    read = reader_of(config.task.name, processor)
     return_freed_memory()  # arrays over all records come and go here, and not while training
     with _telling(console) as told:
-        splits = load_splits(config.data, TASKS[config.task.name].toy_examples, told)
+        splits = load_splits(config.data, task.toy_examples, read, told)
     console.print(
         f"{len(splits.train)} private training records{_of_persons(config, splits.train)}; public: "
         f"{len(splits.validation)} validation, {len(splits.holdout)} hold-out; {splits.duplicates} "
-        "repeated texts dropped",
+        f"repeated {'texts' if read is None else 'files'} dropped",
         highlight=False,
     )
     sites = deal(splits.train, config.federation, seed=config.seed)
     config = _resolve(run_plan.config, splits, sites)
-    names = [f"site-{number}" for number in range(1, len(sites) + 1)]
+    records = dict(zip(config.federation.site_names, sites, strict=True))
+    # It has no site object, no ledger and no node: nothing of it can train.
+    left_out = records.pop(config.federation.leave_out, None)
+    if left_out is not None:
+        console.print(
+            f"{config.federation.leave_out} is left out, with {len(left_out)} of the training "
+            f"records: it does not train, and what is measured on them is {NOT_PRIVATE}",
+            highlight=False,
+        )
     store = _store(config, run_dir)
-    records = dict(zip(names, sites, strict=True))
     with store or nullcontext():
         ledgers = _ledgers(store, config, records, console) if store else {}
         keep_freed_memory()
@@ -116,10 +137,10 @@ def run_simulation(config: Config, console: Console) -> Path:
                 lambda context: opened[int(context.node_config["partition-id"])],
                 allow_unprotected=True,
             ),
-            names,
+            list(records),
         )
         with _progress(config, console) as watch:
-            app = server_app(lambda _: _public(config, splits), watch)
+            app = server_app(lambda _: _public(config, splits), watch, left_out)
             app(grid, _server_context(config))
     return run_dir
 
@@ -143,6 +164,7 @@ def _resolve(config: Config, splits: Splits, sites: list[Records]) -> Config:
             f"evaluation.split={config.evaluation.split.name}: has no records; raise "
             f"data.{config.evaluation.split.name}_fraction or give data.test_path"
         )
+    check_groups(config.data.group_column, _public(config, splits).groups)
     known = replace(
         config.data, declared_records=declared or counted, records_counted=declared is None
     )
@@ -287,7 +309,7 @@ def _telling(console: Console) -> Iterator[Told]:
 @contextmanager
 def _progress(config: Config, console: Console) -> Iterator[Watch]:
     """A live bar on a terminal, a line per round elsewhere."""
-    total = config.federation.rounds * config.federation.sites
+    total = config.federation.rounds * config.federation.training_sites
     progress = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -305,8 +327,8 @@ def _progress(config: Config, console: Console) -> Iterator[Watch]:
         progress.update(task, advance=1, description=text)
 
     def on_round(line: RoundLine) -> None:
-        name, value = next(iter(line.metrics.items()))
-        last["text"] = f"  {name} {value:.4f}  epsilon {shown(line.epsilon)}"
+        measured = [f"  {name} {value:.4f}" for name, value in line.metrics.items()][:1]
+        last["text"] = f"{''.join(measured)}  epsilon {shown(line.epsilon)}"
         progress.update(
             task, description=f"round {line.round}/{config.federation.rounds}{last['text']}"
         )

@@ -125,6 +125,12 @@ def test_every_experiment_composes_and_its_choices_and_values_arrive(path):
     for entry in values.pop("defaults"):
         ((group, name),) = entry.items()
         assert choices[group.removeprefix("override /")] == name
+    sweep = values.pop("hydra", None)
+    if sweep is not None:
+        assert composed.hydra.mode.name == sweep["mode"] == "MULTIRUN"
+        arrived = OmegaConf.to_container(composed.hydra.sweeper.params)
+        assert arrived == sweep["sweeper"]["params"]
+        assert {*arrived} <= set(field_names())
     for group, settings in values.items():
         arrived = OmegaConf.to_container(composed[group])
         assert {key: arrived[key] for key in settings} == settings

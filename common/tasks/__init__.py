@@ -1,20 +1,17 @@
-"""One file a task; `TASKS` is the list."""
+"""One file a task; `TASKS` is the list. How to add one: docs/adding-a-task.md."""
 
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from common.config import Config, ModelConfig, TaskConfig, TaskName
+from common.media import File, Reader
 from common.model import FineTuned
 from common.prefix import Inputs
-from common.records import Records
-from common.tasks.audio_classification import AudioClassification
-from common.tasks.causal_lm import CausalLM
-from common.tasks.image_classification import ImageClassification
-from common.tasks.question_answering import QuestionAnswering
-from common.tasks.seq2seq import Seq2Seq
-from common.tasks.text_classification import TextClassification
+from common.records import Content, Records
 
 Processor = Any
 """What turns contents into tensors: a tokenizer, or a processor of images or sounds."""
@@ -25,6 +22,8 @@ class Task(Protocol):
 
     CLASSES: bool
     """Whether records carry one of `data.labels`."""
+    LOWER_IS_BETTER: bool
+    """Whether the first of its metrics is better where it is lower."""
 
     def load_processor(self, model: ModelConfig) -> Processor:
         """What belongs to the model. Raises: ConfigError if it has none."""
@@ -84,17 +83,51 @@ class Task(Protocol):
         """
 
 
-TASKS: dict[TaskName, Task] = {
-    TaskName.text_classification: TextClassification(),
-    TaskName.causal_lm: CausalLM(),
-    TaskName.question_answering: QuestionAnswering(),
-    TaskName.seq2seq: Seq2Seq(),
-    TaskName.image_classification: ImageClassification(),
-    TaskName.audio_classification: AudioClassification(),
-}
+@runtime_checkable
+class FileTask(Protocol):
+    """A task whose records are files, besides: without this method they are texts."""
+
+    def read(self, processor: Processor, file: File, where: str) -> Content:
+        """What a file holds, as `encode` takes it. Args: where: what messages call the file.
+
+        Raises: ConfigError if it holds something else.
+        """
+
+
+@runtime_checkable
+class Detailed(Protocol):
+    """A task that can say more of public records than its metrics do, for a report."""
+
+    def detail(self, scores: Inputs, config: Config) -> dict[str, Any]:
+        """What `report.json` shows beside the metrics, as plain values. Args: as `metrics`."""
+
+
+@runtime_checkable
+class Writes(Protocol):
+    """A task whose model writes text, of which a report shows some."""
+
+    def samples(
+        self, model: FineTuned, processor: Processor, records: Records, task: TaskConfig
+    ) -> list[dict[str, str]]:
+        """Of each of a few public records: `prompt`, what the model has `written`, `reference`."""
+
+
+def _load(name: TaskName) -> Task:
+    """The task of `common/tasks/NAME.py`."""
+    task: Task = getattr(import_module(f"{__name__}.{name.name}"), name.class_name)()
+    return task
+
+
+TASKS: dict[TaskName, Task] = {name: _load(name) for name in TaskName}
 """By name; `build_model` and the rest find them here."""
 
 
 def build_model(config: Config) -> FineTuned:
     """The model of the config's task. Raises: ConfigError."""
     return TASKS[config.task.name].build(config)
+
+
+def reader_of(name: TaskName, processor: Processor) -> Reader | None:
+    """How the task reads one file; None if its records are texts."""
+    task = TASKS[name]
+    return partial(task.read, processor) if isinstance(task, FileTask) else None

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import AutoModelForAudioClassification
 
 from common.classes import ClassTask, build_classifier, class_targets, likeliest
 from common.config import Config, ModelConfig, TaskConfig
 from common.errors import ConfigError
-from common.media import read_sound
+from common.media import File, read_sound, sound_of
 from common.model import FineTuned, read_of
 from common.prefix import Inputs
 from common.pretrained import load_feature_extractor
@@ -29,14 +30,20 @@ class AudioClassification(ClassTask):
     model's processor. Longer ones are cut to `task.max_seconds`, shorter ones padded with zeros.
     """
 
+    FAMILY = AutoModelForAudioClassification
+
     def load_processor(self, model: ModelConfig) -> Any:
         """The model's feature extractor. Raises: ConfigError."""
         return load_feature_extractor(model)
 
     def build(self, config: Config) -> FineTuned:
-        """Mean-pooled sound encoder with a linear head. Raises: ConfigError."""
+        """Sound encoder with a head. Raises: ConfigError."""
         processor = self.load_processor(config.model)
-        return build_classifier(config, read_of(self.made(processor, 2, config)))
+        return build_classifier(config, read_of(self.made(processor, 2, config)), self.FAMILY)
+
+    def read(self, processor: Any, file: File, where: str) -> Content:
+        """(samples,) at the processor's rate."""
+        return sound_of(file, where, rate=int(processor.sampling_rate))
 
     def encode(self, processor: Any, records: Records, task: TaskConfig) -> Inputs:
         """(N, samples) of `max_seconds`. Raises: ConfigError if one is no sound."""

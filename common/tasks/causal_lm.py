@@ -29,6 +29,8 @@ from common.tuning import tune
 
 WRITTEN = 20
 """Tokens that `answer` adds to a prompt, at most."""
+PROMPT_WORDS = 40
+"""Words of a prompt in a report, at most."""
 MOST_NATS = 100.0
 """Mean loss beyond which perplexity is not told apart: a report holds no infinity."""
 LIKELIHOOD, TOKENS, HITS = "negative_log_likelihood", "tokens", "hits"
@@ -52,6 +54,7 @@ class CausalLM(GenerativeTask):
     """
 
     FAMILY, MODEL = AutoModelForCausalLM, LanguageModel
+    ANSWER, LOWER_IS_BETTER = "continuation", True
 
     def load_processor(self, model: ModelConfig) -> PreTrainedTokenizerBase:
         """The model's tokenizer; if need be the end of a text pads. Raises: ConfigError."""
@@ -115,6 +118,10 @@ class CausalLM(GenerativeTask):
         accuracy = int(scores[HITS].sum()) / tokens
         return {"perplexity": round(math.exp(bounded), 4), "token_accuracy": round(accuracy, 4)}
 
+    def prompts(self, records: Records) -> list[tuple[str, str]]:
+        """Of each text its first words, at most half, and some of those that follow."""
+        return [_halves(str(content).split()) for content in records.contents]
+
     def answer(
         self,
         model: FineTuned,
@@ -124,6 +131,11 @@ class CausalLM(GenerativeTask):
     ) -> list[dict[str, Any]]:
         """Each prompt, of which the end is read, continued by up to 20 tokens."""
         return [_continued(model, tokenizer, prompt, task) for prompt in asked]
+
+
+def _halves(words: list[str]) -> tuple[str, str]:
+    middle = min(len(words) // 2, PROMPT_WORDS)
+    return " ".join(words[:middle]), " ".join(words[middle : middle + WRITTEN])
 
 
 def _with_targets(ids: Tensor, mask: Tensor) -> Inputs:

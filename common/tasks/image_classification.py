@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import AutoModelForImageClassification
 
 from common.classes import ClassTask, build_classifier, class_targets, likeliest
 from common.config import Config, ModelConfig, TaskConfig
 from common.errors import ConfigError
-from common.media import COLOURS, read_image
+from common.media import COLOURS, File, image_of, read_image, with_channels
 from common.model import FineTuned, read_of
 from common.prefix import Inputs
 from common.pretrained import load_image_processor
@@ -25,6 +26,8 @@ TOY_SIZE = 8
 class ImageClassification(ClassTask):
     """One label per image; a record's content is (H, W, C) of uint8, C of 1 or 3."""
 
+    FAMILY = AutoModelForImageClassification
+
     def load_processor(self, model: ModelConfig) -> Any:
         """The model's image processor. Raises: ConfigError if it gives images of no one size."""
         processor = load_image_processor(model)
@@ -36,9 +39,13 @@ class ImageClassification(ClassTask):
         return processor
 
     def build(self, config: Config) -> FineTuned:
-        """Mean-pooled image encoder with a linear head. Raises: ConfigError."""
+        """Image encoder with a head. Raises: ConfigError."""
         processor = self.load_processor(config.model)
-        return build_classifier(config, read_of(self.made(processor, 2, config)))
+        return build_classifier(config, read_of(self.made(processor, 2, config)), self.FAMILY)
+
+    def read(self, _processor: Any, file: File, where: str) -> Content:
+        """(H, W, C) as in the file: gray or colours, whatever the model reads."""
+        return image_of(file, where)
 
     def encode(self, processor: Any, records: Records, task: TaskConfig) -> Inputs:
         """(N, C, H, W) pixels of the processor's size. Raises: ConfigError if one is no image."""
@@ -94,20 +101,16 @@ def _read(processor: Any, contents: Sequence[Content]) -> Inputs:
 
 
 def _checked(content: Content, number: int, channels: int) -> NDArray[np.uint8]:
-    """(H, W, C) as the model reads it; gray serves a model of colours. Raises: ConfigError."""
+    """(H, W, C) with the channels that the model reads, 1 or 3. Raises: ConfigError."""
     if not isinstance(content, np.ndarray) or content.dtype != np.uint8:
         raise ConfigError(f"record {number}: must hold an image, uint8 (height, width, channels)")
     dimensions = (*content.shape, *[1] * (3 - content.ndim))
     if len(dimensions) != len("HWC") or 0 in dimensions:
         raise ConfigError(f"record {number}: must hold an image, and has shape {content.shape}")
     image = content.reshape(dimensions)
-    if image.shape[2] == 1 < channels:
-        image = image.repeat(channels, axis=2)
-    if image.shape[2] != channels:
-        raise ConfigError(
-            f"record {number}: has {image.shape[2]} channels, and the model reads {channels}"
-        )
-    return image
+    if image.shape[2] not in COLOURS:
+        raise ConfigError(f"record {number}: has {image.shape[2]} channels; an image has 1 or 3")
+    return with_channels(image, channels)
 
 
 def _size(processor: Any) -> tuple[int, int] | None:

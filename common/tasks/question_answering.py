@@ -70,7 +70,7 @@ class QuestionAnswering:
     empty answer says that the context holds none.
     """
 
-    CLASSES = False
+    CLASSES, LOWER_IS_BETTER = False, False
 
     def load_processor(self, model: ModelConfig) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises: ConfigError if it cannot say where a token stands."""

@@ -62,7 +62,7 @@ class Seq2Seq(GenerativeTask):
     no token of the target attends to it.
     """
 
-    FAMILY, MODEL = AutoModelForSeq2SeqLM, Writer
+    FAMILY, MODEL, ANSWER = AutoModelForSeq2SeqLM, Writer, "written"
 
     def load_processor(self, model: ModelConfig) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises: ConfigError."""
@@ -138,6 +138,11 @@ class Seq2Seq(GenerativeTask):
         _, targets = records.parts("source", "target")
         written = tokenizer.batch_decode(scores[WRITTEN], skip_special_tokens=True)
         return judged([text.strip() for text in written], targets)
+
+    def prompts(self, records: Records) -> list[tuple[str, str]]:
+        """Each source with its target."""
+        sources, targets = records.parts("source", "target")
+        return [*zip(sources, targets, strict=True)]
 
     def answer(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from common.classes import ClassTask, build_classifier, class_targets, likeliest
 from common.config import Config, ModelConfig, TaskConfig
@@ -25,14 +25,16 @@ FILLING = ("the", "a", "of", "in", "was", "on", "today", "said")
 class TextClassification(ClassTask):
     """One label per text."""
 
+    FAMILY = AutoModelForSequenceClassification
+
     def load_processor(self, model: ModelConfig) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises: ConfigError."""
         return load_tokenizer(model)
 
     def build(self, config: Config) -> FineTuned:
-        """Mean-pooled text encoder with a linear head. Raises: ConfigError."""
+        """Text encoder with a head. Raises: ConfigError."""
         ones = torch.ones((2, config.task.max_tokens), dtype=torch.long)
-        return build_classifier(config, {"input_ids": ones, "attention_mask": ones})
+        return build_classifier(config, {"input_ids": ones, "attention_mask": ones}, self.FAMILY)
 
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, records: Records, task: TaskConfig

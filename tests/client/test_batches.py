@@ -214,3 +214,10 @@ def test_records_are_prepared_whatever_their_number(tiny_config):
         texts = tuple(f"goal {number}" for number in range(count))
         prepared = trainer._prepare(Records(texts, np.zeros(count, np.int64)))
         assert {len(tensor) for tensor in prepared.values()} == {count}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_batch_is_full_only_where_the_model_reads_no_mask(name, tiny_config, tmp_path):
+    trainer = Trainer(toy_config(name, tiny_config, tmp_path))
+    read = trainer._prepared_made(2)
+    assert trainer._fillers == (1 if {"attention_mask", "decoder_attention_mask"} & {*read} else 0)

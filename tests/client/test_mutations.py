@@ -622,9 +622,22 @@ def test_every_drive_of_the_table_is_also_driven_unmutated():
 
 
 IMAGES = ["task=image_classification", "data=digits", "model.name=made/vit-digits", "tuning=head"]
-SOUNDS = ["task=audio_classification", "data=csv", "model.name=made/wav2vec2-tiny", "tuning=head"]
-NEEDS = {"digits": IMAGES, "image_classification": IMAGES, "audio_classification": SOUNDS}
+SOUNDS = [
+    "task=audio_classification",
+    "data=audio_folder",
+    "model.name=made/wav2vec2-tiny",
+    "tuning=head",
+]
+NEEDS = {
+    "digits": IMAGES,
+    "image_classification": IMAGES,
+    "audio_classification": SOUNDS,
+    "image_folder": [each for each in IMAGES if not each.startswith("data")],
+    "audio_folder": [each for each in SOUNDS if not each.startswith("data")],
+}
 """What a choice asks of other groups: a task and a model that read these data."""
+OWN = ("csv", "jsonl", "parquet", "image_folder", "audio_folder", "hub")
+"""Data that need a path and labels."""
 
 
 def private_configs(compose_config, tiny_overrides, tiny_csv, models):
@@ -644,7 +657,7 @@ def private_configs(compose_config, tiny_overrides, tiny_csv, models):
             continue  # refused: no persons there
         asked = [f"{group}={choice}", f"privacy={unit}", *base, *needed.get(choice, [])]
         asked += ["data=csv", "data.person_column=person"] if by_person else []
-        table = {"data=csv", "data=jsonl", "data=parquet"} & {*asked}
+        table = {f"data={name}" for name in OWN} & {*asked}
         config = compose_config(*dict.fromkeys([*asked, *(own if table else []), *few]))
         if config.privacy.noise is NoiseSource.entropy:
             yield [f"{group}={choice}", f"privacy={unit}"], config

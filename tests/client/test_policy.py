@@ -82,3 +82,14 @@ def test_a_run_without_privacy_protects_no_unit(tiny_config, person_config):
     check_policy(policy, person_config)
     with pytest.raises(PolicyRefusedError, match="unit none is not allowed"):
         check_policy(policy, none)
+
+
+def test_the_careful_policy_allows_every_task_of_today(compose_config, tiny_config):
+    """And refuses by its other limits: here the run has less noise than half a clip bound."""
+    policy = compose_config("node=careful").node
+    strong = replace(tiny_config, privacy=replace(tiny_config.privacy, noise_multiplier=20.0))
+    for task in TaskName:
+        check_policy(policy, replace(strong, task=replace(strong.task, name=task)))
+    weak = replace(tiny_config, privacy=replace(tiny_config.privacy, noise_multiplier=0.4))
+    with pytest.raises(PolicyRefusedError, match=r"sigma 0\.4 is below 0\.5"):
+        check_policy(policy, weak)

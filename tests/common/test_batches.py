@@ -215,9 +215,7 @@ def test_progress_is_told_from_nothing_to_all(tmp_path, monkeypatch):
     for form in FORMS:
         heard = []
         path = write(tmp_path / f"r.{form}", rows)
-        load_splits(
-            config_of(path), None, lambda what, share, heard=heard: heard.append((what, share))
-        )
+        load_splits(config_of(path), told=lambda *said, heard=heard: heard.append(said))
         assert {what for what, _ in heard} == {"reading data.path", "splitting records"}
         shares = [share for what, share in heard if what == "reading data.path"]
         assert shares == sorted(shares)

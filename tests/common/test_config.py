@@ -25,14 +25,18 @@ from common.errors import ConfigError
 YAMLS = sorted(CONF.rglob("*.yaml"))
 # What a group's file leaves to the user, who must give it.
 OWN_CSV = ["data.path=records.csv", "data.labels=[a,b]"]
+OWN_FILES = ["data.path=records", "data.labels=[a,b]"]
 OWED = {
     "data/csv": OWN_CSV,
     "data/jsonl": OWN_CSV,
     "data/parquet": OWN_CSV,
     "privacy/person": ["data=csv", *OWN_CSV, "data.person_column=patient"],
+    "data/image_folder": [*OWN_FILES, "task=image_classification"],
+    "data/audio_folder": [*OWN_FILES, "task=audio_classification"],
+    "data/hub": ["data.path=someone/letters", "data.labels=[a,b]"],
     "data/digits": ["task=image_classification"],
     "task/image_classification": ["data=digits"],
-    "task/audio_classification": ["data=csv", *OWN_CSV],
+    "task/audio_classification": ["data=audio_folder", *OWN_FILES],
 }
 
 
@@ -84,8 +88,8 @@ LEAVES = sorted(
 
 
 def test_there_are_as_many_yaml_files_as_we_know_of():
-    """The job, its choices in eight groups, and an experiment. A forgotten one goes untested."""
-    assert len(YAMLS) == 29
+    """The job, its choices in eight groups, and two experiments. A forgotten one goes untested."""
+    assert len(YAMLS) == 33
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(CONF)))
@@ -204,6 +208,13 @@ BROKEN_RULES = [
     "federation.quorum=0",
     "federation.quorum=1.5",
     "federation.round_timeout_s=0",
+    "federation.leave_out=site-0",
+    "federation.leave_out=site-6",
+    "federation.leave_out=site-01",
+    "federation.leave_out=site-",
+    "federation.leave_out=hospital",
+    f"federation.leave_out=site-{'9' * 5000}",
+    "evaluation.every=-1",
     "engine.threads=-1",
     "engine.physical_batch=0",
     "tuning.head_learning_rate=-1",
@@ -236,12 +247,45 @@ def test_a_broken_rule_is_refused_by_name(compose_config, override):
         "federation.quorum=1",
         "data.holdout_fraction=0",
         "engine.threads=0",
+        "evaluation.every=0",
+        "federation.leave_out=site-5",
         "privacy.noise_multiplier=null",
         "data.declared_records=null",
     ],
 )
 def test_the_edge_of_a_rule_is_allowed(compose_config, override):
     assert isinstance(compose_config(override), Config)
+
+
+OWN_FILE = ["data=csv", "data.path=a.csv", "data.labels=[a,b]", "data.group_column=desk"]
+GROUPLESS = {
+    "data=bbc_news names no groups": ["data.group_column=desk"],
+    "must not be the column of persons": [*OWN_FILE, "data.person_column=desk"],
+    "evaluation.split=validation names no groups": [
+        *OWN_FILE,
+        "data.test_path=b.csv",
+        "evaluation.split=validation",
+    ],
+}
+
+
+@pytest.mark.parametrize("message", GROUPLESS)
+def test_groups_are_refused_where_no_public_record_names_one(compose_config, message):
+    assert compose_config(*OWN_FILE).data.group_column == "desk"
+    with pytest.raises(ConfigError, match=f"^data.group_column=desk: .*{message}") as refused:
+        compose_config(*GROUPLESS[message])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_federation_of_one_site_leaves_none_out(compose_config):
+    with pytest.raises(ConfigError, match="must be empty with one site"):
+        compose_config("federation.sites=1", "federation.leave_out=site-1")
+
+
+def test_one_site_fewer_trains_where_one_is_left_out(compose_config):
+    federation = compose_config("federation.leave_out=site-2").federation
+    assert (federation.sites, federation.training_sites) == (5, 4)
+    assert compose_config().federation.training_sites == 5
 
 
 def test_rules_of_adapters_bind_only_adapters(compose_config):

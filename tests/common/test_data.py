@@ -380,3 +380,51 @@ def test_an_id_is_in_no_text_of_the_records_object():
 def test_records_without_persons_have_no_owners():
     with pytest.raises(ValueError, match="name no persons"):
         Records(("a",), np.zeros(1, dtype=np.int64)).owners()
+
+
+DESKS = ("text", "label", "desk")
+
+
+def desk_rows(count, start=0, desk="north"):
+    return [(*row, f"{desk}{at % 3}") for at, row in enumerate(records(count, start))]
+
+
+def test_public_records_name_their_groups_and_private_ones_none(tmp_path):
+    path = write(tmp_path / "a.csv", desk_rows(100), DESKS)
+    splits = load_splits(config_of(path, group_column="desk"))
+    desks = {text: desk for text, _, desk in desk_rows(100)}
+    assert splits.train.groups is None
+    for part in (splits.holdout, splits.validation):
+        assert part.groups == tuple(desks[text] for text in part.contents)
+    assert len(splits.holdout) > 10
+    assert load_splits(config_of(path)).holdout.groups is None
+
+
+def test_what_stands_in_a_private_rows_group_changes_nothing_and_is_never_refused(tmp_path):
+    rows = desk_rows(100)
+    config = config_of(write(tmp_path / "a.csv", rows, DESKS), group_column="desk")
+    before = load_splits(config)
+    private = {*before.train.contents}
+    odd = [(text, label, "" if text in private else desk) for text, label, desk in rows]
+    write(tmp_path / "a.csv", odd, DESKS)
+    after = load_splits(config)
+    for part in ("train", "validation", "holdout"):
+        assert getattr(after, part).contents == getattr(before, part).contents
+        assert getattr(after, part).groups == getattr(before, part).groups
+
+
+def test_groups_of_a_test_file_are_read_of_that_file_alone(tmp_path):
+    """The file of private records need not even have the column."""
+    private = write(tmp_path / "a.csv", records(60))
+    public = write(tmp_path / "b.csv", desk_rows(20, start=60), DESKS)
+    splits = load_splits(config_of(private, test_path=str(public), group_column="desk"))
+    assert splits.holdout.groups == tuple(desk for *_, desk in desk_rows(20, start=60))
+    assert (splits.train.groups, splits.validation.groups) == (None, None)
+    with pytest.raises(ConfigError, match=r"data\.group_column=desk: no such column"):
+        load_splits(config_of(private, test_path=str(private), group_column="desk"))
+
+
+def test_a_record_that_names_no_group_is_in_one_without_a_name(tmp_path):
+    rows = [(*row, "  ") for row in records(60)]
+    splits = load_splits(config_of(write(tmp_path / "a.csv", rows, DESKS), group_column="desk"))
+    assert {*splits.holdout.groups} == {""}

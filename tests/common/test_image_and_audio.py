@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+from transformers import (
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+)
 
 from client.site import Site
 from client.train import Trainer
@@ -24,7 +31,7 @@ from .toy import toy_config
 BOTH = [TaskName.image_classification, TaskName.audio_classification]
 
 
-@pytest.fixture(scope="module", params=BOTH, ids=lambda name: name.value)
+@pytest.fixture(scope="module", params=BOTH, ids=lambda name: name.name)
 def config(request, tiny_config, tmp_path_factory):
     return toy_config(request.param, tiny_config, tmp_path_factory.mktemp("toy"))
 
@@ -83,9 +90,9 @@ def test_every_tuning_of_a_vit_is_exact_by_our_engine(images, method):
     assert verdict.engine.name.name == "single_backward"
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "head", "bitfit"])
-def test_these_tunings_of_a_wav2vec2_are_exact_by_our_engine(sounds, method):
-    verdict = Trainer(tuned(sounds, TuningMethod[method])).preflight(precision=torch.float64)
+@pytest.mark.parametrize("method", [*TuningMethod], ids=lambda method: method.name)
+def test_every_tuning_of_a_wav2vec2_is_exact_by_our_engine(sounds, method):
+    verdict = Trainer(tuned(sounds, method)).preflight(precision=torch.float64)
     assert verdict.engine is not None
     assert verdict.engine.name.name == "single_backward"
 
@@ -102,6 +109,75 @@ def test_a_vit_keeps_the_states_below_its_adapters(images):
     }
 
 
+KINDS_OF_WAV2VEC2 = {
+    "small": {},
+    "norms in front, as large ones have them": {
+        "do_stable_layer_norm": True,
+        "feat_extract_norm": "layer",
+    },
+    "masks and drops blocks in training": {"mask_time_prob": 0.5, "layerdrop": 0.5},
+    "with an adapter behind its blocks": {"add_adapter": True, "num_adapter_layers": 1},
+}
+
+
+@pytest.fixture(params=KINDS_OF_WAV2VEC2.values(), ids=KINDS_OF_WAV2VEC2.keys())
+def wav2vec2(request, sounds, tmp_path):
+    settings = Wav2Vec2Config.from_pretrained(sounds.model.name).to_dict()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(8)
+        made = Wav2Vec2Config(**{**settings, "num_hidden_layers": 3, **request.param})
+        Wav2Vec2Model(made).save_pretrained(tmp_path)
+    Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
+    return replace(sounds, model=replace(sounds.model, name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("method", [TuningMethod.lora, TuningMethod.last_layers])
+def test_a_wav2vec2_cut_below_its_top_block_is_the_whole_one(wav2vec2, method):
+    """Values and gradients: what is kept below the cut stands for all that comes before it."""
+    model = stirred(build_model(tuned(wav2vec2, method)).eval())
+    inputs = encoded(wav2vec2, *TASKS[wav2vec2.task.name].toy_examples(3).contents)
+    kept = model.prepare(inputs, batch=2)
+    assert {*kept} == {HIDDEN, "target_labels"}
+    assert not kept[HIDDEN].requires_grad
+    whole, cut = (model(**read_of(each)) for each in (inputs, kept))
+    assert whole.std() > 0.01
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(gradients(model, cut), gradients(model, whole), strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    after = model(**read_of(inputs))
+    assert torch.equal(after, whole)
+
+
+def test_nothing_below_the_cut_of_a_wav2vec2_runs_again(sounds):
+    """Its convolutions are most of the work of a step."""
+    model = build_model(tuned(sounds, TuningMethod.last_layers)).eval()
+    kept = model.prepare(encoded(sounds, *TASKS[sounds.task.name].toy_examples(2).contents))
+    ran = []
+    for name, module in model.encoder.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *_args, name=name: ran.append(name))
+    model(**read_of(kept))
+    assert not [name for name in ran if "conv" in name or "layers.0" in name]
+    assert [name for name in ran if "layers.1" in name]
+
+
+def stirred(model):
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def gradients(model, logits):
+    weights = torch.arange(logits.numel(), dtype=logits.dtype).view_as(logits)
+    return torch.autograd.grad(
+        (logits * weights).sum(), [p for p in model.parameters() if p.requires_grad]
+    )
+
+
 def test_images_of_any_size_come_to_the_processors(images):
     gray = encoded(images, np.zeros((30, 9, 1), np.uint8), np.zeros((8, 8), np.uint8))
     assert gray["pixel_values"].shape == (2, 1, 8, 8)
@@ -116,11 +192,18 @@ def test_a_gray_image_serves_a_model_of_colours(images, tmp_path):
     assert torch.equal(pixels[:, 0], pixels[:, 2])
 
 
+def test_colours_are_turned_gray_for_a_model_of_grays(images):
+    """A record is the same for every model, so that its split and its ledger are."""
+    red = np.zeros((8, 8, 3), np.uint8)
+    red[..., 0] = 200
+    gray = np.full((8, 8, 1), 60, np.uint8)  # 0.299 of 200
+    assert torch.equal(*encoded(images, red, gray)["pixel_values"])
+
+
 BROKEN_IMAGES = {
     "a text": "goal",
     "float pixels": np.zeros((8, 8, 1), np.float32),
     "two channels": np.zeros((8, 8, 2), np.uint8),
-    "colours for a gray model": np.zeros((8, 8, 3), np.uint8),
     "a film": np.zeros((2, 8, 8, 1), np.uint8),
     "a line": np.zeros(8, np.uint8)[:, None, None, None],
     "no pixels": np.zeros((0, 8, 1), np.uint8),

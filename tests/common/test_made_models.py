@@ -16,7 +16,7 @@ RUNS = {
     "made/wav2vec2-tiny": [
         "task=audio_classification",
         "model=wav2vec2_tiny",
-        "data=csv",
+        "data=audio_folder",
         "data.path=x.csv",
         "data.labels=[low,high]",
     ],

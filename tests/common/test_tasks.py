@@ -23,7 +23,7 @@ def test_there_are_tasks_and_each_name_has_one():
     assert {name for name in TASKS if TASKS[name].CLASSES} == {n for n in TaskName if n.has_classes}
 
 
-@pytest.fixture(scope="module", params=list(TASKS), ids=lambda name: name.value)
+@pytest.fixture(scope="module", params=list(TASKS), ids=lambda name: name.name)
 def config(request, tiny_config, tmp_path_factory):
     return toy_config(request.param, tiny_config, tmp_path_factory.mktemp("toy"))
 
@@ -187,3 +187,11 @@ def test_preflight_finds_an_exact_engine_of_ours(config):
     assert verdict.engine is not None, verdict.refused
     assert verdict.engine.name.name == "single_backward", verdict.refused
     assert verdict.max_rel_error <= 1e-5
+
+
+def test_adapters_sit_on_queries_and_values_with_no_target_named(config):
+    """Models call them otherwise; nobody should have to look a name up to use the default."""
+    assert config.tuning.targets == []
+    names = Layout.of(build_model(config)).names
+    modules = {name.split(".lora_")[0].split(".")[-1] for name in names if "lora_" in name}
+    assert modules in ([{"query", "value"}, {"q_proj", "v_proj"}, {"q", "v"}, {"c_attn"}])

@@ -131,17 +131,14 @@ class Tiny:
     task: dict[str, Any] = field(default_factory=dict)
 
 
-USUAL = {"targets": [], "last_layers": 0}
-PROJECTIONS = {"targets": ["q_proj", "v_proj"]}
+EVERY_BLOCK = {"last_layers": 0}
 TINY: dict[TaskName, Tiny] = {
     TaskName.text_classification: Tiny(["sport", "money"]),
-    TaskName.image_classification: Tiny(["down", "across"], save_vit, PROJECTIONS),
-    TaskName.audio_classification: Tiny(
-        ["low", "high"], save_wav2vec2, PROJECTIONS, task={"max_seconds": 0.3}
-    ),
-    TaskName.causal_lm: Tiny(save=save_gpt2, tuning=USUAL),
+    TaskName.image_classification: Tiny(["down", "across"], save_vit),
+    TaskName.audio_classification: Tiny(["low", "high"], save_wav2vec2, task={"max_seconds": 0.3}),
+    TaskName.causal_lm: Tiny(save=save_gpt2, tuning=EVERY_BLOCK),
     TaskName.question_answering: Tiny(),
-    TaskName.seq2seq: Tiny(save=save_t5, tuning=USUAL, task={"max_target_tokens": 4}),
+    TaskName.seq2seq: Tiny(save=save_t5, tuning=EVERY_BLOCK, task={"max_target_tokens": 4}),
 }
 
 

@@ -217,3 +217,20 @@ def test_whether_a_run_is_private_follows_from_unit_and_noise(tiny_config, perso
         for change in ({"noise": NoiseSource.seeded}, {"mode": PrivacyMode.none}):
             privacy = dataclasses.replace(config.privacy, **change)
             assert not is_private(dataclasses.replace(config, privacy=privacy))
+
+
+def test_an_adapter_is_a_two_hundredth_of_the_full_model_on_the_wire(coterie):
+    """What travels each way per round and site, of the pretrained MiniLM of the main job; with
+    adapters in its top block, as by default, and in all of them.
+    """
+
+    def bytes_of(*overrides):
+        answer = coterie("plan", "privacy=none", *overrides, "--json")
+        assert answer.code == 0, answer.err
+        return answer.json["bytes_per_message"]
+
+    full = bytes_of("tuning=full")
+    assert full > 90_000_000
+    assert bytes_of("tuning=lora") <= full / 200
+    assert bytes_of("tuning=lora", "tuning.last_layers=0") <= full / 200
+    assert bytes_of("tuning=lora", "tuning.freeze_a=true") < bytes_of("tuning=lora")

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import soundfile
 from PIL import Image
 
 from common import parameters
-from common.config import TaskName
+from common.config import HeadName, TaskName
 from common.tasks import TASKS, build_model
 from server.release import load_released, write_model
 from tests.common.toy import TINY, toy_config
@@ -30,9 +31,15 @@ def report(tmp_path_factory, tiny_overrides):
     return json.loads((run / "report.json").read_text())
 
 
-@pytest.fixture(scope="module", params=BOTH, ids=lambda name: name.value)
+@pytest.fixture(
+    scope="module",
+    params=[(name, head) for name in BOTH for head in HeadName],
+    ids=lambda cell: f"{cell[0].name}-{cell[1].name}",
+)
 def config(request, tiny_config, tmp_path_factory):
-    return toy_config(request.param, tiny_config, tmp_path_factory.mktemp("toy"))
+    name, head = request.param
+    config = toy_config(name, tiny_config, tmp_path_factory.mktemp("toy"))
+    return replace(config, model=replace(config.model, head=head))
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +85,7 @@ def test_code_of_the_card_runs_as_it_stands_and_agrees_with_predict(run, config,
     card = (run / "model" / "README.md").read_text()
     assert f"pipeline_tag: {config.task.name.name.replace('_', '-')}" in card
     (block,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert ("pipeline(" in block) == (config.model.head is HeadName.native)
     script = [sys.executable, "-I", "-c", f"{block}\nprint(label)"]
     ran = subprocess.run(
         script,

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -110,6 +111,28 @@ def test_code_of_the_card_runs_as_it_stands_and_agrees_with_predict(plain, coter
     answer = coterie("predict", plain, *TEXTS, "--json")
     assert labels == [prediction["label"] for prediction in answer.json["predictions"]]
     assert set(labels) == {"sport", "money"}
+
+
+def test_code_of_the_card_of_a_native_head_is_a_pipeline(
+    compose_config, tiny_overrides, report, tmp_path, coterie
+):
+    config = compose_config(*tiny_overrides, "model.head=native")
+    model = build_model(config)
+    vector = parameters.flatten(model)
+    vector += 0.3 * np.random.default_rng(3).normal(size=vector.shape).astype(np.float32)
+    write_model(tmp_path / "model", model, vector, config, report)
+    block = block_of((tmp_path / "model" / "README.md").read_text())
+    assert 'pipeline("text-classification"' in block
+    (tmp_path / "block.json").write_text(json.dumps([block, TEXTS]))
+    script = [sys.executable, "-I", "-c", RUN_CARD, str(tmp_path / "block.json")]
+    ran = subprocess.run(
+        script, cwd=tmp_path / "model", capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    labels, ours = json.loads(ran.stdout)
+    assert [name for name in ours if name != "peft"] == []  # transformers looks for peft itself
+    answer = coterie("predict", tmp_path, *TEXTS, "--json")
+    assert labels == [prediction["label"] for prediction in answer.json["predictions"]]
 
 
 def test_released_weights_hold_no_adapter_and_no_pickle(private):

@@ -219,3 +219,45 @@ def test_page_of_a_private_run_says_what_is_protected_and_what_is_not_counted(fi
     assert "one record, added or removed" in page
     assert "Not counted:" in page
     assert "worst site" in page
+
+
+def test_page_escapes_what_a_model_writes_and_how_a_public_group_is_called(finished):
+    """A model's text is untrusted: it may have learned to write markup."""
+    content, lines = read_report(finished)
+    sample = dict.fromkeys(("prompt", "written", "reference"), HOSTILE)
+    group = {
+        "group": HOSTILE,
+        "records": 30,
+        "value": 0.5,
+        "interval": [0.1, 0.9],
+        "compared": True,
+    }
+    content["evaluation_detail"] |= {
+        "samples": [sample],
+        "groups": {
+            **{"column": HOSTILE, "metric": "accuracy", "lower_is_better": False, "fewest": 20},
+            **{"worst": HOSTILE, "best": HOSTILE, "gap": 0.1, "groups": [group]},
+        },
+    }
+    content["evaluation_detail"]["classes"][0]["class"] = HOSTILE
+    before = render_html(read_report(finished)[0], lines).count("&lt;script&gt;")
+    page = render_html(content, lines)
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") - before == 3 + 4 + 3  # texts, group, class
+
+
+def test_page_shows_every_class_and_count(finished):
+    page, (content, _) = (finished / "report.html").read_text(), read_report(finished)
+    detail = content["evaluation_detail"]
+    assert sum(map(sum, detail["confusion"])) == content["evaluation_records"]
+    for each in detail["classes"]:
+        assert f"<td>{each['class']}</td><td>{each['precision']:.4f}</td>" in page
+    for row in detail["confusion"]:
+        assert all(f">{count}</td>" in page for count in row)
+
+
+def test_page_of_a_run_that_is_older_than_detail_is_still_drawn(finished):
+    content, lines = read_report(finished)
+    del content["evaluation_detail"]
+    assert "By class" not in render_html(content, lines)
+    assert "By class" in (finished / "report.html").read_text()

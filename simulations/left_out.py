@@ -1,0 +1,134 @@
+"""Leave one site out: what a sweep over left-out sites says together, and what it costs."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common.config import Config, config_hash
+from common.durable import write_atomic
+from common.privacy.accounting import Event, epsilon_pld, number, shown
+from common.privacy.mechanism import count_event
+from common.tasks import TASKS
+from server.left_out import UNPROTECTED
+from server.plan import NOT_PRIVATE, is_private
+
+FILE = "leave_one_site_out.json"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that is over: what it was asked for, and its `report.json`."""
+
+    config: Config
+    report: dict[str, Any]
+
+
+def summary(finished: Sequence[Finished]) -> dict[str, Any] | None:
+    """What several runs that each left a site out say together; None where they are not several.
+
+    Runs that differ in more than the site stand apart in `runs`. `epsilon` is of one record in
+    everything that sites sent in all these runs, at the largest of their deltas; the metrics on
+    the left-out sites are bounded by none.
+    """
+    alike: dict[str, list[Finished]] = {}
+    for run in finished:
+        if run.config.federation.leave_out:
+            whole = replace(run.config.federation, leave_out="")
+            alike.setdefault(config_hash(replace(run.config, federation=whole)), []).append(run)
+    if max(map(len, alike.values()), default=0) < 2:  # noqa: PLR2004 - of one there is no spread
+        return None
+    return {
+        "runs": [_of_alike(runs) for runs in alike.values()],
+        "epsilon": number(_price([*alike.values()])),
+        "delta": max(run.config.privacy.delta for run in chain(*alike.values())),
+        "private": False,
+        "reason": UNPROTECTED,
+    }
+
+
+def write_summary(folder: Path, content: dict[str, Any]) -> None:
+    """Keeps a summary beside the folders of its runs, whole or not at all."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(folder / FILE, text + "\n")
+
+
+def show_summary(content: dict[str, Any], console: Console) -> None:
+    """Prints mean, spread and worst site, and what holds of all the models together."""
+    for runs in content["runs"]:
+        console.print(f"Left-out sites ({NOT_PRIVATE}), seed {runs['seed']}", highlight=False)
+        table = Table()
+        for column in ("site", "records", runs["metric"]):
+            table.add_column(column, justify="left" if column == "site" else "right")
+        for site in runs["sites"]:
+            table.add_row(site["site"], str(site["records"]), f"{site['value']:.4f}")
+        console.print(table)
+        spread = "" if runs["spread"] is None else f", standard deviation {runs['spread']:.4f}"
+        console.print(
+            f"{runs['metric']}: mean {runs['mean']:.4f}{spread} over {len(runs['sites'])} sites; "
+            f"worst {runs['worst']}",
+            highlight=False,
+        )
+    console.print(
+        "Each run trained on the records of all sites but one: against whoever sees what all these "
+        f"runs sent, one record has epsilon {shown(content['epsilon'])} (delta "
+        f"{content['delta']:g}). The numbers above were {content['reason']}.",
+        highlight=False,
+    )
+
+
+def _of_alike(runs: list[Finished]) -> dict[str, Any]:
+    task = TASKS[runs[0].config.task.name]
+    metric = next(iter(runs[0].report["evaluation_left_out"]["metrics"]))
+    sites = [
+        {
+            "site": found["site"],
+            "records": found["records"],
+            "value": found["metrics"][metric],
+            "run_id": run.report["run_id"],
+        }
+        for run in runs
+        for found in [run.report["evaluation_left_out"]]
+    ]
+    values = [site["value"] for site in sites]
+    worst = max(values) if task.LOWER_IS_BETTER else min(values)
+    return {
+        "seed": runs[0].config.seed,
+        "metric": metric,
+        "mean": round(fmean(values), 4),
+        "spread": round(stdev(values), 4) if len(values) > 1 else None,
+        "worst": sites[values.index(worst)]["site"],
+        "sites": sites,
+    }
+
+
+def _price(alike: Sequence[list[Finished]]) -> float:
+    """Epsilon of all runs together, for one record at the site that they charged most.
+
+    Between runs that are not alike records may have moved: the worst sites of each add up.
+    """
+    everything = [run for runs in alike for run in runs]
+    if not all(is_private(run.config) for run in everything):
+        return math.inf
+    events = [event for runs in alike for event in _most_charged(runs)]
+    delta = max(run.config.privacy.delta for run in everything)
+    told = max(float(run.report["privacy"]["bound"]) for run in everything)  # of lasting books
+    return max(epsilon_pld(events, delta), told)
+
+
+def _most_charged(runs: list[Finished]) -> list[Event]:
+    """What runs on the same deal charged the site that they asked most; all by one mechanism."""
+    charged: dict[str, list[Event]] = {}
+    for run in runs:
+        mechanism, count = run.report["privacy"]["mechanism"], count_event(run.config)
+        for site in run.report["sites"]:
+            steps = Event(**{**mechanism, "steps": site["steps"]})
+            charged.setdefault(site["name"], []).extend([steps, *([count] if count else [])])
+    return max(charged.values(), key=lambda events: sum(event.steps for event in events))

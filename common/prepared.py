@@ -3,6 +3,7 @@
 Which of the two depends on the configuration and the model alone, never on records.
 """
 
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,8 +25,8 @@ AT_ONCE = 240
 class PreparedRecords:
     """Rows of what `model.prepare` makes of the task's encoding of some records.
 
-    Guarantee: rows are those of the same records, to the bit, whether they are kept or not: all go
-    through the frozen prefix in batches of one shape.
+    Guarantee: rows are those of the same records, to the bit, whether they are kept or not, and
+    whoever kept them: all go through the frozen prefix in batches of one shape.
     """
 
     def __init__(
@@ -43,8 +44,17 @@ class PreparedRecords:
         """
         self._records, self._config, self._model, self._batch = records, config, model, batch
         self._task, self._processor = TASKS[config.task.name], processor
-        kept = are_kept(config, model, processor, declared)
-        self._kept = self._all() if kept and len(records) else None
+        self._shelf: Shelf | None = None
+        self._places: list[int] = []
+        if len(records) and are_kept(config, model, processor, declared):
+            keys = _keys(records)
+            self._shelf = shelf_of(
+                _what_prepares(config, model, batch),
+                keys,
+                row_bytes(config, model, processor),
+                config.engine.cache_mb * MIB,
+            )
+            self._places = self._put(keys, self._shelf)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -52,29 +62,102 @@ class PreparedRecords:
     @property
     def kept(self) -> bool:
         """Whether the rows are in memory."""
-        return self._kept is not None
+        return self._shelf is not None
 
     def rows(self, indices: NDArray[np.int64]) -> Inputs:
         """(B, ...) of the records at `indices`, in that order, on the CPU."""
-        if self._kept is None:
+        if self._shelf is None:
             return self._prepare(indices)
-        return {name: tensor[indices] for name, tensor in self._kept.items()}
+        return self._shelf.rows([self._places[index] for index in indices])
 
-    def _all(self) -> Inputs:
-        whole: Inputs = {}
+    def _put(self, keys: list[bytes], shelf: "Shelf") -> list[int]:
+        """Prepares the records that nobody did before; where each record's rows are then."""
+        new = {key: at for at, key in enumerate(keys) if key not in shelf}
+        missing = np.array([*new.values()], dtype=np.int64)
         whole_batches = -(-AT_ONCE // self._batch) * self._batch
-        for indices in runs(len(self), whole_batches):
-            for name, tensor in self._prepare(indices).items():
-                if name not in whole:
-                    whole[name] = tensor.new_empty((len(self), *tensor.shape[1:]))
-                whole[name][torch.from_numpy(indices)] = tensor
-        return whole
+        for chosen in runs(len(missing), whole_batches):
+            at = missing[chosen]
+            shelf.put([keys[index] for index in at], self._prepare(at))
+        return [shelf.place(key) for key in keys]
 
     @torch.no_grad()
     def _prepare(self, indices: NDArray[np.int64]) -> Inputs:
         records = self._records.subset(indices)
         encoded = self._task.encode(self._processor, records, self._config.task)
         return self._model.prepare(encoded, batch=self._batch)
+
+
+class Shelf:
+    """Prepared rows of one frozen model, by what they were made of, in this process's memory.
+
+    Runs of one process find there what an earlier one prepared, as the jobs of a sweep do.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[bytes, int] = {}
+        self._chunks: list[Inputs] = []
+        self._at: list[tuple[int, int]] = []
+        self.bytes = 0
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
+    def place(self, key: bytes) -> int:
+        """Where the rows of a record are. Raises: KeyError."""
+        return self._places[key]
+
+    def put(self, keys: list[bytes], rows: Inputs) -> None:
+        """Keeps the rows of some records, each there for the first time."""
+        for row, key in enumerate(keys):
+            self._places[key] = len(self._at)
+            self._at.append((len(self._chunks), row))
+        self._chunks.append(rows)
+        self.bytes += sum(map(_bytes, rows.values()))
+
+    def rows(self, places: list[int]) -> Inputs:
+        """(B, ...) of the records at some places."""
+        found = [self._at[place] for place in places]
+        names = self._chunks[0] if self._chunks else {}
+        return {name: torch.stack([self._chunks[c][name][r] for c, r in found]) for name in names}
+
+
+_SHELVES: dict[bytes, Shelf] = {}
+"""The shelves of this process, the one used last at the end."""
+
+
+def shelf_of(prepares: bytes, keys: list[bytes], row: int, most: int) -> Shelf:
+    """The shelf of what prepares rows, with room for the rows of some records.
+
+    Guarantee: what lies on shelves is no more than `most` bytes; others are given up for it, the
+    one not used for longest first. Rows that somebody holds stay where they are.
+    Args: row: bytes that one record takes.
+    """
+    shelf = _SHELVES.pop(prepares, None) or Shelf()
+    room = row * sum(key not in shelf for key in {*keys})
+    while _SHELVES and sum(each.bytes for each in _SHELVES.values()) + shelf.bytes + room > most:
+        del _SHELVES[next(iter(_SHELVES))]
+    if shelf.bytes + room > most:
+        shelf = Shelf()
+    _SHELVES[prepares] = shelf
+    return shelf
+
+
+def _keys(records: Records) -> list[bytes]:
+    """(N,) what each record's rows are found by: its content and its label."""
+    return [
+        digest.tobytes() + int(label).to_bytes(8, "big", signed=True)
+        for digest, label in zip(records.digests(), records.labels, strict=True)
+    ]
+
+
+def _what_prepares(config: Config, model: FineTuned, batch: int) -> bytes:
+    """SHA-256 of all that decides what a record's rows are: frozen weights, task, shape."""
+    whole = hashlib.sha256(repr((config.task, config.model, type(model), batch)).encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        whole.update(name.encode())
+        if not tensor.requires_grad:
+            whole.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return whole.digest()
 
 
 def are_kept(config: Config, model: FineTuned, processor: Processor, declared: int) -> bool:

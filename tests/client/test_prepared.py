@@ -12,11 +12,17 @@ from common import prepared
 from common.config import NoiseSource, PrivacyMode, TuningMethod
 from common.parameters import flatten
 from common.prepared import PreparedRecords, are_kept, row_bytes
+from common.records import Records
 from common.tasks import TASKS, build_model
 from server.evaluate import Evaluator
 from tests.common.toy import TINY, toy_config
 
 RECORDS = 40
+
+
+@pytest.fixture(autouse=True)
+def empty_shelves(monkeypatch):
+    monkeypatch.setattr(prepared, "_SHELVES", {})
 
 
 @pytest.fixture(scope="module", params=list(TINY), ids=lambda name: name.value)
@@ -160,3 +166,65 @@ def test_a_site_without_records_takes_its_steps(tiny_config):
     for cache in (0, 2048):
         config = with_engine(seeded(tiny_config), cache_mb=cache)
         assert np.isfinite(trained(config, records_of(config).subset([]))).all()
+
+
+def encoded(monkeypatch):
+    """How many records are encoded from now on, call by call."""
+    seen, subset = [], Records.subset
+
+    def counted(records, indices):
+        seen.append(len(indices))
+        return subset(records, indices)
+
+    monkeypatch.setattr(Records, "subset", counted)
+    return seen
+
+
+def test_a_second_run_prepares_nothing_that_the_first_did(config, monkeypatch):
+    """Whatever site a record is dealt to; and its rows are those of the first run."""
+    records = records_of(config)
+    first, seen = prepared_of(config, records), encoded(monkeypatch)
+    dealt = records.subset([*range(RECORDS - 1, 9, -1)])
+    seen.clear()
+    second = prepared_of(replace(config, seed=config.seed + 1), dealt)
+    assert sum(seen) == 0
+    expected, found = first.rows(np.array([39, 12])), second.rows(np.array([0, 27]))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_another_label_task_or_frozen_weight_is_prepared_anew(tiny_config, monkeypatch):
+    config = seeded(tiny_config)
+    records = records_of(config)
+    prepared_of(config, records)
+    seen = encoded(monkeypatch)
+    prepared_of(config, replace(records, labels=1 - records.labels))
+    assert sum(seen) == len(records)
+    seen.clear()
+    prepared_of(replace(config, task=replace(config.task, max_tokens=11)), records)
+    assert sum(seen) == len(records)
+    seen.clear()
+    model = build_model(config)
+    with torch.no_grad():
+        next(p for p in model.parameters() if not p.requires_grad).add_(1.0)
+    processor = TASKS[config.task.name].load_processor(config.model)
+    PreparedRecords(records, config, model, processor, declared=RECORDS, batch=16)
+    assert sum(seen) == len(records)
+
+
+def test_shelves_hold_no_more_than_they_may():
+    def filled_shelf(name, keys):
+        shelf = prepared.shelf_of(name, keys, row=40, most=400)
+        shelf.put([key for key in keys if key not in shelf], {"x": torch.zeros(len(keys), 10)})
+        return shelf
+
+    first = filled_shelf(b"a", [b"1", b"2", b"3"])
+    second = filled_shelf(b"b", [b"1", b"2", b"3", b"4"])
+    assert prepared.shelf_of(b"a", [b"1", b"2", b"3"], row=40, most=400) is first
+    filled_shelf(b"c", [b"1", b"2", b"3", b"4"])
+    assert [*prepared._SHELVES] == [b"a", b"c"]  # b had not been used for longest
+    assert second.rows([0, 3])["x"].shape == (2, 10)  # who holds it still reads it
+    assert (
+        prepared.shelf_of(b"a", [str(n).encode() for n in range(20, 29)], row=40, most=400)
+        is not first
+    )
+    assert sum(shelf.bytes for shelf in prepared._SHELVES.values()) <= 400

@@ -7,17 +7,19 @@ that looked across would let one person's presence change what is done with anot
 
 import hashlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import FOLDERS, DataConfig, DataSource
+from common.config import FOLDERS, DataConfig, DataSource, EmptyTexts
 from common.errors import ConfigError
 from common.folders import labelled_files
 from common.hub import is_local, open_split
+from common.labels import labels_of
 from common.media import Reader
 from common.records import Content, Records
 from common.tables import Column, names_of, read_table, texts_of
@@ -34,6 +36,17 @@ class Splits:
     """Records dropped because their text stood there before, or stands among the public ones;
     with `data.test_path`, also those whose person stands there.
     """
+    empty: int = 0
+    """Rows left out because a text of theirs is empty."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What was read of one place."""
+
+    records: Records
+    empty: int = 0
+    """Rows left out because a text of theirs is empty."""
 
 
 def load_splits(
@@ -53,14 +66,15 @@ def load_splits(
     group_column = config.group_column
     if config.test_path:  # that file alone names groups
         config = replace(config, group_column="")
-    rows = _read(config, made, read)
-    records, total = _deduplicate(rows), len(rows)
+    table = _read(config, made, read)
+    records, total, empty = _deduplicate(table.records), len(table.records), table.empty
     place = _places(records, config.split_seed)
     holdout_end = config.holdout_fraction
     validation_end = holdout_end + config.validation_fraction
     if config.test_path or config.test_split:
         test = _read_public(replace(config, group_column=group_column), read)
-        holdout, total = _deduplicate(test), total + len(test)
+        holdout, total = _deduplicate(test.records), total + len(test.records)
+        empty += test.empty
         validation_end, holdout_end = config.validation_fraction, 0.0
     else:
         holdout = records.subset(np.flatnonzero(place < holdout_end))
@@ -69,7 +83,7 @@ def load_splits(
     private = replace(records, groups=None)  # what names a group is public, or is dropped here
     train = _apart(private.subset(np.flatnonzero(place >= validation_end)), holdout, validation)
     kept = len(train) + len(validation) + len(holdout)
-    return Splits(train, validation, holdout, duplicates=total - kept)
+    return Splits(train, validation, holdout, duplicates=total - kept, empty=empty)
 
 
 def check_files(config: DataConfig) -> None:
@@ -115,21 +129,19 @@ def _apart(records: Records, *public: Records) -> Records:
     return records.subset(np.flatnonzero(apart))
 
 
-def _read(
-    config: DataConfig, made: Callable[[int], Records] | None, read: Reader | None
-) -> Records:
+def _read(config: DataConfig, made: Callable[[int], Records] | None, read: Reader | None) -> _Table:
     if config.source is DataSource.toy:
         if made is None:
             raise ConfigError("data=toy: only a task's own examples are meant")
-        return made(config.toy_records)
+        return _Table(made(config.toy_records))
     if config.source is DataSource.bbc_news:
-        return _read_bbc_news(config)
+        return _Table(_read_bbc_news(config))
     if config.source is DataSource.digits:
-        return _read_digits(config)
+        return _Table(_read_digits(config))
     return _read_own(config, config.path, config.split, "data.path", read)
 
 
-def _read_public(config: DataConfig, read: Reader | None) -> Records:
+def _read_public(config: DataConfig, read: Reader | None) -> _Table:
     """The hold-out: of a place of its own, or a split of the same data set."""
     if config.test_split:
         return _read_own(config, config.path, config.test_split, "data.path", read)
@@ -171,19 +183,19 @@ def _read_digits(config: DataConfig) -> Records:
     return Records(tuple(images[n] for n in kept), np.array(labels, dtype=np.int64))
 
 
-def _read_own(config: DataConfig, path: str, split: str, name: str, read: Reader | None) -> Records:
+def _read_own(config: DataConfig, path: str, split: str, name: str, read: Reader | None) -> _Table:
     """The user's own records. Raises: ConfigError naming the file or row that is not as it must
     be.
     """
     if config.source in FOLDERS:
-        return _read_folder(config, path, name, read)
+        return _Table(_read_folder(config, path, name, read))
     if config.source is DataSource.hub:
         return _read_hub(config, path, split, name, read)
     where, texts, facts = f"{name}={path}", _text_columns(config), _fact_columns(config)
-    columns = read_table(config.source, path, name, {**texts, **facts})
+    columns = read_table(config.source, path, name, {**texts, **facts}, config.dialect)
     asked = [*zip(texts.values(), columns, strict=False)]
     rest = dict(zip(facts, columns[len(texts) :], strict=True))
-    return _records(config, where, _texts(config, asked, where), rest)
+    return _of_texts(config, where, asked, rest)
 
 
 def _read_folder(config: DataConfig, path: str, name: str, read: Reader | None) -> Records:
@@ -194,19 +206,17 @@ def _read_folder(config: DataConfig, path: str, name: str, read: Reader | None) 
     return Records(tuple(read(file.path, file.where) for file in files), labels)
 
 
-def _read_hub(config: DataConfig, path: str, split: str, name: str, read: Reader | None) -> Records:
+def _read_hub(config: DataConfig, path: str, split: str, name: str, read: Reader | None) -> _Table:
     """One split of a data set. Raises: ConfigError naming the row."""
     table = open_split(config, path, split, name)
     if config.labels:
         table.check_labels(config)
     facts = {each: table.column(each, at) for each, at in _fact_columns(config).items()}
-    contents: tuple[Content, ...]
     if read is None:
         columns = [(at, table.column(each, at)) for each, at in _text_columns(config).items()]
-        contents = _texts(config, columns, table.where)
-    else:
-        contents = tuple(table.contents(table.media_column(config.media_column), read))
-    return _records(config, table.where, contents, facts)
+        return _of_texts(config, table.where, columns, facts)
+    contents = tuple(table.contents(table.media_column(config.media_column), read))
+    return _Table(_records(config, table.where, contents, facts))
 
 
 def _text_columns(config: DataConfig) -> dict[str, str]:
@@ -226,34 +236,52 @@ def _fact_columns(config: DataConfig) -> dict[str, str]:
     return {setting: column for setting, column in named.items() if column}
 
 
-def _texts(
-    config: DataConfig, columns: list[tuple[str, Column]], where: str
-) -> tuple[Content, ...]:
-    """One text a record, or several."""
+def _of_texts(
+    config: DataConfig, where: str, columns: list[tuple[str, Column]], facts: dict[str, Column]
+) -> _Table:
+    """Records of one text each, or of several; a row without one is left out or refused.
+
+    Raises: ConfigError naming the row.
+    """
     texts = [texts_of(column, name, where) for name, column in columns]
-    return tuple(zip(*texts, strict=True)) if config.columns else tuple(texts[0])
+    rows = [row for row, each in enumerate(zip(*texts, strict=True), start=1) if all(each)]
+    empty = len(texts[0]) - len(rows)
+    if empty and config.empty is EmptyTexts.refuse:
+        row = next(row for row, each in enumerate(zip(*texts, strict=True), start=1) if "" in each)
+        name = next(
+            name for (name, _), each in zip(columns, texts, strict=True) if not each[row - 1]
+        )
+        raise ConfigError(f"{where}: row {row} has an empty {name}; data.empty=skip leaves it out")
+    kept = [_at(rows, each) for each in texts]
+    contents = tuple(zip(*kept, strict=True)) if config.columns else tuple(kept[0])
+    facts = {setting: _at(rows, column) for setting, column in facts.items()}
+    return _Table(_records(config, where, contents, facts, rows), empty)
+
+
+def _at(rows: Sequence[int], column: Column) -> list[Any]:
+    """What stands in some rows, by their numbers."""
+    return [column[row - 1] for row in rows]
 
 
 def _records(
-    config: DataConfig, where: str, contents: tuple[Content, ...], facts: dict[str, Column]
+    config: DataConfig,
+    where: str,
+    contents: tuple[Content, ...],
+    facts: dict[str, Column],
+    rows: Sequence[int] = (),
 ) -> Records:
+    """Args: rows: the number of each content's row, for messages; empty: all rows, from 1 up."""
+    rows = rows or range(1, len(contents) + 1)
     labels = facts.get("data.label_column")
     return Records(
         contents,
-        np.zeros(len(contents), np.int64) if labels is None else _labels(labels, config, where),
-        _ids(facts.get("data.person_column"), config.person_column, where),
-        _ids(facts.get("data.site_column"), config.site_column, where),
+        np.zeros(len(contents), np.int64)
+        if labels is None
+        else labels_of(labels, config.labels, where, rows),
+        _ids(facts.get("data.person_column"), config.person_column, where, rows),
+        _ids(facts.get("data.site_column"), config.site_column, where, rows),
         _groups(facts.get("data.group_column")),
     )
-
-
-def _labels(column: Column, config: DataConfig, where: str) -> NDArray[np.int64]:
-    index: dict[str | None, int] = {label: at for at, label in enumerate(config.labels)}
-    labels = [index.get(name) for name in names_of(column)]
-    if None in labels:
-        row = labels.index(None) + 1
-        raise ConfigError(f"{where}: row {row} has a label that is not one of data.labels")
-    return np.array(labels, dtype=np.int64)
 
 
 def _groups(column: Column | None) -> tuple[str, ...] | None:
@@ -263,11 +291,13 @@ def _groups(column: Column | None) -> tuple[str, ...] | None:
     return tuple(" ".join((each or "").split()) for each in names_of(column))
 
 
-def _ids(column: Column | None, name: str, where: str) -> tuple[str, ...] | None:
+def _ids(
+    column: Column | None, name: str, where: str, rows: Sequence[int]
+) -> tuple[str, ...] | None:
     """The ids in a column; no message repeats one. Raises: ConfigError if one is empty."""
     if column is None:
         return None
     ids = tuple((each or "").strip() for each in names_of(column))
     if "" in ids:
-        raise ConfigError(f"{where}: row {ids.index('') + 1} has an empty {name}")
+        raise ConfigError(f"{where}: row {rows[ids.index('')]} has an empty {name}")
     return ids

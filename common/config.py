@@ -258,6 +258,12 @@ class TuningConfig:
     """
     head_learning_rate: float = MISSING
     """Step size of the classification head, in units of parameter per clipped gradient."""
+    head_noise: float = 0.0
+    """Standard deviation of the noise that a weight of a `mean` head should gather over the run, in
+    units of parameter: where many records leave less, its step size is raised, at most fourfold.
+    0: never."""
+    raised: bool = False
+    """Set by the plan that has raised it, from declared constants alone."""
     adapter_learning_rate: float = 0.0
     """Step size of what is trained below the head: adapters, biases or blocks."""
 
@@ -795,6 +801,7 @@ _RULES: dict[str, _Rule] = {
     "engine.threads": ("0 or more", lambda value: bool(value >= 0)),
     "engine.physical_batch": _COUNT,
     "tuning.head_learning_rate": _POSITIVE,
+    "tuning.head_noise": ("a finite number, 0 or more", lambda value: 0 <= value < math.inf),
     "data.labels": ("two or more different class names, in order", _distinct_names),
     "data.toy_records": _COUNT,
     "data.encoding": ("an encoding that Python knows, or empty", is_encoding),

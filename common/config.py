@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from common.canonical import canonical_json, digest
+from common.dialect import Dialect, Separator, is_encoding
 from common.errors import ConfigError
 
 MAX_SPARES = 1000
@@ -100,6 +101,13 @@ FILES = frozenset({DataSource.csv, DataSource.jsonl, DataSource.parquet})
 """Sources that are a file of the user's own, at `data.path`."""
 FOLDERS = frozenset({DataSource.image_folder, DataSource.audio_folder})
 """Sources that are a folder of the user's own, at `data.path`, with one for each label in it."""
+
+
+class EmptyTexts(Enum):
+    """What becomes of a row without a text."""
+
+    skip = "skip"
+    refuse = "refuse"
 
 
 class Partition(Enum):
@@ -192,6 +200,15 @@ class DataConfig:
     """Class names, in order. From the config and never from private data. May be left out where
     the task knows no classes.
     """
+    empty: EmptyTexts = EmptyTexts.skip
+    """What becomes of a row that has nothing, or only blanks, in a column of texts: `skip` leaves
+    it out whatever else stands in it, and a simulation says how many there were; `refuse` stops
+    there and names the row."""
+    encoding: str = ""
+    """How a csv file spells its characters, by Python's name: latin-2, cp1251. Empty: UTF-16 where
+    its first bytes say so, else UTF-8, where each byte that is not is read as Windows-1252."""
+    separator: Separator = Separator.comma
+    """What stands between two columns of a csv file: `comma`, `semicolon`, `tab` or `pipe`."""
     site_column: str = ""
     """Column that says whose a record is, for `federation.partition=natural`. Empty: none does."""
     group_column: str = ""
@@ -210,6 +227,11 @@ class DataConfig:
     """Training records of all sites together, public by declaration. None: a simulation counts."""
     records_counted: bool = False
     """Set by a simulation that counted: then the number is not one by declaration."""
+
+    @property
+    def dialect(self) -> Dialect:
+        """How a csv file is spelled."""
+        return Dialect(self.encoding, self.separator)
 
 
 @dataclass(frozen=True)
@@ -236,6 +258,12 @@ class TuningConfig:
     """
     head_learning_rate: float = MISSING
     """Step size of the classification head, in units of parameter per clipped gradient."""
+    head_noise: float = 0.0
+    """Standard deviation of the noise that a weight of a `mean` head should gather over the run, in
+    units of parameter: where many records leave less, its step size is raised, at most fourfold.
+    0: never."""
+    raised: bool = False
+    """Set by the plan that has raised it, from declared constants alone."""
     adapter_learning_rate: float = 0.0
     """Step size of what is trained below the head: adapters, biases or blocks."""
 
@@ -652,6 +680,8 @@ def _broken_of_sources(config: Config) -> Iterator[str]:
     data = config.data
     if data.source in FOLDERS and any(map(_is_no_folder, data.labels)):
         yield f"data.labels={data.labels}: must be names of folders, with no / and no dot in front"
+    if data.source is not DataSource.csv and data.dialect != Dialect():
+        yield f"data.encoding, data.separator: must be left out with data={data.source.name}"
     if data.source is not DataSource.hub:
         given = {n: getattr(data, n) for n in ("subset", "test_split", "revision", "media_column")}
         for name in (name for name, value in given.items() if value):
@@ -775,8 +805,10 @@ _RULES: dict[str, _Rule] = {
     "engine.physical_batch": _COUNT,
     "engine.cache_mb": ("0 or more", lambda value: bool(value >= 0)),
     "tuning.head_learning_rate": _POSITIVE,
+    "tuning.head_noise": ("a finite number, 0 or more", lambda value: 0 <= value < math.inf),
     "data.labels": ("two or more different class names, in order", _distinct_names),
     "data.toy_records": _COUNT,
+    "data.encoding": ("an encoding that Python knows, or empty", is_encoding),
     "data.holdout_fraction": _PUBLIC_SHARE,
     "data.validation_fraction": _PUBLIC_SHARE,
     "data.declared_records": (

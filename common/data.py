@@ -19,10 +19,10 @@ from common.digests import Digests, among, firsts_of, gathered
 from common.errors import ConfigError
 from common.folders import labelled_files
 from common.hub import is_local, open_split
-from common.intake import fact_columns, read_file, records_of, text_columns
+from common.intake import fact_columns, read_file, records_of, rows_with_texts, text_columns
 from common.media import Reader
 from common.progress import Told, telling, untold
-from common.records import Content, Records
+from common.records import Records
 from common.tables import texts_of
 
 
@@ -37,6 +37,8 @@ class Splits:
     """Records dropped because their text stood there before, or stands among the public ones;
     with `data.test_path`, also those whose person stands there.
     """
+    empty: int = 0
+    """Rows left out because a text of theirs is empty."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class _Keyed:
     records: Records
     keys: Digests
     """(N, 32) digests of their contents."""
+    empty: int = 0
+    """Rows left out because a text of theirs is empty."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -77,14 +81,14 @@ def load_splits(
     if config.test_path:  # that file alone names groups
         config = replace(config, group_column="")
     records = _read(config, made, read, told)
-    total = len(records)
+    total, empty = len(records), records.empty
     records = _deduplicate(records)
     place = _places(records.records, config.split_seed, told)
     holdout_end = config.holdout_fraction
     validation_end = holdout_end + config.validation_fraction
     if config.test_path or config.test_split:
         test = _read_public(replace(config, group_column=group_column), read, told)
-        holdout, total = _deduplicate(test), total + len(test)
+        holdout, total, empty = _deduplicate(test), total + len(test), empty + test.empty
         validation_end, holdout_end = config.validation_fraction, 0.0
     else:
         holdout = records.where(place < holdout_end)
@@ -93,7 +97,9 @@ def load_splits(
     private = _Keyed(replace(records.records, groups=None), records.keys)
     train = _apart(private.where(place >= validation_end), holdout, validation)
     kept = len(train) + len(validation) + len(holdout)
-    return Splits(train.records, validation.records, holdout.records, duplicates=total - kept)
+    return Splits(
+        train.records, validation.records, holdout.records, duplicates=total - kept, empty=empty
+    )
 
 
 def check_files(config: DataConfig) -> None:
@@ -215,7 +221,8 @@ def _read_own(
     if config.source in FOLDERS:
         return _keyed(_read_folder(config, path, name, read), told)
     if config.source is DataSource.hub:
-        return _keyed(_read_hub(config, path, split, name, read), told)
+        records, empty = _read_hub(config, path, split, name, read)
+        return _Keyed(records, records.digests(told), empty)
     return _Keyed(*read_file(config, path, name, told))
 
 
@@ -227,17 +234,31 @@ def _read_folder(config: DataConfig, path: str, name: str, read: Reader | None) 
     return Records(tuple(read(file.path, file.where) for file in files), labels)
 
 
-def _read_hub(config: DataConfig, path: str, split: str, name: str, read: Reader | None) -> Records:
-    """One split of a data set. Raises: ConfigError naming the row."""
+def _read_hub(
+    config: DataConfig, path: str, split: str, name: str, read: Reader | None
+) -> tuple[Records, int]:
+    """One split of a data set, and how many rows have no text.
+
+    Raises: ConfigError naming the row that is not as it must be.
+    """
     table = open_split(config, path, split, name)
     if config.labels:
         table.check_labels(config)
     facts = {each: table.column(each, at) for each, at in fact_columns(config).items()}
-    contents: tuple[Content, ...]
-    if read is None:
-        columns = text_columns(config).items()
-        texts = [texts_of(table.column(each, at), at, table.where) for each, at in columns]
-        contents = tuple(zip(*texts, strict=True)) if config.columns else tuple(texts[0])
-    else:
+    if read is not None:
         contents = tuple(table.contents(table.media_column(config.media_column), read))
-    return records_of(config, table.where, contents, facts)
+        numbers = range(1, len(contents) + 1)
+        return records_of(config, table.where, contents, facts, numbers), 0
+    columns = text_columns(config).items()
+    texts = {at: texts_of(table.column(each, at), at, table.where) for each, at in columns}
+    rows = rows_with_texts(config, texts, table.where)
+    kept = [[column[row] for row in rows] for column in texts.values()]
+    facts = {each: [column[row] for row in rows] for each, column in facts.items()}
+    records = records_of(
+        config,
+        table.where,
+        tuple(zip(*kept, strict=True)) if config.columns else tuple(kept[0]),
+        facts,
+        [row + 1 for row in rows],
+    )
+    return records, len(next(iter(texts.values()))) - len(rows)

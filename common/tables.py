@@ -9,7 +9,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -20,56 +20,63 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from common.config import DataSource
+from common.dialect import Dialect, separator_of
 from common.errors import ConfigError
 from common.progress import Told, untold
 
 Column = Sequence[Any]
 """(n,) values of one column of a batch, as they stand in the file."""
 
+PLAIN = Dialect()
 BATCH_ROWS = 1024
 """Rows that are in memory at a time."""
 
 _Batch = tuple[Mapping[str, Column], float]
 """Columns by name, all of the table or at least those asked for; the share of the file so far."""
-_Reader = Callable[[Path, str, list[str]], Iterator[_Batch]]
+_Reader = Callable[[Path, str, list[str], Dialect], Iterator[_Batch]]
 
 
 def read_batches(
-    source: DataSource, path: str, name: str, columns: dict[str, str], told: Told = untold
+    source: DataSource,
+    path: str,
+    name: str,
+    columns: dict[str, str],
+    told: Told = untold,
+    *,
+    dialect: Dialect = PLAIN,
 ) -> Iterator[list[Column]]:
     """The columns asked for, in that order, a batch of rows at a time; one batch at least.
 
     Args: name: the setting that gave the path; columns: column names by the settings that gave
-    them, for messages; told: hears how far the file is read.
+    them, for messages; told: hears how far the file is read; dialect: how a CSV file is spelled.
     Raises: ConfigError if the file is not of that kind, or a column is not there; rows before the
     fault were yielded by then.
     """
     asked = [*columns.values()]
-    for found, share in _READERS[source](Path(path).expanduser(), f"{name}={path}", asked):
+    place, where = Path(path).expanduser(), f"{name}={path}"
+    for found, share in _READERS[source](place, where, asked, dialect):
         for setting, column in columns.items():
             if column not in found:
                 # Not by name: in a file without a header the "names" are its first record.
                 raise ConfigError(
                     f"{setting}={column}: no such column among the {len(found)} of {path}; "
-                    f"{_WHERE_NAMES_STAND[source]}"
+                    f"{_parted_otherwise(found, column) or _WHERE_NAMES_STAND[source]}"
                 )
         told(f"reading {name}", share)
         yield [found[column] for column in asked]
 
 
 def texts_of(column: Column, setting: str, where: str, *, first: int = 1) -> list[str]:
-    """A column of texts, without surplus white space.
+    """A column of texts, without surplus white space; empty where nothing stands.
 
     Args: first: the number of its first row, from 1.
-    Raises: ConfigError naming the row that is no text, or an empty one.
+    Raises: ConfigError naming the row that is no text.
     """
     texts = []
     for row, value in enumerate(column, start=first):
-        if not isinstance(value, str):
+        if value is not None and not isinstance(value, str):
             raise ConfigError(f"{where}: row {row} has no text in {setting}; it must be a string")
-        text = " ".join(value.split())
-        if not text:
-            raise ConfigError(f"{where}: row {row} has an empty {setting}")
+        text = " ".join((value or "").split())
         if not text.isascii() and not _is_unicode(text):
             raise ConfigError(
                 f"{where}: row {row} has half a character in {setting}, an escape \\ud800 to "
@@ -99,7 +106,14 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _read_csv(path: Path, where: str, asked: list[str]) -> Iterator[_Batch]:
+def _parted_otherwise(found: Collection[str], column: str) -> str:
+    """The remedy where the first line has the name, between other separators."""
+    only = next(iter(found)) if len(found) == 1 else ""
+    separator = separator_of(only, column)
+    return f"give data.separator={separator.name}" if separator else ""
+
+
+def _read_csv(path: Path, where: str, asked: list[str], dialect: Dialect) -> Iterator[_Batch]:
     """All columns: told of some only, pandas passes over rows that have too many fields."""
     packed = _PACKED.get(path.suffix)
     try:
@@ -111,6 +125,7 @@ def _read_csv(path: Path, where: str, asked: list[str]) -> Iterator[_Batch]:
                     keep_default_na=False,
                     chunksize=BATCH_ROWS,
                     compression=packed,
+                    **dialect.arguments(path),
                 )
             )
             for table in chunks:
@@ -122,12 +137,17 @@ def _read_csv(path: Path, where: str, asked: list[str]) -> Iterator[_Batch]:
                     )
                 read = {name: table[name].tolist() for name in table.columns if name in asked}
                 yield {**dict.fromkeys(table.columns, ()), **read}, _share(file)
+    except UnicodeError as error:  # its text tells the byte
+        raise ConfigError(
+            f"{where}: its characters are not spelled as {dialect.encoding or 'utf-16'}; "
+            "give the file's own data.encoding"
+        ) from error
     except (OSError, EOFError, zlib.error, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"{where}: not a readable CSV file ({reason})") from error
 
 
-def _read_jsonl(path: Path, where: str, asked: list[str]) -> Iterator[_Batch]:
+def _read_jsonl(path: Path, where: str, asked: list[str], _dialect: Dialect) -> Iterator[_Batch]:
     names: set[str] = set()
     try:
         with path.open("rb") as file:
@@ -170,7 +190,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
     return fields
 
 
-def _read_parquet(path: Path, where: str, asked: list[str]) -> Iterator[_Batch]:
+def _read_parquet(path: Path, where: str, asked: list[str], _dialect: Dialect) -> Iterator[_Batch]:
     try:
         with parquet.ParquetFile(path) as file:
             names, total, done = file.schema_arrow.names, file.metadata.num_rows, 0

@@ -37,6 +37,7 @@ from common.privacy.accounting import (
 )
 from common.privacy.mechanism import count_event, round_event, run_events
 from common.tasks import TASKS, build_model
+from server.rates import with_raised_rate
 
 RELATION = "add_or_remove_one"
 BYTES_PER_PARAMETER = 4
@@ -99,10 +100,10 @@ def make_plan(config: Config) -> RunPlan:
     privacy, rounds = config.privacy, config.charged_rounds
     declared, sites = config.data.declared_records, config.federation.sites
     if privacy.mode is PrivacyMode.none:
-        return RunPlan(config, (math.inf,) * rounds, math.inf)
+        return RunPlan(_as_if_private(config), (math.inf,) * rounds, math.inf)
     if declared is not None:
         check_delta(privacy.delta, math.ceil(declared / sites), "a site")
-    resolved = _with_sigma(config)
+    resolved = with_raised_rate(_with_sigma(config))
     whole = run_events(resolved)
     _check_bound(resolved, whole)
     if not is_private(config):  # whoever knows the seed can subtract the noise
@@ -282,6 +283,13 @@ def _price(run_plan: RunPlan) -> str:
     if run_plan.epsilon > spent[rounds - 1]:
         steps += f", {shown(run_plan.epsilon)} at most"
     return f"epsilon {steps} (delta {privacy.delta:g}, one {privacy.unit} added or removed)"
+
+
+def _as_if_private(config: Config) -> Config:
+    """The baseline takes the steps that the private run would take."""
+    if not config.tuning.head_noise or config.data.declared_records is None:
+        return config
+    return replace(config, tuning=with_raised_rate(_with_sigma(config)).tuning)
 
 
 def _with_sigma(config: Config) -> Config:

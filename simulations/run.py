@@ -110,7 +110,7 @@ def run_simulation(config: Config, console: Console) -> Path:
     console.print(
         f"{len(splits.train)} private training records{_of_persons(config, splits.train)}; public: "
         f"{len(splits.validation)} validation, {len(splits.holdout)} hold-out; {splits.duplicates} "
-        f"repeated {'texts' if read is None else 'files'} dropped",
+        f"repeated {'texts' if read is None else 'files'} dropped{_left_out(splits)}",
         highlight=False,
     )
     sites = deal(splits.train, config.federation, seed=config.seed)
@@ -169,6 +169,11 @@ def _resolve(config: Config, splits: Splits, sites: list[Records]) -> Config:
         config.data, declared_records=declared or counted, records_counted=declared is None
     )
     return replace(config, data=known)
+
+
+def _left_out(splits: Splits) -> str:
+    """How many rows had no text; their number is private, and only a simulation tells it."""
+    return f", {splits.empty} without a text left out" if splits.empty else ""
 
 
 def _of_persons(config: Config, records: Records) -> str:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from client.commitment import commit_to
 from client.persons import capped
 from common import tables
-from common.config import DataConfig, DataSource
+from common.config import DataConfig, DataSource, EmptyTexts
 from common.data import load_splits
 from common.errors import ConfigError
 from common.spool import Spooled
@@ -150,10 +150,12 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_far_down_is_named_by_its_row(fault, form, tmp_path):
     row, message = FAULTS[fault]
-    rows = [(f"t{n}", "no", "p") for n in range(70_000)]
-    path = write(tmp_path / f"r.{form}", [*rows, row, *rows[:9]])
+    empty = EmptyTexts.refuse if fault == "empty text" else EmptyTexts.skip
+    left_out = ("", "no", "") if empty is EmptyTexts.skip else ("t0", "no", "p")
+    rows = [left_out, *((f"t{n}", "no", "p") for n in range(1, 70_000))]
+    path = write(tmp_path / f"r.{form}", [*rows, row, *rows[1:9]])
     with pytest.raises(ConfigError) as refused:
-        load_splits(config_of(path, person_column="who"))
+        load_splits(config_of(path, person_column="who", empty=empty))
     assert message in str(refused.value)
     assert SECRET not in str(refused.value)
 

@@ -14,7 +14,7 @@ from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Image, V
 from PIL import Image as Picture
 from pyarrow import parquet
 
-from common.config import DataConfig, DataSource, TaskName
+from common.config import DataConfig, DataSource, EmptyTexts, TaskName
 from common.data import check_files, load_splits
 from common.errors import ConfigError
 from common.hub import HubTable
@@ -281,9 +281,12 @@ FAULTS = {
         {"labels": ["yes", "maybe"]},
         "row 1 has a label that is not one of data.labels",
     ),
-    "no label": (saved(changed(4, label=None)), {}, "row 5 has a label that is not one of"),
-    "a text is null": (saved(changed(4, text=None)), {}, "row 5 has no text in text"),
-    "a text is empty": (saved(changed(4, text=" ")), {}, "row 5 has an empty text"),
+    "no label": (saved(changed(4, label=None)), {}, "row 5 has no label"),
+    "a text is null": (
+        saved(changed(4, text=None)),
+        {"empty": EmptyTexts.refuse},
+        "row 5 has an empty text",
+    ),
     "a text is a number": (
         saved([{**row, "text": n} for n, row in enumerate(ROWS)], NO_TEXT),
         {},

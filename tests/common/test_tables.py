@@ -3,11 +3,12 @@
 import csv
 import gzip
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
-from common.config import DataConfig, DataSource
+from common.config import DataConfig, DataSource, EmptyTexts
 from common.data import load_splits
 from common.errors import ConfigError
 
@@ -136,10 +137,8 @@ FAULTS = {
     ),
     "jsonl: empty": (broken("r.jsonl", b""), "data.text_column=text: no such column among the 0"),
     "jsonl: text is a number": (table("jsonl", replaced(4, text=3)), "row 5 has no text in text"),
-    "jsonl: text is null": (table("jsonl", replaced(4, text=None)), "row 5 has no text in text"),
     "jsonl: text is a list": (table("jsonl", replaced(4, text=["a"])), "row 5 has no text"),
-    "jsonl: text is empty": (table("jsonl", replaced(4, text=" \n")), "row 5 has an empty text"),
-    "jsonl: label is null": (table("jsonl", replaced(4, label=None)), "row 5 has a label that is"),
+    "jsonl: label is null": (table("jsonl", replaced(4, label=None)), "row 5 has no label"),
     "jsonl: label is true": (table("jsonl", replaced(4, label=True)), "row 5 has a label that is"),
     "jsonl: unknown label": (table("jsonl", replaced(4, label=SECRET)), "row 5 has a label that"),
     "jsonl: person is null": (table("jsonl", replaced(4, who=None)), "row 5 has an empty who"),
@@ -147,7 +146,6 @@ FAULTS = {
     "parquet: text": (broken("r.parquet", b"text,label\na,b\n"), "not a readable Parquet file"),
     "parquet: empty": (broken("r.parquet", b""), "not a readable Parquet file"),
     "parquet: cut off": (broken("r.parquet", b"PAR1" + b"\0" * 90), "not a readable Parquet file"),
-    "parquet: text is null": (table("parquet", replaced(4, text=None)), "row 5 has no text"),
     "parquet: other columns": (
         table("parquet", [{"body": "a", "label": "no", "who": "p"}]),
         "data.text_column=text: no such column among the 3",
@@ -158,7 +156,7 @@ FAULTS = {
         "data.text_column=text: no such column among the 3",
     ),
     "csv: empty": (broken("r.csv", b""), "not a readable CSV file"),
-    "csv: text is empty": (table("csv", replaced(4, text="")), "row 5 has an empty text"),
+    "parquet: label is null": (table("parquet", replaced(4, label=None)), "row 5 has no label"),
     "csv: unknown label": (table("csv", replaced(4, label=SECRET)), "row 5 has a label that is"),
     "csv: too many fields": (
         broken("r.csv", b"text,label,who\na,no,p\na,b,no,p,x\n"),
@@ -169,6 +167,62 @@ FAULTS = {
 
 def test_there_are_enough_kinds_of_broken_files():
     assert len(FAULTS) >= 25
+
+
+EMPTY = {
+    "csv: nothing": ("csv", ""),
+    "csv: blanks": ("csv", " \t \n"),
+    "jsonl: nothing": ("jsonl", ""),
+    "jsonl: null": ("jsonl", None),
+    "parquet: blanks": ("parquet", "  "),
+    "parquet: null": ("parquet", None),
+}
+
+
+@pytest.mark.parametrize("gap", EMPTY)
+def test_a_row_without_a_text_is_left_out_and_counted_whatever_else_it_holds(gap, tmp_path):
+    """Also where its label and person are missing; rows after it keep their numbers."""
+    form, nothing = EMPTY[gap]
+    rows = replaced(4, text=nothing, label="" if form == "csv" else None, who="")
+    splits = load_splits(config_of(write(tmp_path, form, rows), person_column="who"))
+    assert splits.empty == 1
+    assert len(splits.train) + len(splits.validation) + len(splits.holdout) == len(ROWS) - 1
+    whole = load_splits(config_of(write(tmp_path, form, ROWS), person_column="who"))
+    for part in ("train", "validation", "holdout"):  # and nothing else is moved
+        had, has = getattr(whole, part).contents, getattr(splits, part).contents
+        assert [text for text in had if text != ROWS[4]["text"].replace("  ", " ")] == [*has]
+    rows[20] = {**rows[20], "label": SECRET}
+    with pytest.raises(ConfigError, match=r"row 21 has a label that is not one of data.labels$"):
+        load_splits(config_of(write(tmp_path, form, rows)))
+
+
+@pytest.mark.parametrize("gap", EMPTY)
+def test_a_row_without_a_text_is_refused_by_its_number_where_that_is_asked(gap, tmp_path):
+    form, nothing = EMPTY[gap]
+    path = write(tmp_path, form, replaced(4, text=nothing))
+    with pytest.raises(
+        ConfigError, match=r"row 5 has an empty text; data.empty=skip leaves it out"
+    ):
+        load_splits(config_of(path, empty=EmptyTexts.refuse))
+
+
+def test_a_record_of_several_texts_is_left_out_if_one_is_empty(tmp_path):
+    path = write(tmp_path, "csv", replaced(4, who=" "))
+    config = config_of(path, columns=["text", "who"], labels=[], holdout_fraction=0.0)
+    splits = load_splits(config)
+    assert splits.empty == 1
+    assert ROWS[4]["text"] not in {text for text, _ in splits.train.contents}
+    with pytest.raises(ConfigError, match="row 5 has an empty who"):
+        load_splits(replace(config, empty=EmptyTexts.refuse))
+
+
+def test_empty_rows_of_the_hold_out_file_are_counted_too(tmp_path):
+    path, public = tmp_path / "r.csv", tmp_path / "public.csv"
+    as_csv(path, replaced(4, text=""))
+    as_csv(public, [{**row, "text": "" if n < 2 else f"public {n}"} for n, row in enumerate(ROWS)])
+    splits = load_splits(config_of(path, test_path=str(public)))
+    assert splits.empty == 3
+    assert len(splits.holdout) == len(ROWS) - 2
 
 
 @pytest.mark.parametrize("fault", FAULTS)

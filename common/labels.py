@@ -19,7 +19,7 @@ _WHOLE = re.compile(r"(-?\d+)\.0+")
 def labels_of(
     column: Sequence[Any], labels: Sequence[str], where: str, rows: Sequence[int]
 ) -> NDArray[np.int64]:
-    """(N,) index of each label: as it stands, else without regard to blanks around it and case, else
+    """(N,) index of each label: as it stands, else with blanks around it or in other case, else
     a whole number with a point as one without.
 
     Args: labels: `data.labels`; rows: (N,) number of each row, for messages.

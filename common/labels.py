@@ -19,7 +19,8 @@ _WHOLE = re.compile(r"(-?\d+)\.0+")
 def labels_of(
     column: Sequence[Any], labels: Sequence[str], where: str, rows: Sequence[int]
 ) -> NDArray[np.int64]:
-    """(N,) index of each label: as it stands, else without blanks around it, else in other case.
+    """(N,) index of each label: as it stands, else with blanks around it or in other case, else
+    a whole number with a point as one without.
 
     Args: labels: `data.labels`; rows: (N,) number of each row, for messages.
     Raises: ConfigError naming the row whose label is missing, or none of them.
@@ -36,7 +37,10 @@ def labels_of(
     found = []
     for value, row in zip(column, rows, strict=True):
         name = _name(value)
+        whole = _WHOLE.fullmatch(name.strip())
         at = exact.get(name, folded.get(_folded(name)))
+        if at is None and whole:
+            at = exact.get(whole[1])
         if at is None:
             fault = "a label that is not one of data.labels" if name.strip() else "no label"
             raise ConfigError(f"{where}: row {row} has {fault}")
@@ -45,12 +49,10 @@ def labels_of(
 
 
 def _name(value: Any) -> str:
-    """What stands there as text: nothing if it is missing, a whole number as its digits."""
+    """What stands there as text: nothing if it is missing."""
     if isinstance(value, float) and value != value:  # noqa: PLR0124 - NaN, as pandas fills gaps
         return ""
-    text = value if isinstance(value, str) else "" if value is None else str(value)
-    whole = _WHOLE.fullmatch(text.strip())
-    return whole[1] if whole else text
+    return value if isinstance(value, str) else "" if value is None else str(value)
 
 
 def _folded(name: str) -> str:

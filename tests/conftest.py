@@ -27,6 +27,9 @@ from common import cli
 from common.composition import CONF
 from common.config import Config, from_composed, register_schemas
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # tests run beside each other: threads would wait for each other
+
 settings.register_profile("coterie", derandomize=True, deadline=None)
 settings.load_profile("coterie")
 

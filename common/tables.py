@@ -122,6 +122,8 @@ def _read_csv(path: Path, where: str, asked: list[str]) -> Iterator[_Batch]:
                     )
                 read = {name: table[name].tolist() for name in table.columns if name in asked}
                 yield {**dict.fromkeys(table.columns, ()), **read}, _share(file)
+    except UnicodeDecodeError as error:  # its text tells a byte of a row
+        raise ConfigError(f"{where}: not a readable CSV file (it is no UTF-8)") from error
     except (OSError, EOFError, zlib.error, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"{where}: not a readable CSV file ({reason})") from error

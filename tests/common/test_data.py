@@ -213,7 +213,10 @@ FAULTS = {
     "label in the wrong case": (f"text,label\n{SECRET},Yes\n", r"row 1 has a label"),
     "label missing": (f"text,label\n{SECRET} a,yes\n{SECRET}\n", r"row 2 has a label"),
     "text missing": (f"label,text\nyes,{SECRET}\nno\n", r"row 2 has an empty text"),
-    "not UTF-8": (f"text,label\n{SECRET} \xff,yes\n".encode("latin-1"), r"not a readable CSV"),
+    "not UTF-8": (
+        f"text,label\n{SECRET} \xff,yes\n".encode("latin-1"),
+        r"CSV file \(it is no UTF-8\)",
+    ),
     "empty file": ("", r"not a readable CSV"),
     "too many fields": (f"text,label\n{SECRET},no\na,{SECRET},c,yes\n", r"not a readable CSV"),
     "broken quotes": (f'text,label\n"{SECRET},no\n', r"not a readable CSV"),

@@ -58,6 +58,16 @@ def test_a_used_run_folder_is_refused(coterie, tiny_overrides, tmp_path):
     assert "is not an empty folder" in answer.err
 
 
+def test_a_place_that_cannot_be_written_is_one_line(coterie, tiny_overrides, tmp_path):
+    """The system says so, and not a rule of ours: Hydra would add a line with all settings."""
+    (tmp_path / "file").write_text("kept")
+    answer = coterie("simulate", *tiny_overrides, f"run_dir={tmp_path / 'file' / 'run'}")
+    assert answer.code == 2
+    assert answer.err.count("\n") == 1
+    assert str(tmp_path / "file") in answer.err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_json_refusals_are_one_object(coterie, tiny_overrides):
     answer = coterie("simulate", *tiny_overrides, "privacy.epsilon=0", "--json")
     assert answer.code == 2

@@ -75,7 +75,7 @@ def ledger(invocation: Invocation) -> None:
         if invocation.json:
             emit_json({"sites": [{"site": name, **state} for name, state in states.items()]})
         else:
-            _show(states, Console())
+            _show(states, Console(markup=False))
 
     def export(
         ledger: LedgerArgument,
@@ -112,7 +112,7 @@ def ledger(invocation: Invocation) -> None:
         if invocation.json:
             emit_json(_verdict_object(verdict))
         else:
-            _show_verdict(verdict, file, Console())
+            _show_verdict(verdict, file, Console(markup=False))
 
     def cap(
         ledger: LedgerArgument,

@@ -29,7 +29,7 @@ def preflight(invocation: Invocation) -> None:
         if invocation.json:
             emit_json(answer)
         else:
-            show_preflight(answer, Console())
+            show_preflight(answer, Console(markup=False))
 
     run_job(job, invocation)
 

@@ -121,7 +121,7 @@ class Trainer:
         self._model.eval()
         records, count = usable(site.records, self._config.privacy), 0
         for index in range(len(records)):
-            row = self._prepare(records.subset([index]))
+            row = self._prepare(records.subset([index]), batch=1)
             count += int(self._task.correct(self._model(**read_of(row)), targets_of(row)).sum())
         return count
 
@@ -262,9 +262,9 @@ class Trainer:
         return held
 
     @torch.no_grad()
-    def _prepare(self, records: Records) -> Inputs:
+    def _prepare(self, records: Records, *, batch: int) -> Inputs:
         encoded = self._task.encode(self._processor, records, self._config.task)
-        return self._model.prepare(encoded, batch=self._config.engine.physical_batch)
+        return self._model.prepare(encoded, batch=batch)
 
 
 def randomness_of(config: Config, site: str, use: int | str) -> Randomness:

@@ -33,14 +33,14 @@ def run_job(job: Callable[[Config], None], invocation: Invocation) -> None:
     """
     _check_groups(invocation)
     register_schemas()
-    refused: list[CoterieError] = []
+    refused: list[CoterieError | OSError] = []
 
     def application(composed: DictConfig) -> None:
         # Kept from Hydra, which would print a line of its own; the rest of a sweep is not run.
         if not refused:
             try:
                 job(from_composed(composed))
-            except CoterieError as error:
+            except (CoterieError, OSError) as error:
                 refused.append(error)
 
     entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name="simulate")

@@ -24,6 +24,8 @@ from common.errors import ConfigError
 
 MAX_SPARES = 1000
 """Rounds a run may keep in reserve."""
+MAX_THREADS = 1024
+"""Torch threads: of many more the process dies without a word."""
 MAX_SECONDS = 3600
 """Longest sound a task may keep."""
 
@@ -801,7 +803,7 @@ _RULES: dict[str, _Rule] = {
     "federation.quorum": _OPEN_SHARE,
     "federation.round_timeout_s": _POSITIVE,
     "evaluation.every": ("0 or more", lambda value: bool(value >= 0)),
-    "engine.threads": ("0 or more", lambda value: bool(value >= 0)),
+    "engine.threads": ("between 0 and 1024", lambda value: bool(0 <= value <= MAX_THREADS)),
     "engine.physical_batch": _COUNT,
     "engine.cache_mb": ("0 or more", lambda value: bool(value >= 0)),
     "tuning.head_learning_rate": _POSITIVE,

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import FOLDERS, DataConfig, DataSource
-from common.digests import Digests, among, firsts_of, gathered
+from common.digests import Digests, among, firsts_of, gathered, torn
 from common.errors import ConfigError
 from common.folders import labelled_files
 from common.hub import is_local, open_split
@@ -34,8 +34,8 @@ class Splits:
     validation: Records
     holdout: Records
     duplicates: int
-    """Records dropped because their text stood there before, or stands among the public ones;
-    with `data.test_path`, also those whose person stands there.
+    """Records dropped because their text stood there before, or stands among the public ones, or
+    stands there with several labels; with `data.test_path`, also those whose person stands there.
     """
     empty: int = 0
     """Rows left out because a text of theirs is empty."""
@@ -70,7 +70,8 @@ def load_splits(
     """Reads and splits the records.
 
     Guarantee: the three splits share no text and no person; a record's split depends on
-    `split_seed` and its text only, or its person's id, so adding a record moves no other.
+    `split_seed` and its text only, or its person's id, so adding a record moves no other; it
+    takes one away at most, where its text stood there with another label.
     Texts of a table are not in memory, their digests are.
     Args: made: the task's own made examples, for `data=toy`; read: what the task reads in a file,
     if its records are files; told: hears how far it is.
@@ -82,7 +83,7 @@ def load_splits(
         config = replace(config, group_column="")
     records = _read(config, made, read, told)
     total, empty = len(records), records.empty
-    records = _deduplicate(records)
+    records = _deduplicate(_consistent(records))
     place = _places(records.records, config.split_seed, told)
     holdout_end = config.holdout_fraction
     validation_end = holdout_end + config.validation_fraction
@@ -123,19 +124,34 @@ def _places(records: Records, seed: int, told: Told) -> NDArray[np.float64]:
     return np.fromiter((int.from_bytes(h, "big") / 2**64 for h in hashes), float, len(records))
 
 
+def _consistent(rows: _Keyed) -> _Keyed:
+    """The records but those of a text, of a person's text, that stands there with several labels.
+
+    To keep the first would make one record replace another: neighbours would differ by two. To
+    drop all makes a record that contradicts another take that one away, which is a difference of
+    one, and any further one change nothing.
+    """
+    keys = _owned(rows)
+    return rows.where(~among(keys, torn(keys, rows.records.labels)))
+
+
 def _deduplicate(rows: _Keyed) -> _Keyed:
     """First occurrence of every text: a repeated record would be protected at a worse epsilon.
 
     With persons, of every text of a person: two persons may have written the same.
     """
+    return rows.where(firsts_of(_owned(rows)))
+
+
+def _owned(rows: _Keyed) -> Digests:
+    """(N, 32) equal where texts are, and their persons, if any are named."""
     if rows.records.persons is None:
-        return rows.where(firsts_of(rows.keys))
+        return rows.keys
     pairs = zip(rows.keys, rows.records.persons, strict=True)
-    owned = (
+    return gathered(
         hashlib.sha256(key.tobytes() + person.encode(errors="surrogatepass")).digest()
         for key, person in pairs
     )
-    return rows.where(firsts_of(gathered(owned)))
 
 
 def _apart(rows: _Keyed, *public: _Keyed) -> _Keyed:

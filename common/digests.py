@@ -57,6 +57,18 @@ def firsts_of(digests: Digests) -> NDArray[np.bool_]:
     return firsts
 
 
+def torn(digests: Digests, labels: NDArray[np.int64]) -> Digests:
+    """(M, 32) those that stand there with different labels, some of them repeatedly.
+
+    >>> torn(gathered([b"b" * 32, b"a" * 32, b"b" * 32]), np.array([0, 0, 1])).shape
+    (1, 32)
+    """
+    order = order_of(digests)
+    other = labels[order[1:]] != labels[order[:-1]]
+    several: Digests = digests[order[1:][_repeats(digests, order) & other]]
+    return several
+
+
 def among(digests: Digests, others: Digests) -> NDArray[np.bool_]:
     """(N,) whether a digest is one of the others.
 

@@ -56,7 +56,11 @@ def _swap(new: Path, path: Path) -> None:
         new.rename(path)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    path.rename(aside)  # onto an empty folder, which it replaces
+    try:
+        path.rename(aside)  # onto an empty folder, which it replaces
+    except OSError:  # a link, or where another disk is mounted
+        aside.rmdir()
+        raise
     new.rename(path)
     shutil.rmtree(aside)
 

@@ -181,7 +181,7 @@ def _of_parquet(folder: Path, split: str, where: str) -> Dataset:
 
     Raises: ConfigError.
     """
-    files = [path for path in sorted(folder.rglob("*.parquet")) if _is_of(path, split)]
+    files = [path for path in sorted(folder.rglob("*.parquet")) if _is_of(path, split, folder)]
     if not files:
         raise ConfigError(
             f"{where}: has no file of split {split}; expected {split}.parquet, {split}-*.parquet "
@@ -196,5 +196,9 @@ def _of_parquet(folder: Path, split: str, where: str) -> Dataset:
         ) from error
 
 
-def _is_of(path: Path, split: str) -> bool:
-    return path.stem == split or path.stem.startswith(f"{split}-") or path.parent.name == split
+def _is_of(path: Path, split: str, folder: Path) -> bool:
+    """By its own name, or by that of a folder inside the data set's; what that one is called says
+    nothing, or all of `~/test` would be the public split `test`.
+    """
+    inside = path.parent != folder and path.parent.name == split
+    return inside or path.stem == split or path.stem.startswith(f"{split}-")

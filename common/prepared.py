@@ -4,7 +4,10 @@ Which of the two depends on the configuration and the model alone, never on reco
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -20,6 +23,9 @@ from common.tasks import TASKS, Processor
 MIB = 1 << 20
 AT_ONCE = 240
 """Records that are encoded together while all are prepared, rounded up to whole batches."""
+
+
+TOKENIZER = "tokenizer.json"
 
 
 class PreparedRecords:
@@ -49,7 +55,7 @@ class PreparedRecords:
         if len(records) and are_kept(config, model, processor, declared):
             keys = _keys(records)
             self._shelf = shelf_of(
-                _what_prepares(config, model, batch),
+                _what_prepares(config, model, processor, batch),
                 keys,
                 row_bytes(config, model, processor),
                 config.engine.cache_mb * MIB,
@@ -150,13 +156,31 @@ def _keys(records: Records) -> list[bytes]:
     ]
 
 
-def _what_prepares(config: Config, model: FineTuned, batch: int) -> bytes:
-    """SHA-256 of all that decides what a record's rows are: frozen weights, task, shape."""
+def _what_prepares(config: Config, model: FineTuned, processor: Processor, batch: int) -> bytes:
+    """SHA-256 of all that decides what a record's rows are: task, processor, the model's settings
+    and frozen weights, shape. Not by the model's name: its folder may have changed since.
+    """
     whole = hashlib.sha256(repr((config.task, config.model, type(model), batch)).encode())
+    whole.update(model.encoder.config.to_json_string().encode())
+    whole.update(_digest_of(processor))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         whole.update(name.encode())
         if not tensor.requires_grad:
             whole.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return whole.digest()
+
+
+def _digest_of(processor: Processor) -> bytes:
+    """SHA-256 of what it saves, which is all that it knows."""
+    whole = hashlib.sha256()
+    with TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            content = path.read_bytes()
+            if path.name == TOKENIZER:  # how its last call padded stands there, too
+                known = {**json.loads(content), "padding": None, "truncation": None}
+                content = json.dumps(known).encode()
+            whole.update(path.name.encode() + content)
     return whole.digest()
 
 

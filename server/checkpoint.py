@@ -27,7 +27,7 @@ def read_last(folder: Path) -> Vector:
 
     Raises: VerificationError if there is none.
     """
-    names = sorted(folder.glob("round-*.safetensors"))
+    names = sorted(folder.glob("round-*.safetensors"), key=lambda path: (len(path.name), path.name))
     if not names:
         raise VerificationError(f"{folder}: holds no checkpoint")
     try:

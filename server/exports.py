@@ -150,7 +150,11 @@ def export_run(
         raise ConfigError(f"--to={to}: is not an empty folder; choose another")
     if max_error is not None and not 0 < max_error < 1:
         raise ConfigError(f"--max-error={max_error:g}: must be above 0 and below 1")
+    if to.resolve() == Path.cwd():
+        raise ConfigError(f"--to={to}: is the folder you are in; name one below it")
     run = FinishedRun.opened(folder)
+    if to.resolve().is_relative_to(run.model.resolve()):
+        raise ConfigError(f"--to={to}: is inside the model that is exported; choose another")
     if form is Format.adapter and run.config.tuning.method is not TuningMethod.lora:
         raise ConfigError(
             f"--format=adapter: the run has tuning={run.config.tuning.method.name}, and only "

@@ -86,7 +86,7 @@ def plan(invocation: Invocation) -> None:
         if invocation.json:
             emit_json(plan_object(run_plan, size, seconds))
         else:
-            show_plan(run_plan, size, seconds, Console())
+            show_plan(run_plan, size, seconds, Console(markup=False))
 
     run_job(job, invocation)
 

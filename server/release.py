@@ -17,7 +17,7 @@ from common.durable import folder_atomic
 from common.errors import ConfigError, VerificationError
 from common.model import FineTuned
 from common.parameters import Vector
-from common.tasks import TASKS
+from common.tasks import TASKS, FileTask
 from server.documents import render
 from server.plan import is_private
 
@@ -97,9 +97,28 @@ def predict(invocation: Invocation) -> None:
 
 @torch.inference_mode()
 def answers_of(folder: Path, asked: list[str]) -> list[dict[str, Any]]:
-    """What the model in `folder` answers to each."""
+    """What the model in `folder` answers to each.
+
+    Raises: VerificationError; ConfigError if something asked is not what the model reads.
+    """
     model, config = load_released(folder)
     task = TASKS[config.name]
+    if not isinstance(task, FileTask):
+        _check_unicode(asked)
     return task.answer(
         model, task.load_processor(ModelConfig(str(folder.resolve()))), asked, config
     )
+
+
+def _check_unicode(texts: list[str]) -> None:
+    """Bytes on a command line that are no UTF-8 come as halves of characters.
+
+    Raises: ConfigError.
+    """
+    for number, text in enumerate(texts, start=1):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"text {number}: is no UTF-8; write it in a UTF-8 terminal"
+            ) from error

@@ -223,7 +223,7 @@ def report(invocation: Invocation) -> None:
         try:
             write_report(run, content, lines)
             if not invocation.json:
-                show_report(content, run, Console())
+                show_report(content, run, Console(markup=False))
         except (KeyError, TypeError, ValueError, UndefinedError) as error:
             raise VerificationError(f"{run}: its report.json is not one of ours") from error
         if invocation.json:

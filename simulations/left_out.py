@@ -35,18 +35,18 @@ def summary(finished: Sequence[Finished]) -> dict[str, Any] | None:
     """What several runs that each left a site out say together; None where they are not several.
 
     Runs that differ in more than the site stand apart in `runs`. `epsilon` is of one record in
-    everything that sites sent in all these runs, at the largest of their deltas; the metrics on
-    the left-out sites are bounded by none.
+    everything that sites sent in the whole sweep, runs that left no site out included, at the
+    largest of their deltas; the metrics on the left-out sites are bounded by none.
     """
     alike: dict[str, list[Finished]] = {}
     for run in finished:
-        if run.config.federation.leave_out:
-            whole = replace(run.config.federation, leave_out="")
-            alike.setdefault(config_hash(replace(run.config, federation=whole)), []).append(run)
-    if max(map(len, alike.values()), default=0) < 2:  # noqa: PLR2004 - of one there is no spread
+        whole = replace(run.config.federation, leave_out="")
+        alike.setdefault(config_hash(replace(run.config, federation=whole)), []).append(run)
+    without = [[run for run in runs if run.config.federation.leave_out] for runs in alike.values()]
+    if max(map(len, without), default=0) < 2:  # noqa: PLR2004 - of one there is no spread
         return None
     return {
-        "runs": [_of_alike(runs) for runs in alike.values()],
+        "runs": [_of_alike(runs) for runs in without if runs],
         "epsilon": number(_price([*alike.values()])),
         "delta": max(run.config.privacy.delta for run in chain(*alike.values())),
         "private": False,
@@ -77,8 +77,8 @@ def show_summary(content: dict[str, Any], console: Console) -> None:
             highlight=False,
         )
     console.print(
-        "Each run trained on the records of all sites but one: against whoever sees what all these "
-        f"runs sent, one record has epsilon {shown(content['epsilon'])} (delta "
+        "Each of these trained on the records of all sites but one: against whoever sees what all "
+        f"runs of the sweep sent, one record has epsilon {shown(content['epsilon'])} (delta "
         f"{content['delta']:g}). The numbers above were {content['reason']}.",
         highlight=False,
     )

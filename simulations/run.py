@@ -68,7 +68,7 @@ def simulate(invocation: Invocation) -> None:
     finished: list[Finished] = []
 
     def job(config: Config) -> None:
-        console = Console(stderr=invocation.json)
+        console = Console(stderr=invocation.json, markup=False)
         _configure_process(config)
         run_dir = run_simulation(config, console)
         content, _ = read_report(run_dir)
@@ -85,7 +85,7 @@ def simulate(invocation: Invocation) -> None:
         if invocation.json:
             emit_json({"leave_one_site_out": together})
         else:
-            show_summary(together, Console())
+            show_summary(together, Console(markup=False))
 
 
 def run_simulation(config: Config, console: Console) -> Path:

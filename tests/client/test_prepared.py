@@ -1,5 +1,7 @@
 """Records prepared once or anew at each use: the same training, and nothing kept in the second."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -228,3 +230,36 @@ def test_shelves_hold_no_more_than_they_may():
         is not first
     )
     assert sum(shelf.bytes for shelf in prepared._SHELVES.values()) <= 400
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_a_model_folder_that_changed_under_its_name_is_prepared_anew(name, tiny_config, tmp_path):
+    """Its weights may be the same: words and settings decide what a row is, too."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_config.model.name, folder)
+    config = replace(tiny_config, model=replace(tiny_config.model, name=str(folder)))
+    config = replace(config, tuning=replace(config.tuning, method=TuningMethod.head))
+    records, at = records_of(config), np.arange(RECORDS)
+    before = prepared_of(config, records).rows(at)
+    settings = json.loads((folder / name).read_text())
+    if name == "config.json":
+        settings["hidden_act"] = "relu"
+    else:
+        words = settings["model"]["vocab"]
+        words["goal"], words["bank"] = words["bank"], words["goal"]
+    (folder / name).write_text(json.dumps(settings))
+    after = prepared_of(config, records).rows(at)
+    prepared._SHELVES.clear()
+    anew = prepared_of(config, records).rows(at)
+    assert torch.equal(after["pooled"], anew["pooled"])
+    assert not torch.equal(after["pooled"], before["pooled"])
+
+
+def test_a_processor_is_the_same_after_it_was_used(tiny_config):
+    """Tokenizers write into what they save how they last padded."""
+    config, records = seeded(tiny_config), records_of(tiny_config)
+    processor = TASKS[config.task.name].load_processor(config.model)
+    settings = {"declared": RECORDS, "batch": config.engine.physical_batch}
+    for some in (records.subset([0]), records.subset([1])):
+        PreparedRecords(some, config, build_model(config), processor, **settings)
+    assert len(prepared._SHELVES) == 1

@@ -216,6 +216,7 @@ BROKEN_RULES = [
     f"federation.leave_out=site-{'9' * 5000}",
     "evaluation.every=-1",
     "engine.threads=-1",
+    "engine.threads=1025",
     "engine.physical_batch=0",
     "tuning.head_learning_rate=-1",
     "tuning.adapter_learning_rate=0",

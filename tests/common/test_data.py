@@ -142,11 +142,25 @@ def test_shares_are_about_what_was_asked_and_follow_the_split_seed(tmp_path):
     assert place_of(again) != place_of(splits)
 
 
-def test_a_repeated_text_is_kept_once_with_its_first_label(tmp_path):
-    rows = [("same  text", "yes"), ("other", "no"), (" same text ", "no")]
+def test_a_repeated_text_is_kept_once(tmp_path):
+    rows = [("same  text", "yes"), ("other", "no"), (" same text ", "yes")]
     splits = load_splits(config_of(write(tmp_path / "a.csv", rows)))
     assert splits.duplicates == 1
     assert label_of(splits) == {"same text": 1, "other": 0}
+
+
+def test_a_row_changes_one_record_at_most_whatever_labels_its_text_has(tmp_path):
+    """Neighbours differ by one record: to keep the first label would replace one by another."""
+    labels = ("yes", "no")
+    for length in range(5):
+        for held_by in itertools.product(labels, repeat=length):
+            rows = [("other", "no"), *(("same", label) for label in held_by)]
+            held = [label_of(load_splits(config_of(write(tmp_path / "a.csv", rows))))]
+            for place, label in itertools.product(range(len(rows) + 1), labels):
+                more = [*rows[:place], ("same", label), *rows[place:]]
+                held.append(label_of(load_splits(config_of(write(tmp_path / "b.csv", more)))))
+            before = {*held[0].items()}
+            assert all(len(before ^ {*after.items()}) <= 1 for after in held[1:])
 
 
 def test_subset_keeps_the_order_asked(tmp_path):
@@ -315,7 +329,7 @@ def test_a_person_of_no_public_part_can_leave_and_nothing_else_moves(rows, gone)
 
 
 def test_a_text_is_repeated_within_a_person_and_not_between_two():
-    rows = [("same", "yes", "a"), ("same", "no", "b"), (" same ", "no", "a")]
+    rows = [("same", "yes", "a"), ("same", "no", "b"), (" same ", "yes", "a")]
     splits = splits_of(rows, holdout_fraction=0.0, validation_fraction=0.0)
     assert splits.duplicates == 1
     assert held(splits.train) == Counter({("a", "same", 1): 1, ("b", "same", 0): 1})

@@ -167,3 +167,11 @@ def test_a_crash_while_the_old_folder_is_removed_leaves_no_part_of_it(tmp_path, 
     with contextlib.suppress(CrashError):
         replace_folder(path)
     assert not path.exists() or contents(path) in (OLD, NEW)
+
+
+def test_a_link_in_the_place_of_a_folder_leaves_nothing_temporary(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(OSError), folder_atomic(tmp_path / "link") as temporary:  # noqa: PT011 - which one, the system says
+        (temporary / "a").write_text("a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]

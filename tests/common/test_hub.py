@@ -186,6 +186,15 @@ def test_nothing_of_a_local_data_set_is_copied_into_a_cache(tmp_path, form):
     assert sorted((tmp_path / "d").rglob("*")) == files
 
 
+def test_what_the_folder_itself_is_called_names_no_split(tmp_path):
+    """In one called `test` every private file would be of the public split."""
+    for split in ("train", "test"):
+        as_parquet(tmp_path / split, table())
+        settings = {"holdout_fraction": 0.0, "validation_fraction": 0.0, "test_split": "test"}
+        read = load_splits(config_of(tmp_path / split, **settings))
+        assert (len(read.train), len(read.holdout)) == (len(ROWS) - 1, 1)
+
+
 def test_a_script_in_a_folder_is_not_run(tmp_path):
     script = f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n"
     for name in ("d.py", "train.py"):

@@ -58,8 +58,34 @@ def test_a_used_run_folder_is_refused(coterie, tiny_overrides, tmp_path):
     assert "is not an empty folder" in answer.err
 
 
+def test_a_place_that_cannot_be_written_is_one_line(coterie, tiny_overrides, tmp_path):
+    """The system says so, and not a rule of ours: Hydra would add a line with all settings."""
+    (tmp_path / "file").write_text("kept")
+    answer = coterie("simulate", *tiny_overrides, f"run_dir={tmp_path / 'file' / 'run'}")
+    assert answer.code == 2
+    assert answer.err.count("\n") == 1
+    assert str(tmp_path / "file") in answer.err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_json_refusals_are_one_object(coterie, tiny_overrides):
     answer = coterie("simulate", *tiny_overrides, "privacy.epsilon=0", "--json")
     assert answer.code == 2
     assert answer.json["error"]["code"] == 2
     assert "privacy.epsilon" in answer.json["error"]["message"]
+
+
+def test_names_that_look_like_markup_are_printed_as_they_stand(
+    coterie, tiny_overrides, tiny_csv, tmp_path, monkeypatch
+):
+    """Folders, columns and groups are the user's to name: rich would read `[/x]` as a tag."""
+    monkeypatch.chdir(tmp_path)
+    header, *rows = tiny_csv.read_text().splitlines()
+    groups = [f"{row},{('[/red]', '[bold]')[at % 2]}" for at, row in enumerate(rows)]
+    (tmp_path / "r.csv").write_text("\n".join([f"{header},[/g]", *groups]))
+    settings = ["data.path=r.csv", "data.group_column='[/g]'", "data.holdout_fraction=0.5"]
+    answer = coterie("simulate", *tiny_overrides, *settings, "run_dir='runs/[/x]'")
+    assert answer.code == 0, answer.err
+    assert "runs/[/x]" in answer.out
+    assert "by [/g]:" in answer.out
+    assert {"[/red]", "[bold]"} <= {*answer.out.replace("(", " ").split()}

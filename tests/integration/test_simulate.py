@@ -206,6 +206,12 @@ def test_predict_answers_with_the_released_model(coterie, finished):
     assert len(labels) == 2
 
 
+def test_predict_refuses_bytes_that_are_no_text(coterie, finished):
+    answer = coterie("predict", finished, "goal", b"caf\xe9".decode("utf-8", "surrogateescape"))
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == "coterie predict: text 2: is no UTF-8; write it in a UTF-8 terminal\n"
+
+
 def test_sweep_gives_each_job_its_own_folder(coterie, tiny_overrides, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     answer = coterie("simulate", *tiny_overrides, "-m", "seed=0,1", "run_dir=sweep")

@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from common import messages
-from server.checkpoint import write_checkpoint
+from server.checkpoint import read_last, write_checkpoint
 
 VECTOR = np.float32([0.1, -0.0, 1e-40, 3e38, 7])
 
@@ -72,3 +72,10 @@ def test_interrupted_write_leaves_the_earlier_one(tmp_path, monkeypatch):
         written(tmp_path, vector=np.zeros(5, dtype=np.float32))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_last_round_is_the_one_of_the_largest_number(tmp_path):
+    for number in (9_999, 10_000):
+        vector = np.full(2, number, np.float32)
+        write_checkpoint(tmp_path, run_id="run", round_number=number, private=True, vector=vector)
+    assert read_last(tmp_path).tolist() == [10_000, 10_000]

@@ -292,6 +292,19 @@ def test_mistakes_are_one_line(coterie, run, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_place_that_the_export_would_spoil_is_refused(coterie, run, tmp_path, monkeypatch):
+    """A copy inside the released model would be in the next export; a replaced folder is no cwd."""
+    inside = run / "model" / "copy"
+    answer = coterie("export", run, "--to", inside, "--json")
+    assert "is inside the model that is exported" in one_line(answer, 2)
+    assert not inside.exists()
+    monkeypatch.chdir(tmp_path)
+    assert "is the folder you are in" in one_line(
+        coterie("export", run, "--to", tmp_path, "--json"), 2
+    )
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_adapter_of_a_run_without_one_is_refused(coterie, runs, tmp_path):
     run = runs(TaskName.text_classification, "mean", "privacy=none", "tuning=head")
     answer = coterie("export", run, "--to", tmp_path / "x", "--format", "adapter", "--json")

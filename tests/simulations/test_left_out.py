@@ -57,6 +57,16 @@ def test_epsilon_is_of_a_record_in_all_runs_that_its_site_was_in(runs):
     assert together > epsilon_pld([Event(SIGMA, RATE, STEPS)], DELTA)
 
 
+def test_a_run_of_the_sweep_that_left_nobody_out_is_in_the_price(tiny_config, runs):
+    """`federation.leave_out='',site-1,site-2`: the first one trained on everybody, too."""
+    whole = finished(tiny_config, "", 0.0)
+    del whole.report["evaluation_left_out"]
+    together = summary([whole, *runs])
+    three = epsilon_pld([Event(SIGMA, RATE, 3 * STEPS)], DELTA)
+    assert together["epsilon"] == pytest.approx(three, rel=1e-9)
+    assert together["runs"] == summary(runs)["runs"]
+
+
 def test_counts_are_in_the_price(tiny_config):
     config = replace(tiny_config, privacy=replace(tiny_config.privacy, count_noise=5.0))
     runs = [finished(config, site, value) for site, value in VALUES.items()]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.experiments FOLDER
     python -m benchmarks.experiments FOLDER --experiments bbc_lm --epsilons none 8 --seeds 0 1 2
-    python -m benchmarks.experiments FOLDER --split validation --epsilons 8 --settings engine.threads=1
+    python -m benchmarks.experiments FOLDER --split validation --settings engine.threads=1
 
 Writes one run folder per experiment, epsilon and seed (a finished one is not run again) and
 FOLDER/table.md. Settings are chosen on `--split validation`; the hold-out is for the table. Nothing

@@ -40,7 +40,7 @@ def word_pieces(*, ends: bool = False) -> PreTrainedTokenizerFast:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"$A {SPECIAL[END]}", special_tokens=[(SPECIAL[END], END)]
         )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token=SPECIAL[PAD],
         unk_token=SPECIAL[UNKNOWN],

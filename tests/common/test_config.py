@@ -88,7 +88,7 @@ LEAVES = sorted(
 
 
 def test_there_are_as_many_yaml_files_as_we_know_of():
-    """The job, its choices in eight groups, and seven experiments. A forgotten one goes untested."""
+    """The job, its choices in eight groups, seven experiments. A forgotten one goes untested."""
     assert len(YAMLS) == 40
 
 

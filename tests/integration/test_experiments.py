@@ -1,4 +1,4 @@
-"""Each experiment runs offline from its own file, and a table of runs says what their reports say."""
+"""Each experiment runs offline from its own file; a table of runs says what reports say."""
 
 import json
 import sys

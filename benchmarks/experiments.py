@@ -3,11 +3,13 @@
     python -m benchmarks.experiments FOLDER
     python -m benchmarks.experiments FOLDER --experiments bbc_lm --epsilons none 8 --seeds 0 1 2
     python -m benchmarks.experiments FOLDER --split validation --settings engine.threads=1
+    python -m benchmarks.experiments FOLDER --unigram
 
 Writes one run folder per experiment, epsilon and seed (a finished one is not run again) and
 FOLDER/table.md. Settings are chosen on `--split validation`; the hold-out is for the table. Nothing
 of a private run is clipped away in a run without privacy, and other step sizes suit it:
-`WITHOUT_PRIVACY` has them, by experiment.
+`WITHOUT_PRIVACY` has them, by experiment. `--unigram` runs nothing: it says what perplexity a
+model has that knows only how frequent each piece is in the public validation texts.
 """
 
 import argparse
@@ -23,16 +25,26 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
+from common.composition import CONF
+from common.config import from_composed, register_schemas
+from common.data import load_splits
+from common.generation import IGNORED, TARGET_IDS
+from common.tasks import TASKS
+
 ROOT = Path(__file__).resolve().parent.parent
 RUN = (sys.executable, "-c", "import sys; from common.cli import main; sys.exit(main())")
 NONE = "none"
 WITHOUT_PRIVACY: dict[str, tuple[str, ...]] = {
     "bbc_news": (),
-    "bbc_lm": ("tuning.adapter_learning_rate=1.5",),
+    "bbc_lm": ("tuning.adapter_learning_rate=0.5",),
     "digits": ("tuning.head_learning_rate=1", "tuning.adapter_learning_rate=0.1"),
     "questions": (),
     "summaries": ("tuning.adapter_learning_rate=0.5",),
-    "tones": (),
+    "tones": ("tuning.head_learning_rate=5",),
 }
 """By experiment, what `privacy=none` changes besides, chosen on validation as the rest was."""
 HEADLINE = {"summaries": "rouge_l"}
@@ -80,6 +92,9 @@ class Outcome:
 def main() -> None:
     """Runs what is missing and prints the table."""
     options = _options()
+    if options.unigram:
+        print(json.dumps({"unigram_perplexity": unigram_of("+experiment=bbc_lm")}))
+        return
     folder = options.folder.expanduser().resolve()
     cells = [
         Cell(experiment, epsilon, seed)
@@ -106,6 +121,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--epsilons", nargs="+", default=[NONE, "8", "3", "1"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--split", choices=["holdout", "validation"], default="holdout")
+    parser.add_argument("--unigram", action="store_true", help="of bbc_lm's hold-out, and no run")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument("--settings", nargs="+", default=[], help="of every run, as NAME=VALUE")
     return parser.parse_args()
@@ -191,6 +207,32 @@ def table(outcomes: list[Outcome]) -> str:
 
 def _shown(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"  # noqa: PLR2004 - digits that tell
+
+
+def unigram_of(*overrides: str) -> float:
+    """Perplexity on the hold-out of the frequencies in the validation texts, both public."""
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = from_composed(compose("simulate", [*overrides]))
+    task, splits = TASKS[config.task.name], load_splits(config.data)
+    tokenizer = task.load_processor(config.model)
+    known, asked = (
+        task.encode(tokenizer, part, config.task)[TARGET_IDS]
+        for part in (splits.validation, splits.holdout)
+    )
+    return unigram_perplexity(known, asked, pieces=len(tokenizer))
+
+
+def unigram_perplexity(known: Tensor, asked: Tensor, *, pieces: int) -> float:
+    """Exp of the mean loss of the next tokens of `asked`, by how often each piece is in `known`.
+
+    Each is counted once more than it was seen, or an unseen one would be impossible.
+    Args: known, asked: (N, T) ids, `IGNORED` where there is none; pieces: V, how many there are.
+    """
+    counts = torch.bincount(known[known != IGNORED], minlength=pieces).double() + 1
+    following = asked[:, 1:]
+    own = following[following != IGNORED]
+    return float((-(counts / counts.sum()).log()[own].mean()).exp())
 
 
 def machine() -> str:

@@ -5,9 +5,19 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks import experiments
-from benchmarks.experiments import HEADLINE, NONE, WITHOUT_PRIVACY, Cell, outcome, rows, table
+from benchmarks.experiments import (
+    HEADLINE,
+    NONE,
+    WITHOUT_PRIVACY,
+    Cell,
+    outcome,
+    rows,
+    table,
+    unigram_perplexity,
+)
 from common.composition import CONF
 from common.config import PrivacyMode, TaskName
 
@@ -122,3 +132,12 @@ def test_a_finished_run_is_read_and_not_run_again(tmp_path, monkeypatch, capsys)
     assert [row["metrics"]["perplexity"]["mean"] for row in shown["rows"]] == [150.0]
     assert "commit" in shown["machine"]
     assert "| bbc_lm | 3 |" in (tmp_path / "table.md").read_text()
+
+
+def test_unigram_perplexity_is_that_of_frequencies_alone():
+    """Of two pieces seen 3 and 1 times, counted once more: 4/6 and 2/6; the first is not asked."""
+    known = torch.tensor([[0, 0, 0], [1, -100, -100]])
+    asked = torch.tensor([[1, 0, 1], [0, 0, -100]])
+    expected = ((4 / 6) * (2 / 6) * (4 / 6)) ** (-1 / 3)
+    assert unigram_perplexity(known, asked, pieces=2) == pytest.approx(expected)
+    assert unigram_perplexity(known[:0], asked, pieces=2) == pytest.approx(2)

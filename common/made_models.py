@@ -5,7 +5,8 @@ frozen reads random features, which do for a small task.
 """
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTImageProcessorPil,
     ViTModel,
@@ -23,6 +31,7 @@ from transformers import (
 )
 
 from common.errors import ConfigError
+from common.word_pieces import END, PAD, WORD_PIECES, word_pieces
 
 PREFIX = "made/"
 """What the names of these models begin with."""
@@ -36,8 +45,10 @@ class MadeModel:
 
     encoder: Callable[[], PreTrainedModel]
     processor: Callable[[], Any]
-    gains: dict[str, float] = field(default_factory=dict)
-    """By which weights of this name are larger than by `_initial`."""
+    gains: Mapping[str, float] = field(default_factory=dict)
+    """By which weights whose name ends so are larger than by `_initial`."""
+    family: Any = AutoModel
+    """The Auto class of transformers that would open it from a folder."""
 
 
 def _vit_digits() -> PreTrainedModel:
@@ -79,6 +90,39 @@ def _wav2vec2_tiny() -> PreTrainedModel:
     )
 
 
+def _gpt2_tiny() -> PreTrainedModel:
+    """GPT-2 of two blocks, its output layer the transposed embeddings: 173,824 parameters."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=WORD_PIECES,
+            n_positions=128,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            bos_token_id=END,
+            eos_token_id=END,
+            pad_token_id=PAD,
+        )
+    )
+
+
+def _t5_tiny() -> PreTrainedModel:
+    """T5 of a block a side, its output layer the transposed embeddings: 148,160 parameters."""
+    config = T5Config(
+        vocab_size=WORD_PIECES,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=1,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=PAD,
+        eos_token_id=END,
+    )
+    config.decoder_start_token_id = PAD
+    return T5ForConditionalGeneration(config)
+
+
 MADE: dict[str, MadeModel] = {
     "made/vit-digits": MadeModel(
         _vit_digits,
@@ -87,24 +131,46 @@ MADE: dict[str, MadeModel] = {
         {"embeddings.patch_embeddings.projection.weight": 3.0},
     ),
     "made/wav2vec2-tiny": MadeModel(_wav2vec2_tiny, Wav2Vec2FeatureExtractor),
+    "made/gpt2-tiny": MadeModel(
+        _gpt2_tiny,
+        word_pieces,
+        # Of GPT-2's matrices the first axis is what is summed; the output begins near even.
+        {"wte.weight": 0.3, "wpe.weight": 0.03, "c_attn.weight": 3**0.5, "c_fc.weight": 2.0}
+        | {"attn.c_proj.weight": 0.5, "mlp.c_proj.weight": 0.25},
+        AutoModelForCausalLM,
+    ),
+    "made/t5-tiny": MadeModel(
+        _t5_tiny,
+        lambda: word_pieces(ends=True),
+        # T5 does not divide what queries and keys agree in by the root of their width.
+        {"shared.weight": 8.0, ".q.weight": 0.25},
+        AutoModelForSeq2SeqLM,
+    ),
 }
 """By `model.name`."""
 
 
-def make_encoder(name: str) -> PreTrainedModel:
+def make_encoder(name: str, family: Any = AutoModel) -> PreTrainedModel:
     """The model of this name.
 
     Guarantee: the same weights on every machine and with every version of torch, for they come
-    from a hash and not from a generator of torch's. Raises: ConfigError if there is none.
+    from a hash and not from a generator of torch's.
+    Args: family: the Auto class that would open it. Raises: ConfigError if there is no such model.
     """
     made = _made(name)
+    if made.family is not family:
+        known = [each for each, other in MADE.items() if other.family is family]
+        raise ConfigError(
+            f"model.name={name}: is no model of this task; of the made ones it reads "
+            f"{', '.join(known)}"
+        )
     encoder: PreTrainedModel
     with torch.random.fork_rng(devices=[]):  # what the class draws is overwritten
         encoder = made.encoder()
     with torch.no_grad():
         for each, parameter in encoder.named_parameters():
-            gain = made.gains.get(each, 1.0)
-            parameter.copy_(gain * _initial(f"{SEED}/{name}/{each}", parameter))
+            gains = [gain for ending, gain in made.gains.items() if each.endswith(ending)]
+            parameter.copy_(math.prod(gains) * _initial(f"{SEED}/{name}/{each}", parameter))
         for module in encoder.modules():  # weight norm: the length is that of the direction
             if "original1" in (own := dict(module.named_parameters(recurse=False))):
                 own["original0"].copy_(torch.norm_except_dim(own["original1"], 2, 2))

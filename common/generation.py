@@ -1,5 +1,6 @@
 """What tasks that write text share: the loss of tokens, greedy writing, and plain folders."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ SAMPLES = 4
 """Public records of which a report shows what the model writes."""
 
 
-class GenerativeTask:
+class GenerativeTask(ABC):
     """A task whose model writes text, and is saved and opened as transformers does it itself."""
 
     CLASSES = False
@@ -34,10 +35,11 @@ class GenerativeTask:
     """The Auto class of transformers that opens the model."""
     MODEL: ClassVar[type[FineTuned]]
 
+    @abstractmethod
     def prompts(self, records: Records) -> list[tuple[str, str]]:
         """What to ask of each record, and what should be written."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(
         self,
         model: FineTuned,
@@ -46,7 +48,6 @@ class GenerativeTask:
         task: TaskConfig,
     ) -> list[dict[str, Any]]:
         """What is written from each, greedily."""
-        raise NotImplementedError
 
     def samples(
         self,

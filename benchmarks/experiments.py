@@ -46,7 +46,7 @@ WITHOUT_PRIVACY: dict[str, tuple[str, ...]] = {
     "summaries": ("tuning.adapter_learning_rate=0.5",),
     "tones": ("tuning.head_learning_rate=5",),
 }
-"""By experiment, what `privacy=none` changes besides, chosen on validation as the rest was."""
+"""By experiment, what `privacy=none` changes besides; how they were chosen: docs/experiments.md."""
 HEADLINE = {"summaries": "rouge_l"}
 """Where it is not the task's first metric: BLEU of targets under four words says nothing."""
 

@@ -28,7 +28,10 @@ MISTAKES = {
     ),
     "wrong enum": (["privacy.noise=foo"], "privacy.noise=foo: must be one of entropy, seeded"),
     "wrong group": (["privacy=foo"], "privacy=foo: must be one of none, person, record"),
-    "no group": (["model=null"], "model=null: must be one of minilm, vit_digits, wav2vec2_tiny"),
+    "no group": (
+        ["model=null"],
+        "model=null: must be one of gpt2_tiny, minilm, t5_tiny, vit_digits, wav2vec2_tiny",
+    ),
     "unreadable": (
         ["privacy.epsilon"],
         "an argument cannot be read (Error parsing override 'privacy.epsilon' missing EQUAL "

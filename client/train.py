@@ -22,7 +22,7 @@ from common.config import Config, NoiseSource, PrivacyMode
 from common.model import filled, read_of, targets_of
 from common.parameters import Layout, Vector
 from common.prefix import Inputs
-from common.prepared import PreparedRecords
+from common.prepared import Preparation, PreparedRecords
 from common.privacy.mechanism import Mechanism, mechanism_of
 from common.privacy.noise import Randomness
 from common.records import Records
@@ -120,8 +120,9 @@ class Trainer:
         parameters.load(self._model, vector)
         self._model.eval()
         records, count = usable(site.records, self._config.privacy), 0
+        alone = replace(self._preparation, batch=1)
         for index in range(len(records)):
-            row = self._prepare(records.subset([index]), batch=1)
+            row = alone.of(records.subset([index]))
             count += int(self._task.correct(self._model(**read_of(row)), targets_of(row)).sum())
         return count
 
@@ -217,6 +218,10 @@ class Trainer:
         )
 
     @cached_property
+    def _preparation(self) -> Preparation:
+        return Preparation(self._config, self._model, self._processor, self._rows())
+
+    @cached_property
     def _fillers(self) -> int:
         """Rows of a batch that are nobody's at least: one, where the model reads a mask."""
         return int(any(name.endswith("mask") for name in self._prepared_made(1)))
@@ -252,19 +257,12 @@ class Trainer:
         records, config = usable(site.records, self._config.privacy), self._config
         # All sites may be in this process; of a number that is not declared nothing is known.
         declared = config.data.declared_records or len(records)
-        prepared = PreparedRecords(
-            records, config, self._model, self._processor, declared=declared, batch=self._rows()
-        )
+        prepared = PreparedRecords(records, self._preparation, declared=declared)
         persons = config.privacy.mode is PrivacyMode.person
         held = Held(site.records, prepared, records.owners() if persons else None)
         if len(records):
             self._held[site.name] = held
         return held
-
-    @torch.no_grad()
-    def _prepare(self, records: Records, *, batch: int) -> Inputs:
-        encoded = self._task.encode(self._processor, records, self._config.task)
-        return self._model.prepare(encoded, batch=batch)
 
 
 def randomness_of(config: Config, site: str, use: int | str) -> Randomness:

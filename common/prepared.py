@@ -6,6 +6,8 @@ Which of the two depends on the configuration and the model alone, never on reco
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,38 +30,69 @@ AT_ONCE = 240
 TOKENIZER = "tokenizer.json"
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """How records are prepared: found out once, for all sites that a model serves."""
+
+    config: Config
+    model: FineTuned
+    processor: Processor
+    batch: int
+    """Rows that go through the frozen prefix at a time."""
+
+    @torch.no_grad()
+    def of(self, records: Records) -> Inputs:
+        """What `model.prepare` makes of the task's encoding of some records."""
+        encoded = TASKS[self.config.task.name].encode(self.processor, records, self.config.task)
+        return self.model.prepare(encoded, batch=self.batch)
+
+    def keeps(self, declared: int) -> bool:
+        """Whether so many records fit into `engine.cache_mb`, by the size of a made one: a
+        record's size depends on the config alone.
+        """
+        return declared * self.row_bytes <= self.config.engine.cache_mb * MIB
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes that one record takes once it is prepared."""
+        with torch.no_grad():
+            made = TASKS[self.config.task.name].made(self.processor, 1, self.config)
+            return sum(map(_bytes, self.model.prepare(made, batch=1).values()))
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of all that decides what a record's rows are: task, processor, the model's
+        settings and frozen weights, shape. Not by the model's name: its folder may have changed
+        since another run.
+        """
+        config, model = self.config, self.model
+        whole = hashlib.sha256(repr((config.task, config.model, type(model), self.batch)).encode())
+        whole.update(model.encoder.config.to_json_string().encode())
+        whole.update(_digest_of(self.processor))
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            whole.update(name.encode())
+            if not tensor.requires_grad:
+                whole.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return whole.digest()
+
+
 class PreparedRecords:
-    """Rows of what `model.prepare` makes of the task's encoding of some records.
+    """Rows of what a preparation makes of some records.
 
     Guarantee: rows are those of the same records, to the bit, whether they are kept or not, and
     whoever kept them: all go through the frozen prefix in batches of one shape.
     """
 
-    def __init__(
-        self,
-        records: Records,
-        config: Config,
-        model: FineTuned,
-        processor: Processor,
-        *,
-        declared: int,
-        batch: int,
-    ) -> None:
+    def __init__(self, records: Records, preparation: Preparation, *, declared: int) -> None:
         """Args: declared: the public number of records of this process that decides whether they
-        are kept, see `are_kept`; batch: rows that go through the frozen prefix at a time.
+        are kept, see `Preparation.keeps`.
         """
-        self._records, self._config, self._model, self._batch = records, config, model, batch
-        self._task, self._processor = TASKS[config.task.name], processor
+        self._records, self._preparation = records, preparation
         self._shelf: Shelf | None = None
         self._places: list[int] = []
-        if len(records) and are_kept(config, model, processor, declared):
-            keys = _keys(records)
-            self._shelf = shelf_of(
-                _what_prepares(config, model, processor, batch),
-                keys,
-                row_bytes(config, model, processor),
-                config.engine.cache_mb * MIB,
-            )
+        if len(records) and preparation.keeps(declared):
+            keys, most = _keys(records), preparation.config.engine.cache_mb * MIB
+            self._shelf = shelf_of(preparation.digest, keys, preparation.row_bytes, most)
             self._places = self._put(keys, self._shelf)
 
     def __len__(self) -> int:
@@ -80,17 +113,15 @@ class PreparedRecords:
         """Prepares the records that nobody did before; where each record's rows are then."""
         new = {key: at for at, key in enumerate(keys) if key not in shelf}
         missing = np.array([*new.values()], dtype=np.int64)
-        whole_batches = -(-AT_ONCE // self._batch) * self._batch
+        batch = self._preparation.batch
+        whole_batches = -(-AT_ONCE // batch) * batch
         for chosen in runs(len(missing), whole_batches):
             at = missing[chosen]
             shelf.put([keys[index] for index in at], self._prepare(at))
         return [shelf.place(key) for key in keys]
 
-    @torch.no_grad()
     def _prepare(self, indices: NDArray[np.int64]) -> Inputs:
-        records = self._records.subset(indices)
-        encoded = self._task.encode(self._processor, records, self._config.task)
-        return self._model.prepare(encoded, batch=self._batch)
+        return self._preparation.of(self._records.subset(indices))
 
 
 class Shelf:
@@ -156,20 +187,6 @@ def _keys(records: Records) -> list[bytes]:
     ]
 
 
-def _what_prepares(config: Config, model: FineTuned, processor: Processor, batch: int) -> bytes:
-    """SHA-256 of all that decides what a record's rows are: task, processor, the model's settings
-    and frozen weights, shape. Not by the model's name: its folder may have changed since.
-    """
-    whole = hashlib.sha256(repr((config.task, config.model, type(model), batch)).encode())
-    whole.update(model.encoder.config.to_json_string().encode())
-    whole.update(_digest_of(processor))
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        whole.update(name.encode())
-        if not tensor.requires_grad:
-            whole.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return whole.digest()
-
-
 def _digest_of(processor: Processor) -> bytes:
     """SHA-256 of what it saves, which is all that it knows."""
     whole = hashlib.sha256()
@@ -182,20 +199,6 @@ def _digest_of(processor: Processor) -> bytes:
                 content = json.dumps(known).encode()
             whole.update(path.name.encode() + content)
     return whole.digest()
-
-
-def are_kept(config: Config, model: FineTuned, processor: Processor, declared: int) -> bool:
-    """Whether so many records fit into `engine.cache_mb`, by the size of a made one: a record's
-    size depends on the config alone.
-    """
-    return declared * row_bytes(config, model, processor) <= config.engine.cache_mb * MIB
-
-
-@torch.no_grad()
-def row_bytes(config: Config, model: FineTuned, processor: Processor) -> int:
-    """Bytes that one record takes once it is prepared."""
-    made = TASKS[config.task.name].made(processor, 1, config)
-    return sum(map(_bytes, model.prepare(made, batch=1).values()))
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -13,7 +13,7 @@ from common.config import Config
 from common.model import FineTuned
 from common.parameters import Vector
 from common.prefix import Inputs
-from common.prepared import PreparedRecords, runs
+from common.prepared import Preparation, PreparedRecords, runs
 from common.records import Records
 from common.tasks import TASKS, Detailed, Writes
 from server.groups import by_group
@@ -28,14 +28,8 @@ class Evaluator:
     def __init__(self, config: Config, model: FineTuned, public: Records) -> None:
         self._config, self._model, self._task = config, model, TASKS[config.task.name]
         self._public, self._processor = public, self._task.load_processor(config.model)
-        self._prepared = PreparedRecords(
-            public,
-            config,
-            model,
-            self._processor,
-            declared=len(public),
-            batch=config.engine.physical_batch,
-        )
+        preparation = Preparation(config, model, self._processor, config.engine.physical_batch)
+        self._prepared = PreparedRecords(public, preparation, declared=len(public))
 
     def measure(self, vector: Vector) -> dict[str, float]:
         """Metrics of the task, by name, with `vector` loaded into the model."""

@@ -128,9 +128,10 @@ def test_what_is_prepared_of_a_record_is_the_same_alone_and_among_others(
     config = toy_config(name, tiny_config, tmp_path)
     trainer, task = Trainer(config), TASKS[config.task.name]
     made = task.toy_examples(20)
-    together = trainer._prepare(made, batch=ROWS)
+    assert trainer._preparation.batch == ROWS
+    together = trainer._preparation.of(made)
     for chosen in ([3], [19, 3, 7], [*range(3, 20)]):
-        some = trainer._prepare(made.subset(chosen), batch=ROWS)
+        some = trainer._preparation.of(made.subset(chosen))
         at = chosen.index(3)
         for key, tensor in some.items():
             assert torch.equal(tensor[at], together[key][3]), key
@@ -210,7 +211,7 @@ def test_records_are_prepared_whatever_their_number(tiny_config):
     trainer = Trainer(tiny_config)
     for count in (1, 15, 16, 17):
         texts = tuple(f"goal {number}" for number in range(count))
-        prepared = trainer._prepare(Records(texts, np.zeros(count, np.int64)), batch=ROWS)
+        prepared = trainer._preparation.of(Records(texts, np.zeros(count, np.int64)))
         assert {len(tensor) for tensor in prepared.values()} == {count}
 
 

@@ -13,7 +13,7 @@ from client.train import Trainer
 from common import prepared
 from common.config import NoiseSource, PrivacyMode, TuningMethod
 from common.parameters import flatten
-from common.prepared import PreparedRecords, are_kept, row_bytes
+from common.prepared import Preparation, PreparedRecords
 from common.records import Records
 from common.tasks import TASKS, build_model
 from server.evaluate import Evaluator
@@ -41,9 +41,12 @@ def with_engine(config, **changes):
 
 
 def prepared_of(config, records, declared=RECORDS):
+    return PreparedRecords(records, preparation_of(config), declared=declared)
+
+
+def preparation_of(config):
     processor = TASKS[config.task.name].load_processor(config.model)
-    model, batch = build_model(config), config.engine.physical_batch
-    return PreparedRecords(records, config, model, processor, declared=declared, batch=batch)
+    return Preparation(config, build_model(config), processor, config.engine.physical_batch)
 
 
 def records_of(config):
@@ -131,13 +134,11 @@ def test_a_step_without_a_cache_encodes_who_was_drawn_and_nobody_else(tiny_confi
 
 def test_the_choice_follows_from_the_config_and_not_from_records(tiny_config):
     """What is done must tell nothing of a site; that it has many records, say."""
-    processor = TASKS[tiny_config.task.name].load_processor(tiny_config.model)
-    model = build_model(tiny_config)
-    each = row_bytes(tiny_config, model, processor)
-    most = prepared.MIB // each
     config = with_engine(tiny_config, cache_mb=1)
-    assert are_kept(config, model, processor, most)
-    assert not are_kept(config, model, processor, most + 1)
+    preparation = preparation_of(config)
+    most = prepared.MIB // preparation.row_bytes
+    assert preparation.keeps(most)
+    assert not preparation.keeps(most + 1)
     for declared, kept in ((most, True), (most + 1, False)):
         told = replace(config, data=replace(config.data, declared_records=declared))
         for records in (3, RECORDS):
@@ -148,10 +149,9 @@ def test_the_choice_follows_from_the_config_and_not_from_records(tiny_config):
 
 def test_a_made_record_is_as_large_as_any(config):
     """Else the budget would be of something else."""
-    processor = TASKS[config.task.name].load_processor(config.model)
     rows = prepared_of(config, records_of(config)).rows(np.arange(RECORDS))
     whole = sum(tensor.numel() * tensor.element_size() for tensor in rows.values())
-    assert whole == RECORDS * row_bytes(config, build_model(config), processor)
+    assert whole == RECORDS * preparation_of(config).row_bytes
 
 
 def test_more_records_than_are_prepared_at_once_are_all_there(tiny_config, monkeypatch):
@@ -205,11 +205,10 @@ def test_another_label_task_or_frozen_weight_is_prepared_anew(tiny_config, monke
     prepared_of(replace(config, task=replace(config.task, max_tokens=11)), records)
     assert sum(seen) == len(records)
     seen.clear()
-    model = build_model(config)
+    changed = preparation_of(config)
     with torch.no_grad():
-        next(p for p in model.parameters() if not p.requires_grad).add_(1.0)
-    processor = TASKS[config.task.name].load_processor(config.model)
-    PreparedRecords(records, config, model, processor, declared=RECORDS, batch=16)
+        next(p for p in changed.model.parameters() if not p.requires_grad).add_(1.0)
+    PreparedRecords(records, changed, declared=RECORDS)
     assert sum(seen) == len(records)
 
 
@@ -259,7 +258,17 @@ def test_a_processor_is_the_same_after_it_was_used(tiny_config):
     """Tokenizers write into what they save how they last padded."""
     config, records = seeded(tiny_config), records_of(tiny_config)
     processor = TASKS[config.task.name].load_processor(config.model)
-    settings = {"declared": RECORDS, "batch": config.engine.physical_batch}
     for some in (records.subset([0]), records.subset([1])):
-        PreparedRecords(some, config, build_model(config), processor, **settings)
+        preparation = Preparation(config, build_model(config), processor, 16)
+        PreparedRecords(some, preparation, declared=RECORDS)
     assert len(prepared._SHELVES) == 1
+
+
+def test_a_model_is_told_from_others_once_and_not_for_each_site(tiny_config, monkeypatch):
+    """A thousand sites would hash its weights a thousand times."""
+    told, digest_of = [], prepared._digest_of
+    monkeypatch.setattr(prepared, "_digest_of", lambda p: told.append(p) or digest_of(p))
+    trainer = Trainer(tiny_config)
+    for number in range(3):
+        trainer._prepared(Site(f"site-{number}", records_of(tiny_config), (), None))
+    assert len(told) == 1

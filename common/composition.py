@@ -34,10 +34,14 @@ def run_job(job: Callable[[Config], None], invocation: Invocation) -> None:
     _check_groups(invocation)
     register_schemas()
     refused: list[CoterieError | OSError] = []
+    here = os.getpid()
 
     def application(composed: DictConfig) -> None:
+        if os.getpid() != here:  # a launcher's own process: what it raises comes back to Hydra
+            register_schemas()
+            job(from_composed(composed))
         # Kept from Hydra, which would print a line of its own; the rest of a sweep is not run.
-        if not refused:
+        elif not refused:
             try:
                 job(from_composed(composed))
             except (CoterieError, OSError) as error:

@@ -1,10 +1,8 @@
 """Leave one site out: what a sweep over left-out sites says together, and what it costs."""
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -12,23 +10,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common.config import Config, config_hash
+from common.config import config_hash
 from common.durable import write_atomic
-from common.privacy.accounting import Event, epsilon_pld, number, shown
-from common.privacy.mechanism import count_event
+from common.privacy.accounting import number, shown
 from common.tasks import TASKS
 from server.left_out import UNPROTECTED
-from server.plan import NOT_PRIVATE, is_private
+from server.plan import NOT_PRIVATE
+from simulations.finished import Finished, price_together
 
 FILE = "leave_one_site_out.json"
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A run that is over: what it was asked for, and its `report.json`."""
-
-    config: Config
-    report: dict[str, Any]
 
 
 def summary(finished: Sequence[Finished]) -> dict[str, Any] | None:
@@ -47,8 +37,8 @@ def summary(finished: Sequence[Finished]) -> dict[str, Any] | None:
         return None
     return {
         "runs": [_of_alike(runs) for runs in without if runs],
-        "epsilon": number(_price([*alike.values()])),
-        "delta": max(run.config.privacy.delta for run in chain(*alike.values())),
+        "epsilon": number(price_together(finished)),
+        "delta": max(run.config.privacy.delta for run in finished),
         "private": False,
         "reason": UNPROTECTED,
     }
@@ -107,28 +97,3 @@ def _of_alike(runs: list[Finished]) -> dict[str, Any]:
         "worst": sites[values.index(worst)]["site"],
         "sites": sites,
     }
-
-
-def _price(alike: Sequence[list[Finished]]) -> float:
-    """Epsilon of all runs together, for one record at the site that they charged most.
-
-    Between runs that are not alike records may have moved: the worst sites of each add up.
-    """
-    everything = [run for runs in alike for run in runs]
-    if not all(is_private(run.config) for run in everything):
-        return math.inf
-    events = [event for runs in alike for event in _most_charged(runs)]
-    delta = max(run.config.privacy.delta for run in everything)
-    told = max(float(run.report["privacy"]["bound"]) for run in everything)  # of lasting books
-    return max(epsilon_pld(events, delta), told)
-
-
-def _most_charged(runs: list[Finished]) -> list[Event]:
-    """What runs on the same deal charged the site that they asked most; all by one mechanism."""
-    charged: dict[str, list[Event]] = {}
-    for run in runs:
-        mechanism, count = run.report["privacy"]["mechanism"], count_event(run.config)
-        for site in run.report["sites"]:
-            steps = Event(**{**mechanism, "steps": site["steps"]})
-            charged.setdefault(site["name"], []).extend([steps, *([count] if count else [])])
-    return max(charged.values(), key=lambda events: sum(event.steps for event in events))

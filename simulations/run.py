@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from time import monotonic
 
@@ -53,8 +54,9 @@ from server.plan import (
 )
 from server.record import RoundLine
 from server.report import read_report, show_report
+from simulations.finished import Finished
 from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid
-from simulations.left_out import Finished, show_summary, summary, write_summary
+from simulations.left_out import show_summary, summary, write_summary
 from simulations.partition import deal
 
 PATIENCE_S = 2.0
@@ -72,20 +74,30 @@ def simulate(invocation: Invocation) -> None:
         _configure_process(config)
         run_dir = run_simulation(config, console)
         content, _ = read_report(run_dir)
-        finished.append(Finished(config, content))
+        finished.append(Finished(replace(config, run_dir=str(run_dir)), content))
         if invocation.json:
             emit_json(content)
         else:
             show_report(content, run_dir, console)
 
     run_job(job, invocation)
-    if (together := summary(finished)) is not None:
-        if folder := finished[0].config.run_dir:
-            write_summary(Path(folder).expanduser(), together)
-        if invocation.json:
+    if len(finished) > 1:
+        _close_sweep(finished, invocation)
+
+
+def _close_sweep(finished: list[Finished], invocation: Invocation) -> None:
+    """What several runs say together, as far as it is their own; and who says the rest."""
+    folder, console = Path(finished[0].config.run_dir).parent, Console(markup=False)
+    together = summary(finished)
+    if together is not None:
+        write_summary(folder, together)
+    if invocation.json:
+        if together is not None:
             emit_json({"leave_one_site_out": together})
-        else:
-            show_summary(together, Console(markup=False))
+        return
+    if together is not None:
+        show_summary(together, console)
+    console.print(f"All runs together: coterie sweep-report {folder}", highlight=False)
 
 
 def run_simulation(config: Config, console: Console) -> Path:
@@ -258,13 +270,18 @@ def _public(config: Config, splits: Splits) -> Records:
 def _run_dir(config: Config) -> Path:
     """The folder of this run; a job of a `-m` sweep gets its own. Raises: ConfigError if taken."""
     index = sweep_index()
-    now = datetime.now().astimezone()
-    path = Path(config.run_dir or f"runs/{now:%Y-%m-%d}/{now:%H-%M-%S}").expanduser()
+    path = Path(config.run_dir or _started()).expanduser()
     if index is not None:
-        path = path / f"job-{index}" if config.run_dir else path.with_name(f"{path.name}-{index}")
+        path = path / f"job-{index}"
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"run_dir={path}: is not an empty folder; choose another")
     return path
+
+
+@cache
+def _started() -> str:
+    """Where this process writes if it is not told: one folder for all jobs of a sweep."""
+    return f"runs/{datetime.now().astimezone():%Y-%m-%d/%H-%M-%S}"
 
 
 def _server_context(config: Config) -> Context:

@@ -1,6 +1,8 @@
 """The whole path, over real apps, a real (tiny) Transformer and real files."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -217,3 +219,29 @@ def test_sweep_gives_each_job_its_own_folder(coterie, tiny_overrides, tmp_path, 
     answer = coterie("simulate", *tiny_overrides, "-m", "seed=0,1", "run_dir=sweep")
     assert answer.code == 0, answer.err
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["job-0", "job-1"]
+    assert "coterie sweep-report sweep" in answer.out
+    together = coterie("sweep-report", "sweep", "--json").json
+    assert (together["runs"], together["rows"][0]["seeds"]) == (2, [0, 1])
+    assert together["epsilon_together"] > max(row["epsilon"] for row in together["rows"])
+
+
+@pytest.mark.slow
+def test_jobs_of_a_sweep_run_at_a_time_under_hydras_launcher(tiny_overrides, tmp_path):
+    """Real processes; the one that is refused says why, and the other one finishes."""
+    sweep = ("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "engine.threads=1")
+    command = "import sys; from common.cli import main; sys.exit(main())"
+    answer = subprocess.run(
+        [
+            *(sys.executable, "-c", command, "simulate", *tiny_overrides, *sweep),
+            *("privacy.delta=1e-4,2", f"run_dir={tmp_path / 'sweep'}"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert answer.returncode == 2, answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert "privacy.delta=2" in answer.stderr
+    assert (tmp_path / "sweep" / "job-0" / "report.json").exists()
+    assert not (tmp_path / "sweep" / "job-1").exists()

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from common.config import NoiseSource, TaskName
 from common.privacy.accounting import Event, epsilon_pld
-from simulations.left_out import FILE, Finished, show_summary, summary, write_summary
+from simulations.finished import Finished
+from simulations.left_out import FILE, show_summary, summary, write_summary
 
 SIGMA, RATE, STEPS, DELTA = 2.0, 0.5, 4, 1e-3
 SITES = ("site-1", "site-2", "site-3")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -429,6 +429,14 @@ class Config:
     """The coordinator's book of its sites' ledger heads, kept from run to run; empty: beside
     `ledger`, or in the run folder."""
 
+    @cached_property
+    def digest(self) -> str:
+        """See `config_hash`."""
+        values = _plain(asdict(self))
+        for where in ("run_dir", "ledger", "heads"):
+            values.pop(where)
+        return digest(values)
+
     @property
     def total_steps(self) -> int:
         """Private steps of the whole run at one site."""
@@ -558,10 +566,7 @@ def _refuse_interpolation(value: Any) -> None:
 
 def config_hash(config: Config) -> str:
     """SHA-256 that two runs share if they were asked for the same thing, wherever they write."""
-    values = _plain(asdict(config))
-    for where in ("run_dir", "ledger", "heads"):
-        values.pop(where)
-    return digest(values)
+    return config.digest
 
 
 def field_names(schema: type = Config, prefix: str = "") -> Iterator[str]:

@@ -36,24 +36,24 @@ Reference = tuple[Any, ...]
 class Shares:
     """Arrays that many messages have in common: written once, for all workers.
 
-    An array is known again by being the same object, and is kept alive for that.
+    An array is known again by its data's being the same object, which is kept alive for that.
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[Array, int, Segment]] = {}
+        self._known: dict[int, tuple[bytes, int, Segment]] = {}
         self._next = 0
 
     def add(self, arrays: Collection[Array]) -> None:
         """Shares what stands there at least twice, as far as there is room."""
         times: dict[int, int] = {}
         for array in arrays:
-            times[id(array)] = times.get(id(array), 0) + 1
-            if times[id(array)] == 2 and len(array.data) >= SHARED:  # noqa: PLR2004 - several
-                self._share(array)
+            times[id(array.data)] = times.get(id(array.data), 0) + 1
+            if times[id(array.data)] > 1 and len(array.data) >= SHARED:
+                self._share(array.data)
 
     def find(self, array: Array) -> tuple[int, Segment] | None:
         """The number and the segment of an array that is shared."""
-        known = self._known.get(id(array))
+        known = self._known.get(id(array.data))
         return known and known[1:]
 
     def numbers(self) -> tuple[int, ...]:
@@ -66,10 +66,10 @@ class Shares:
             segment.close()
         self._known.clear()
 
-    def _share(self, array: Array) -> None:
-        if id(array) not in self._known and len(self._known) < MOST_SHARED:
-            segment, _ = Segment.of([array.data])
-            self._known[id(array)] = array, self._next, segment
+    def _share(self, data: bytes) -> None:
+        if id(data) not in self._known and len(self._known) < MOST_SHARED:
+            segment, _ = Segment.of([data])
+            self._known[id(data)] = data, self._next, segment
             self._next += 1
 
 
@@ -108,8 +108,8 @@ class Link:
         self._sending = threading.Lock()
         self._given: set[int] = set()
         """Numbers of shared arrays that the other end has."""
-        self._kept: dict[int, Array] = {}
-        """Shared arrays that the other end has given."""
+        self._kept: dict[int, memoryview] = {}
+        """Data of shared arrays that the other end has given."""
 
     def fileno(self) -> int:
         """For who waits for several of them."""
@@ -153,7 +153,7 @@ class Link:
 
     def keep_only(self, numbers: Collection[int]) -> None:
         """Lets go of shared arrays but these."""
-        self._kept = {n: array for n, array in self._kept.items() if n in numbers}
+        self._kept = {n: data for n, data in self._kept.items() if n in numbers}
 
     def close(self) -> None:
         """The other end then finds this one gone."""
@@ -203,12 +203,12 @@ class _Pickler(pickle.Pickler):
             number, segment = shared
             place = -1 if number in self._given else self._beside(segment.handle)
             self._given.add(number)
-            return "shared", place, segment.size, facts, number
+            return "shared", place, facts, segment.size, number
         if self._given is None or len(array.data) < LARGE:
             return None
         segment, _ = Segment.of([array.data])
         self.made.append(segment)
-        return "sent", self._beside(segment.handle), segment.size, facts
+        return "sent", self._beside(segment.handle), facts, segment.size
 
     def _spool(self, spool: Spool) -> Reference:
         place = self._spools.get(id(spool))
@@ -229,7 +229,7 @@ class _Unpickler(pickle.Unpickler):
         payload: memoryview,
         buffers: Collection[memoryview],
         handles: list[int],
-        kept: dict[int, Array],
+        kept: dict[int, memoryview],
     ) -> None:
         super().__init__(io.BytesIO(payload), buffers=buffers)
         self._handles, self._kept = handles, kept
@@ -241,20 +241,20 @@ class _Unpickler(pickle.Unpickler):
             if place not in self._spools:
                 self._spools[place] = Spool(os.dup(self._handles[place]), several=facts[0])
             return self._spools[place]
-        if kind == "shared" and place < 0:
-            return self._kept[facts[2]]
-        size, described = facts[:2]
-        array = array_over(Segment(self._handles[place], size).view(), *described)
-        if kind == "shared":
-            self._kept[facts[2]] = array
-        return array
+        described, size, *numbers = facts
+        for number in numbers:
+            if place >= 0:
+                self._kept[number] = Segment(self._handles[place], size).view()
+            return array_over(self._kept[number], *described)
+        return array_over(Segment(self._handles[place], size).view(), *described)
 
 
 def array_over(data: memoryview, dtype: str, shape: tuple[int, ...], stype: str) -> Array:
     """Flower's array over memory that is not copied.
 
     Its constructor takes `bytes` alone; like Flower's own `inflate`, this sets the data after it.
-    Whatever reads an array (numpy, its chunks for sending) takes a view as well.
+    Whatever reads an array (numpy, its chunks for sending) takes a view as well; only putting it
+    into a new `ArrayRecord`, which constructs it anew, does not.
     """
     array = Array(dtype, shape, stype, b"")
     array.data = data  # type: ignore[assignment] # a view, read-only as bytes are

@@ -59,8 +59,10 @@ class Segment:
         return self._mapped(mmap.PROT_READ | mmap.PROT_WRITE)
 
     def close(self) -> None:
-        """Lets go of the descriptor; what is mapped stays."""
-        os.close(self.handle)
+        """Lets go of the descriptor, once; what is mapped stays."""
+        if self.handle >= 0:
+            os.close(self.handle)
+            self.handle = -1
 
     def _mapped(self, protection: int) -> memoryview:
         if not self.size:

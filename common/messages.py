@@ -9,9 +9,11 @@ import io
 import math
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import SType
 
 from common.config import Config, config_hash, from_canonical, to_canonical
 from common.errors import ConfigError, VerificationError
@@ -128,8 +130,11 @@ def pack_instruction(instruction: Instruction) -> RecordDict:
 
 def addressed(content: RecordDict, receipt: Receipt | None) -> RecordDict:
     """The same instruction for one more site: its own receipt, and the one vector shared."""
-    facts = {**content.config_records[FACTS], **_pack_receipt(receipt)}
-    return RecordDict({VECTOR: content[VECTOR], FACTS: ConfigRecord(facts)})
+    known = content[FACTS]
+    assert isinstance(known, ConfigRecord)
+    facts = known.copy()
+    facts.update(_pack_receipt(receipt))
+    return RecordDict({VECTOR: content[VECTOR], FACTS: facts})
 
 
 def _pack_receipt(receipt: Receipt | None) -> dict[str, str]:
@@ -152,8 +157,8 @@ def read_instruction(message: Message) -> Instruction:
     """Parses an instruction. Raises: VerificationError or ConfigError, never anything else."""
     names = {"run-id", "round", "config", "config-hash", "layout-digest"}
     facts = _facts(message, names | {*RECEIPT})
-    config = from_canonical(_text(facts, "config"))
-    if config_hash(config) != _text(facts, "config-hash"):
+    config, known_hash = _read_config(_text(facts, "config"))
+    if known_hash != _text(facts, "config-hash"):
         raise VerificationError("instruction: config and config-hash disagree")
     return Instruction(
         run_id=_text(facts, "run-id"),
@@ -163,6 +168,13 @@ def read_instruction(message: Message) -> Instruction:
         vector=_unpack_vector(message),
         receipt=_read_receipt(facts),
     )
+
+
+@lru_cache(maxsize=4)
+def _read_config(text: str) -> tuple[Config, str]:
+    """A config and its hash. A process with many sites reads the same text for each of them."""
+    config = from_canonical(text)
+    return config, config_hash(config)
 
 
 def pack_update(update: Update) -> RecordDict:
@@ -262,8 +274,11 @@ def _read_books(facts: ConfigRecord) -> SiteBooks | None:
 
 
 def pack_vector(vector: Vector) -> ArrayRecord:
-    """A flat vector as the record Flower's strategies average."""
-    return ArrayRecord({VECTOR: Array(vector)})
+    """A flat vector as the record Flower's strategies average: what `Array(vector)` holds."""
+    if vector.dtype.str != "<f4" or vector.ndim != 1:
+        return ArrayRecord({VECTOR: Array(vector)})
+    data = b"".join((_npy_header(vector.size), np.ascontiguousarray(vector).data))
+    return ArrayRecord({VECTOR: Array("float32", vector.shape, SType.NUMPY, data)})
 
 
 def unpack_arrays(arrays: ArrayRecord) -> Vector:
@@ -282,6 +297,7 @@ def unpack_arrays(arrays: ArrayRecord) -> Vector:
     return np.frombuffer(array.data, dtype=np.float32, offset=len(header))
 
 
+@lru_cache(maxsize=16)
 def _npy_header(count: int) -> bytes:
     """What `numpy.save` writes before the bytes of a (count,) float32 array."""
     buffer = io.BytesIO()
@@ -304,7 +320,9 @@ def content_bytes(content: RecordDict) -> int:
 
 
 def _unpack_vector(message: Message) -> Vector:
-    return unpack_arrays(message.content.array_records[VECTOR])
+    arrays = message.content[VECTOR]
+    assert isinstance(arrays, ArrayRecord)  # who asks for its facts first has checked that
+    return unpack_arrays(arrays)
 
 
 def _facts(
@@ -314,12 +332,13 @@ def _facts(
     if message.has_error():
         raise VerificationError("message: carries an error, not content")
     content = message.content
-    if set(content) != records or (VECTOR in records and VECTOR not in content.array_records):
+    vectors = isinstance(content.get(VECTOR), ArrayRecord)
+    if content.keys() != records or vectors != (VECTOR in records):
         raise VerificationError(
             f"message: must hold {', '.join(sorted(records))}, and nothing else"
         )
-    facts = content.config_records.get(FACTS)
-    if facts is None or set(facts) != names:
+    facts = content.get(FACTS)
+    if not isinstance(facts, ConfigRecord) or facts.keys() != names:
         raise VerificationError(f"message: facts must be exactly {', '.join(sorted(names))}")
     return facts
 

@@ -30,7 +30,7 @@ from client.persons import usable
 from common.allocation import keep_freed_memory, return_freed_memory
 from common.cli import Invocation, emit_json
 from common.composition import run_job, sweep_index
-from common.config import Config, PrivacyMode, Split, check_delta, to_canonical
+from common.config import Config, EngineName, PrivacyMode, Split, check_delta, to_canonical
 from common.data import Splits, check_files, load_splits
 from common.errors import ConfigError, PrivacyRefusedError
 from common.keys import generate_key
@@ -52,6 +52,7 @@ from server.plan import (
 )
 from server.record import RoundLine
 from server.report import read_report, show_report
+from simulations.cluster import OnRay, check_installed
 from simulations.finished import Finished
 from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid, ThisProcess
 from simulations.left_out import show_summary, summary, write_summary
@@ -110,6 +111,7 @@ def run_simulation(config: Config, console: Console) -> Path:
     run_dir = _run_dir(config)
     config = replace(config, run_dir=str(run_dir))
     # The plan comes before the first record is read; what needs the records is checked after.
+    check_installed(config.engine)
     check_files(config.data)
     run_plan = make_plan(config)
     _check_ledger(run_plan.config)
@@ -155,13 +157,15 @@ def _grid(
     """What carries the messages of a run: to this process, or to its workers."""
     names = [*sites.records]
     workers = workers_of(config.engine, len(names))
-    if workers == 1:
+    if workers == 1 and config.engine.name is EngineName.local:
         return LocalGrid(ThisProcess(sites.answer(store), len(names)), names)
 
     def lost(partition: int) -> bool:
         ledger = ledgers.get(names[partition])
         return ledger is not None and ledger.lose_unfinished()
 
+    if config.engine.name is EngineName.ray:
+        return LocalGrid(OnRay(sites, config.engine, lost), names)
     crew = Workers(
         sites.answer_of_worker,
         workers=workers,
@@ -312,7 +316,8 @@ def _server_context(config: Config) -> Context:
 
 def _configure_process(config: Config) -> None:
     """Threads, memory, and quiet libraries: what they report at INFO is in our own table."""
-    if workers_of(config.engine, config.federation.training_sites) > 1:
+    workers = workers_of(config.engine, config.federation.training_sites)
+    if workers > 1 and config.engine.name is EngineName.local:
         nursery()  # imports while this process reads records
     keep_freed_memory()
     torch.set_num_threads(config.engine.threads or len(os.sched_getaffinity(0)))

@@ -1,0 +1,187 @@
+"""What runs in Flower's simulation and in Coterie's alike: a ClientApp, and the rounds of a server.
+
+`echo` is Flower's plain message API. `mlp` is Coterie's: its messages, list of what may leave,
+exchange, checks of each reply, and average; of the ClientApp's own steps the policy and the books
+are left out, as no peer has such.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from benchmarks.arms.pace import Case, Pace
+
+Round = Callable[[], NDArray[np.float32]]
+PATIENCE_S = 3600.0
+LARGE = 22_354_944
+"""Floats of a model of MiniLM's shapes: 90 MB."""
+
+
+def client_app(case: Case) -> ClientApp:
+    """The sites' side. Nothing large is bound to it: Ray pickles it with every message."""
+    return _mlp_app(case.values) if case.work == "mlp" else _echo_app()
+
+
+def answer_of(case: Case) -> Callable[..., list[Message]]:
+    """What answers for the sites in a process of Coterie's."""
+    from simulations.answer import one_by_one  # noqa: PLC0415 - Flower's own has no use for it
+
+    return one_by_one(client_app(case))
+
+
+def rounds(grid: Grid, case: Case, pace: Pace) -> Round:
+    """The server's side: each call is one round with all sites."""
+    while len(nodes := sorted(grid.get_node_ids())) < case.sites:
+        time.sleep(0.05)
+    make = _mlp_rounds if case.work == "mlp" else _echo_rounds
+    return make(grid, nodes, case, pace)
+
+
+def shapes(values: int) -> list[tuple[int, ...]]:
+    """Of the arrays of a message: one, those of LoRA on six blocks, or those of a whole MiniLM."""
+    if values == LARGE:
+        blocks = [(384, 384)] * 24 + [(1536, 384)] * 12 + [(384,)] * 60
+        return [(30522, 384), (512, 384), *blocks]
+    pieces = 24 if values >= 1000 else 1  # noqa: PLR2004 - LoRA's pairs
+    return [(values // pieces,)] * pieces
+
+
+def _echo_app() -> ClientApp:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        arrays = {name: array.numpy() for name, array in message.content["arrays"].items()}
+        known = context.state.get("count")
+        context.state["count"] = ConfigRecord({"n": (known["n"] if known else 0) + 1})
+        echo = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+        return Message(RecordDict({"arrays": echo}), reply_to=message)
+
+    return app
+
+
+def _echo_rounds(grid: Grid, nodes: list[int], case: Case, pace: Pace) -> Round:
+    made = np.random.default_rng(0)
+    arrays = {
+        f"array-{number}": made.standard_normal(shape, dtype=np.float32)
+        for number, shape in enumerate(shapes(case.values))
+    }
+    record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+
+    def one_round() -> NDArray[np.float32]:
+        content = RecordDict({"arrays": record})
+        outgoing = [Message(content, node, MessageType.TRAIN) for node in nodes]
+        waiting, last = {*grid.push_messages(outgoing)}, None
+        while waiting:
+            replies = [*grid.pull_messages(waiting)]
+            for reply in replies:
+                pace.answered()
+                waiting.discard(reply.metadata.reply_to_message_id)
+                last = reply
+            if not replies:
+                time.sleep(0.01)
+        assert last is not None
+        return np.concatenate([a.numpy().ravel() for a in last.content["arrays"].values()])
+
+    return one_round
+
+
+@cache
+def _config() -> Any:
+    from hydra import compose, initialize_config_dir  # noqa: PLC0415 - echo does not need it
+
+    from common.composition import CONF  # noqa: PLC0415
+    from common.config import from_composed, register_schemas  # noqa: PLC0415
+
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return from_composed(compose("simulate", ["privacy=none", "run_dir=unused"]))
+
+
+def _mlp_app(values: int) -> ClientApp:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        # Looked up here, once in each process, so that the app itself stays small.
+        return trained(values, message, context)
+
+    return app
+
+
+@cache
+def _trained_app(values: int) -> ClientApp:
+    from benchmarks.arms import mlp  # noqa: PLC0415
+    from client.egress import egress  # noqa: PLC0415
+    from common import messages, parameters  # noqa: PLC0415
+    from common.privacy.mechanism import round_event  # noqa: PLC0415
+
+    model, optimizer = mlp.trained_model(values)
+    layout = parameters.Layout.of(model)
+    app = ClientApp()
+
+    @app.train(mods=[egress])
+    def train(message: Message, context: Context) -> Message:
+        instruction = messages.read_instruction(message)
+        assert instruction.layout_digest == layout.digest
+        parameters.check_vector(instruction.vector, layout)
+        parameters.write(model, instruction.vector)
+        mlp.train(model, optimizer, int(context.node_config["partition-id"]))
+        update = messages.Update(
+            instruction.run_id,
+            instruction.round,
+            instruction.layout_digest,
+            round_event(instruction.config),
+            parameters.flatten(model),
+        )
+        return Message(messages.pack_update(update), reply_to=message)
+
+    return app
+
+
+def trained(values: int, message: Message, context: Context) -> Message:
+    """What the app of this process answers."""
+    return _trained_app(values)(message, context)
+
+
+def _mlp_rounds(grid: Grid, nodes: list[int], case: Case, pace: Pace) -> Round:
+    from benchmarks.arms import mlp  # noqa: PLC0415 - torch: echo does not need it
+    from common import parameters  # noqa: PLC0415
+    from common.messages import Instruction  # noqa: PLC0415
+    from common.privacy.mechanism import round_event  # noqa: PLC0415
+    from server.aggregate import average, fedavg, judge  # noqa: PLC0415
+    from server.exchange import Exchange  # noqa: PLC0415
+
+    config, model = _config(), mlp.model_of(case.values)
+    layout, strategy = parameters.Layout.of(model), fedavg()
+    state = {"round": 0, "vector": parameters.flatten(model)}
+
+    def one_round() -> NDArray[np.float32]:
+        state["round"] += 1
+        instruction = Instruction("run", state["round"], config, layout.digest, state["vector"])
+        exchange = Exchange(grid, instruction, timeout_s=PATIENCE_S, receipts={}, spares={})
+        exchange.send(tuple(nodes))
+        replies = []
+        for reply in exchange.replies():
+            pace.answered()
+            replies.append(reply)
+        verdicts = judge(
+            replies,
+            sent=exchange.sent,
+            instruction=instruction,
+            layout=layout,
+            charge=round_event(config),
+            receipts={},
+        )
+        assert not verdicts.refused, verdicts.refused
+        state["vector"] = average(verdicts, round_number=state["round"], strategy=strategy)
+        return state["vector"]
+
+    return one_round

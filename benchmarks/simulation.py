@@ -34,10 +34,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import processes
-from benchmarks.arms.pace import GO, SAID, WEIGHTS, Case
+from benchmarks.arms.pace import GO, LARGE, SAID, WEIGHTS, Case
 
-LORA, LARGE, TINY = 75_000, 22_354_944, 10
-"""Floats of a message: 300 kB, 90 MB, 40 bytes."""
+LORA, TINY = 75_000, 10
+"""Floats of a message: 300 kB, 40 bytes."""
 SMALL_MLP, MLP = 2_410, 75_130
 SLOWEST_S = 900.0
 """For a turn, or for a first reply."""
@@ -130,7 +130,9 @@ def main() -> None:
 
 def installed(python: str) -> list[str]:
     """Peers that an interpreter can import."""
-    code = "import sys; from importlib.util import find_spec; print(*filter(find_spec, sys.argv[1:]))"
+    code = (
+        "import sys; from importlib.util import find_spec; print(*filter(find_spec, sys.argv[1:]))"
+    )
     command = [python, "-c", code, *PEERS.values()]
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return [arm for arm, module in PEERS.items() if module in found]
@@ -148,7 +150,7 @@ def measured(plan: Plan, arms: list[tuple[str, int]], peers: str) -> list[dict[s
         for turn in range(WARM + plan.turns):
             for arm in running:
                 arm.take_turn(plan.rounds, counts=turn >= WARM)
-            check_agreement(running)
+            check_agreement(running, expected_of(plan.case, running))
         for arm in running:
             arm.measure_memory()
         return [arm.row() for arm in running]
@@ -209,7 +211,9 @@ class Arm:
 
     @property
     def vector(self) -> NDArray[np.float32]:
-        """Global parameters after its last turn."""
+        """Global parameters after its last turn; of an echo, what came back."""
+        os.write(self._go, b"show\n")
+        assert self._heard()["event"] == "shown"
         vector: NDArray[np.float32] = np.load(self.folder / WEIGHTS)
         return vector
 
@@ -286,13 +290,18 @@ class Arm:
         raise RuntimeError(f"{self.name} ended, or was too slow:\n{log}")
 
 
-def check_agreement(arms: list[Arm]) -> None:
-    """Raises: AssertionError if the global parameters of an arm are not those of the first one."""
-    first, *others = arms
-    expected = first.vector
-    for arm in others:
+def check_agreement(arms: list[Arm], expected: NDArray[np.float32]) -> None:
+    """Raises: AssertionError if the global parameters of an arm are not those."""
+    for arm in arms:
         apart = float(np.abs(arm.vector - expected).max())
-        assert apart <= TOLERANCE, f"{arm.name} is {apart:g} from {first.name}"
+        assert apart <= TOLERANCE, f"{arm.name} is {apart:g} from what it must be"
+
+
+def expected_of(case: Case, arms: list[Arm]) -> NDArray[np.float32]:
+    """The loop's parameters; of an echo, what was sent."""
+    if case.work == "echo":
+        return np.concatenate([array.ravel() for array in case.arrays().values()])
+    return next(arm.vector for arm in arms if arm.name == "loop")
 
 
 if __name__ == "__main__":

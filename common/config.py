@@ -355,8 +355,8 @@ class EngineConfig:
     """Speed only: nothing here changes what is computed beyond rounding."""
 
     name: EngineName = MISSING
-    """`local`: all sites on this machine. `ray`: through Flower's own simulation, here or, where the
-    environment variable RAY_ADDRESS names one, on a cluster; needs the extra `ray`."""
+    """`local`: all sites on this machine. `ray`: through Flower's own simulation, here or, where
+    the environment variable RAY_ADDRESS names one, on a cluster; needs the extra `ray`."""
     workers: int = 0
     """Processes that take turns with the sites of a simulation, each with a model of its own; never
     more than sites train. 1: this process alone, and no other is started. 0: the cores that it may

@@ -14,14 +14,11 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from numpy.typing import NDArray
 
-from benchmarks.arms.pace import Case, Pace
+from benchmarks.arms.pace import Case, Pace, Shown
 
-Round = Callable[[], NDArray[np.float32]]
+Round = Callable[[], Shown]
 PATIENCE_S = 3600.0
-LARGE = 22_354_944
-"""Floats of a model of MiniLM's shapes: 90 MB."""
 
 
 def client_app(case: Case) -> ClientApp:
@@ -44,15 +41,6 @@ def rounds(grid: Grid, case: Case, pace: Pace) -> Round:
     return make(grid, nodes, case, pace)
 
 
-def shapes(values: int) -> list[tuple[int, ...]]:
-    """Of the arrays of a message: one, those of LoRA on six blocks, or those of a whole MiniLM."""
-    if values == LARGE:
-        blocks = [(384, 384)] * 24 + [(1536, 384)] * 12 + [(384,)] * 60
-        return [(30522, 384), (512, 384), *blocks]
-    pieces = 24 if values >= 1000 else 1  # noqa: PLR2004 - LoRA's pairs
-    return [(values // pieces,)] * pieces
-
-
 def _echo_app() -> ClientApp:
     app = ClientApp()
 
@@ -68,14 +56,9 @@ def _echo_app() -> ClientApp:
 
 
 def _echo_rounds(grid: Grid, nodes: list[int], case: Case, pace: Pace) -> Round:
-    made = np.random.default_rng(0)
-    arrays = {
-        f"array-{number}": made.standard_normal(shape, dtype=np.float32)
-        for number, shape in enumerate(shapes(case.values))
-    }
-    record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    record = ArrayRecord({name: Array(array) for name, array in case.arrays().items()})
 
-    def one_round() -> NDArray[np.float32]:
+    def one_round() -> Shown:
         content = RecordDict({"arrays": record})
         outgoing = [Message(content, node, MessageType.TRAIN) for node in nodes]
         waiting, last = {*grid.push_messages(outgoing)}, None
@@ -88,7 +71,8 @@ def _echo_rounds(grid: Grid, nodes: list[int], case: Case, pace: Pace) -> Round:
             if not replies:
                 time.sleep(0.01)
         assert last is not None
-        return np.concatenate([a.numpy().ravel() for a in last.content["arrays"].values()])
+        arrays = last.content["arrays"].values()
+        return lambda: np.concatenate([array.numpy().ravel() for array in arrays])
 
     return one_round
 
@@ -163,7 +147,7 @@ def _mlp_rounds(grid: Grid, nodes: list[int], case: Case, pace: Pace) -> Round:
     layout, strategy = parameters.Layout.of(model), fedavg()
     state = {"round": 0, "vector": parameters.flatten(model)}
 
-    def one_round() -> NDArray[np.float32]:
+    def one_round() -> Shown:
         state["round"] += 1
         instruction = Instruction("run", state["round"], config, layout.digest, state["vector"])
         exchange = Exchange(grid, instruction, timeout_s=PATIENCE_S, receipts={}, spares={})
@@ -182,6 +166,6 @@ def _mlp_rounds(grid: Grid, nodes: list[int], case: Case, pace: Pace) -> Round:
         )
         assert not verdicts.refused, verdicts.refused
         state["vector"] = average(verdicts, round_number=state["round"], strategy=strategy)
-        return state["vector"]
+        return lambda: state["vector"]
 
     return one_round

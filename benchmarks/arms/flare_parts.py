@@ -28,7 +28,7 @@ class Averaging(BaseFedAvg):
         known = {name: p.detach().numpy() for name, p in model.named_parameters()}
         self.current_round = 0
 
-        def one_round():  # noqa: ANN202 - a vector
+        def one_round():  # noqa: ANN202 - what shows a vector
             nonlocal known
             self.current_round += 1
             sent = FLModel(params=known, current_round=self.current_round)
@@ -36,7 +36,7 @@ class Averaging(BaseFedAvg):
             assert len(results) == self.sites
             pace.answered()
             known = self.aggregate(results).params
-            return np.concatenate([value.ravel() for value in known.values()])
+            return lambda: np.concatenate([value.ravel() for value in known.values()])
 
         pace.run(one_round)
 

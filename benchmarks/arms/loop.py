@@ -32,7 +32,7 @@ def main() -> None:
         for value, each in zip(known, total, strict=True):
             value.copy_(each / case.sites)
         start()
-        return flat(model)
+        return lambda: flat(model)
 
     pace.run(one_round)
 

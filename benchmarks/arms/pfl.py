@@ -72,7 +72,7 @@ class Turns(TrainingProcessCallback):
         if self._left:
             return False, Metrics()
         spent_s = time.perf_counter() - self._started
-        self._pace.end_turn(spent_s / self._rounds, flat(model.pytorch_model.inner))
+        self._pace.end_turn(spent_s / self._rounds, lambda: flat(model.pytorch_model.inner))
         return not self.begin(), Metrics()
 
 

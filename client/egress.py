@@ -5,14 +5,27 @@ for the day when somebody adds a metric to a reply, or an exception carries a re
 """
 
 import logging
+from collections.abc import Mapping
 
-from flwr.app import Context, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp.typing import ClientAppCallable
 
 from client.refusals import code_of
 from common import messages
 
 log = logging.getLogger(__name__)
+
+Allowed = Mapping[str, frozenset[str]]
+Record = ArrayRecord | MetricRecord | ConfigRecord
 
 ALLOWED: dict[str, dict[str, frozenset[str]]] = {
     MessageType.TRAIN: {
@@ -42,18 +55,24 @@ def egress(message: Message, context: Context, call_next: ClientAppCallable) -> 
     if reply.has_error():
         code = reply.error.code
         return _refusal(code if code in messages.REFUSALS else messages.LOCAL_FAILURE, message)
-    kind = message.metadata.message_type.partition(".")[0]
-    return Message(_listed(reply.content, ALLOWED.get(kind, {})), reply_to=message)
+    allowed = ALLOWED.get(message.metadata.message_type.partition(".")[0], {})
+    content = reply.content
+    if not all(_is_listed(name, record, allowed) for name, record in content.items()):
+        content = _listed(content, allowed)
+    return Message(content, reply_to=message)
 
 
-def _listed(content: RecordDict, allowed: dict[str, frozenset[str]]) -> RecordDict:
+def _is_listed(name: str, record: Record, allowed: Allowed) -> bool:
+    """Whether all of a record may leave, so that nothing need be copied and checked anew."""
+    may = allowed.get(name, frozenset())
+    return bool(record) and not isinstance(record, MetricRecord) and record.keys() <= may
+
+
+def _listed(content: RecordDict, allowed: Allowed) -> RecordDict:
     kept, dropped = RecordDict(), []
     for name, record in content.items():
         measured = isinstance(record, MetricRecord)
         names = frozenset[str]() if measured else allowed.get(name, frozenset())
-        if record and record.keys() <= names:  # as it is: copying checks every value again
-            kept[name] = record
-            continue
         dropped += [f"{name}.{each}" for each in record if each not in names]
         listed = {each: value for each, value in record.items() if each in names}
         if listed:

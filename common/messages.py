@@ -132,6 +132,8 @@ def addressed(content: RecordDict, receipt: Receipt | None) -> RecordDict:
     """The same instruction for one more site: its own receipt, and the one vector shared."""
     known = content[FACTS]
     assert isinstance(known, ConfigRecord)
+    if receipt is None and not known[RECEIPT[0]]:
+        return content
     facts = known.copy()
     facts.update(_pack_receipt(receipt))
     return RecordDict({VECTOR: content[VECTOR], FACTS: facts})

@@ -30,7 +30,7 @@ def answer_of(case: Case) -> Callable[..., list[Message]]:
     """What answers for the sites in a process of Coterie's."""
     from simulations.answer import one_by_one  # noqa: PLC0415 - Flower's own has no use for it
 
-    return one_by_one(client_app(case))
+    return one_by_one(_trained_app(case.values) if case.work == "mlp" else client_app(case))
 
 
 def rounds(grid: Grid, case: Case, pace: Pace) -> Round:
@@ -108,7 +108,7 @@ def _trained_app(values: int) -> ClientApp:
     from common.privacy.mechanism import round_event  # noqa: PLC0415
 
     model, optimizer = mlp.trained_model(values)
-    layout = parameters.Layout.of(model)
+    layout, whole = parameters.Layout.of(model), mlp.as_one(model)
     app = ClientApp()
 
     @app.train(mods=[egress])
@@ -116,14 +116,14 @@ def _trained_app(values: int) -> ClientApp:
         instruction = messages.read_instruction(message)
         assert instruction.layout_digest == layout.digest
         parameters.check_vector(instruction.vector, layout)
-        parameters.write(model, instruction.vector)
+        whole[:] = instruction.vector
         mlp.train(model, optimizer, int(context.node_config["partition-id"]))
         update = messages.Update(
             instruction.run_id,
             instruction.round,
             instruction.layout_digest,
             round_event(instruction.config),
-            parameters.flatten(model),
+            whole.copy(),
         )
         return Message(messages.pack_update(update), reply_to=message)
 

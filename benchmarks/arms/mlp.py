@@ -52,6 +52,15 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, site: int) -> None
     optimizer.step()
 
 
+def as_one(model: nn.Module) -> NDArray[np.float32]:
+    """All parameters as one vector, of which each is a view from now on."""
+    whole = torch.from_numpy(flat(model))
+    parts = whole.split([parameter.numel() for parameter in model.parameters()])
+    for parameter, part in zip(model.parameters(), parts, strict=True):
+        parameter.data = part.view_as(parameter)
+    return whole.numpy()
+
+
 def flat(model: nn.Module) -> NDArray[np.float32]:
     """All parameters, in the model's order."""
     with torch.no_grad():

@@ -220,21 +220,23 @@ def test_homes_are_dealt_longest_first():
 
 
 @pytest.mark.parametrize(
-    ("engine", "sites", "cores", "workers", "threads"),
+    ("engine", "sites", "workers", "threads"),
     [
-        (EngineConfig(), 1000, 8, 1, 8),
-        (EngineConfig(threads=1), 1000, 8, 8, 1),
-        (EngineConfig(threads=1), 3, 8, 3, 1),
-        (EngineConfig(threads=3), 1000, 8, 2, 3),
-        (EngineConfig(workers=4), 1000, 8, 4, 2),
-        (EngineConfig(workers=4), 2, 8, 2, 4),
-        (EngineConfig(workers=1, threads=1), 1000, 8, 1, 1),
-        (EngineConfig(workers=16), 1000, 8, 16, 1),
-        (EngineConfig(threads=16), 1000, 8, 1, 16),
+        (EngineConfig(), 1000, 1, 8),
+        (EngineConfig(threads=1), 1000, 8, 1),
+        (EngineConfig(threads=1), 3, 3, 1),
+        (EngineConfig(threads=3), 1000, 2, 3),
+        (EngineConfig(workers=4), 1000, 4, 2),
+        (EngineConfig(workers=4), 2, 2, 4),
+        (EngineConfig(workers=1, threads=1), 1000, 1, 1),
+        (EngineConfig(workers=16), 1000, 16, 1),
+        (EngineConfig(threads=16), 1000, 1, 16),
     ],
 )
-def test_how_many_processes_and_threads(monkeypatch, engine, sites, cores, workers, threads):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+def test_how_many_processes_and_threads_of_eight_cores(
+    monkeypatch, engine, sites, workers, threads
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert workers_of(engine, sites) == workers
     assert threads_of(engine, workers) == threads
 

@@ -15,8 +15,8 @@ from common.parameters import MAX_MAGNITUDE
 VALUES = st.one_of(
     st.floats(-MAX_MAGNITUDE, MAX_MAGNITUDE, width=32),
     st.floats(-1, 1, width=32),
-    st.floats(-1e-6, 1e-6, width=32),
-    st.sampled_from([MAX_MAGNITUDE, -MAX_MAGNITUDE, 0.0, -0.0, 1e-45]),
+    st.floats(-(2.0**-20), 2.0**-20, width=32),
+    st.sampled_from([MAX_MAGNITUDE, -MAX_MAGNITUDE, 0.0, -0.0, 2.0**-149]),
 )
 VECTORS = hnp.arrays(np.float32, st.tuples(st.integers(1, 12), st.integers(1, 4)), elements=VALUES)
 

@@ -178,10 +178,25 @@ def test_values_are_compared_in_pieces_without_a_seam(compose_config, monkeypatc
         monkeypatch.undo()
 
 
-def test_krum_tells_close_updates_apart_far_from_zero(compose_config):
+@pytest.mark.parametrize("seed", range(8))
+def test_krum_tells_close_updates_apart_far_from_zero(seed, compose_config):
     """In float32 their distances would be rounding alone."""
-    strategy, far = chosen(compose_config, "krum"), np.full(SIZE, 2000, np.float32)
-    spread = np.float32([0.0, 0.001, 0.0005, 5.0, -5.0])
-    updates = {node: far + spread[node - 2] for node in range(2, 7)}
-    picked = step(strategy, RunState("run", 0, START), updates).vector[0] - 2000
-    assert picked in spread[:3]
+    strategy, draw = chosen(compose_config, "krum"), np.random.default_rng(seed)
+    far = draw.normal(size=SIZE) * 3000
+    spread = draw.normal(size=(SITES, SIZE)) * np.array([[0.01], [0.01], [0.01], [0.1], [0.1]])
+    updates = dict(enumerate((far + spread).astype(np.float32), start=2))
+    picked = step(strategy, RunState("run", 0, START), updates).vector
+    assert any(np.array_equal(picked, updates[node]) for node in (2, 3, 4))
+
+
+def test_of_updates_that_krum_finds_equally_good_the_order_picks_none(compose_config):
+    strategy = chosen(compose_config, "krum")
+    updates = {
+        node: np.full(SIZE, value, np.float32)
+        for node, value in zip(range(2, 7), (-2, -1, 1, 2, 100), strict=True)
+    }
+    picked = {
+        step(strategy, RunState("run", 0, START), dict(order)).vector[0]
+        for order in itertools.permutations(updates.items())
+    }
+    assert len(picked) == 1

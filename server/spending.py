@@ -18,6 +18,7 @@ from common.privacy.accounting import (
 )
 from server.plan import RunPlan, is_private
 from server.record import RoundLine, SiteLine, site_lines
+from server.resume import attempts_told
 from server.rounds import RoundOutcome
 
 
@@ -90,11 +91,8 @@ def _untold(outcome: RoundOutcome, before: list[RoundLine], run_plan: RunPlan) -
         return []
     event, most = run_plan.event, run_plan.config.charged_rounds
     seen = Counter(name for line in before for name in line.asked) + Counter(outcome.asked)
-    told = {
-        name: sum(each.steps for each in books.charged if replace(each, steps=event.steps) == event)
-        for name, books in outcome.books.items()
-    }
-    extra = {name: min(steps // event.steps, most) - seen[name] for name, steps in told.items()}
+    told = {name: attempts_told(books, event) for name, books in outcome.books.items()}
+    extra = {name: min(attempts, most) - seen[name] for name, attempts in told.items()}
     return [name for name, attempts in extra.items() for _ in range(attempts)]
 
 
@@ -102,7 +100,8 @@ def _epsilon_so_far(run_plan: RunPlan, lines: list[RoundLine]) -> float:
     """Of the site that was charged most, answered or not."""
     asked, delta = rounds_asked(run_plan, lines), run_plan.config.privacy.delta
     times = Counter(name for each in asked for name in each.names)
-    epsilon = run_plan.epsilon_by_round[max(times.values()) - 1]
+    most = len(run_plan.epsilon_by_round)  # its plan allows a site no more, however often asked
+    epsilon = run_plan.epsilon_by_round[min(max(times.values()), most) - 1]
     if run_plan.config.ledger:  # other runs are in its books, too
         for name in times:
             priced = epsilon_pld(_told(asked, name), delta, LIVE_INTERVAL)

@@ -19,6 +19,7 @@ import client.ledger
 import client.train
 import server.app
 import server.rounds
+import simulations.run
 from client.ledger import Store
 from common import cli, messages
 from common.privacy.verification import verify
@@ -428,13 +429,20 @@ def test_a_damaged_run_is_one_line(damage, coterie, broken):
     assert state_of(broken / "checkpoints") == before
 
 
-def test_other_records_of_the_same_number_are_refused(coterie, broken, tiny_csv, tmp_path):
-    """They move no setting: the books know whose records they charge."""
+def test_another_number_of_records_is_refused(coterie, broken, tiny_csv, tmp_path):
     other = tmp_path / "other.csv"
-    header, *rows = tiny_csv.read_text().splitlines()
-    other.write_text("\n".join([header, *(f"was {row}" for row in rows)]))
+    other.write_text("\n".join(tiny_csv.read_text().splitlines()[:-9]))
     config = (broken / "config.yaml").read_text()
     (broken / "config.yaml").write_text(config.replace(str(tiny_csv), str(other)))
+    answer = resume(coterie, broken)
+    assert answer.code == 2
+    assert "and had 84 when the run began; put the data back" in answer.json["error"]["message"]
+
+
+def test_as_many_other_records_are_refused(coterie, broken, monkeypatch):
+    """They move no setting: the books know whose records they charge."""
+    deal = simulations.run.deal
+    monkeypatch.setattr("simulations.run.deal", lambda *a, **b: [*reversed(deal(*a, **b))])
     answer = resume(coterie, broken)
     assert answer.code == 2
     assert "data: site-1 has other records than when the run began" in answer.err

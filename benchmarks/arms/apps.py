@@ -140,32 +140,31 @@ def _mlp_rounds(grid: Grid, nodes: list[int], case: Case, pace: Pace) -> Round:
     from common import parameters  # noqa: PLC0415
     from common.messages import Instruction  # noqa: PLC0415
     from common.privacy.mechanism import round_event  # noqa: PLC0415
-    from server.aggregate import average, fedavg, judge  # noqa: PLC0415
+    from server.aggregate import Judge  # noqa: PLC0415
     from server.exchange import Exchange  # noqa: PLC0415
+    from server.strategy import aggregate, gathering  # noqa: PLC0415
 
     config, model = _config(), mlp.model_of(case.values)
-    layout, strategy = parameters.Layout.of(model), fedavg()
+    layout, charge = parameters.Layout.of(model), round_event(config)
     state = {"round": 0, "vector": parameters.flatten(model)}
 
     def one_round() -> Shown:
         state["round"] += 1
         instruction = Instruction("run", state["round"], config, layout.digest, state["vector"])
         exchange = Exchange(grid, instruction, timeout_s=PATIENCE_S, receipts={}, spares={})
+        gathered = gathering(config.strategy, layout.size, capacity=len(nodes))
+        asked = {"sent": exchange.sent, "instruction": instruction, "receipts": {}}
+        judge = Judge(gathered, layout=layout, charge=charge, **asked)
         exchange.send(tuple(nodes))
-        replies = []
         for reply in exchange.replies():
             pace.answered()
-            replies.append(reply)
-        verdicts = judge(
-            replies,
-            sent=exchange.sent,
-            instruction=instruction,
-            layout=layout,
-            charge=round_event(config),
-            receipts={},
-        )
+            judge.read(reply)
+        verdicts = judge.verdicts()
         assert not verdicts.refused, verdicts.refused
-        state["vector"] = average(verdicts, round_number=state["round"], strategy=strategy)
-        return lambda: state["vector"]
+        made = aggregate(
+            config.strategy, gathered, state["vector"], {}, round_number=1, layout=layout
+        )
+        state["vector"] = made.vector
+        return lambda: made.vector
 
     return one_round

@@ -24,6 +24,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.task_identity import TaskIdentity
 
 from client.ledger import Store
 from common import messages
@@ -84,6 +85,7 @@ class OnRay:
 
     def push(self, outgoing: Iterable[Message]) -> None:
         """See `Crew`."""
+        TaskIdentity.run_id = self._flower.run.run_id  # its messages are of Flower's run
         for message in outgoing:
             known = message.metadata
             theirs = Message(

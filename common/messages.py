@@ -194,18 +194,26 @@ def _read_config(text: str) -> tuple[Config, str]:
 
 def pack_update(update: Update) -> RecordDict:
     """The message content of an update: the whole egress of a round."""
-    facts = ConfigRecord(
+    facts = _update_facts(update.run_id, update.round, update.layout_digest, update.charge).copy()
+    if update.books is not None:
+        facts.update(_pack_books(update.books))
+    return RecordDict({VECTOR: pack_vector(update.vector), FACTS: facts})
+
+
+@lru_cache(maxsize=4)
+def _update_facts(run_id: str, number: int, layout_digest: str, charge: Event) -> ConfigRecord:
+    """What updates of one round have in common: Flower checks each value when it is first set."""
+    return ConfigRecord(
         {
-            "run-id": update.run_id,
-            "round": update.round,
-            "layout-digest": update.layout_digest,
-            "noise-multiplier": update.charge.noise_multiplier,
-            "sample-rate": update.charge.sample_rate,
-            "steps": update.charge.steps,
-            **_pack_books(update.books),
+            "run-id": run_id,
+            "round": number,
+            "layout-digest": layout_digest,
+            "noise-multiplier": charge.noise_multiplier,
+            "sample-rate": charge.sample_rate,
+            "steps": charge.steps,
+            **_pack_books(None),
         }
     )
-    return RecordDict({VECTOR: pack_vector(update.vector), FACTS: facts})
 
 
 def pack_count(count: Count) -> RecordDict:

@@ -17,5 +17,7 @@ def simulate(invocation: Invocation) -> None:
 
 def are_asked(arguments: tuple[str, ...]) -> bool:
     """Whether a command line asks for workers by number; who asks otherwise gets them later."""
+    if "engine=ray" in arguments:
+        return False
     given = [a.removeprefix(ASKED) for a in arguments if a.startswith(ASKED)]
     return bool(given) and given[-1] not in ("0", "1")

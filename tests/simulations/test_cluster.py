@@ -102,24 +102,28 @@ def test_the_results_are_those_of_local_to_the_bit(tiny_overrides, tmp_path):
 def test_a_ctrl_c_ends_it_and_all_of_ray(after, tiny_overrides, tmp_path):
     """While Ray starts, and in the middle of the rounds."""
     command = [*COTERIE, "simulate", *tiny_overrides, "engine=ray"]
-    more = ["engine.workers=2", "federation.rounds=500", f"run_dir={tmp_path / 'run'}"]
+    more = ["engine.workers=2", "federation.rounds=60", f"run_dir={tmp_path / 'run'}"]
     process = subprocess.Popen([*command, *more], stderr=subprocess.DEVNULL)
 
     def waited():
         return ray_of(process.pid) if after == "ray" else lines.exists()
 
     lines = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not waited() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    members = ray_of(process.pid)
-    assert members
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
-    deadline = time.monotonic() + 10
-    while (left := [p for p in members if is_alive(p)]) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not left
+    try:
+        deadline = time.monotonic() + 120
+        while not waited() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        members = ray_of(process.pid)
+        assert members
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        deadline = time.monotonic() + 10
+        while (left := [p for p in members if is_alive(p)]) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not left
+    finally:
+        process.kill()
+        process.wait()
 
 
 def ray_of(pid):

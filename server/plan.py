@@ -36,6 +36,7 @@ from common.privacy.accounting import (
     within,
 )
 from common.privacy.mechanism import count_event, round_event, run_events
+from common.strategies import StrategyConfig
 from common.tasks import TASKS, build_model
 from server.rates import with_raised_rate
 
@@ -100,10 +101,10 @@ def make_plan(config: Config) -> RunPlan:
     privacy, rounds = config.privacy, config.charged_rounds
     declared, sites = config.data.declared_records, config.federation.sites
     if privacy.mode is PrivacyMode.none:
-        return RunPlan(_as_if_private(config), (math.inf,) * rounds, math.inf)
+        return RunPlan(solved(config), (math.inf,) * rounds, math.inf)
     if declared is not None:
         check_delta(privacy.delta, math.ceil(declared / sites), "a site")
-    resolved = with_raised_rate(_with_sigma(config))
+    resolved = solved(config)
     whole = run_events(resolved)
     _check_bound(resolved, whole)
     if not is_private(config):  # whoever knows the seed can subtract the noise
@@ -114,6 +115,13 @@ def make_plan(config: Config) -> RunPlan:
     return RunPlan(
         resolved, by_round, min(epsilon_pld(whole, privacy.delta, LIVE_INTERVAL), privacy.epsilon)
     )
+
+
+def solved(config: Config) -> Config:
+    """The config with what a plan fills in: sigma, and the step size that it allows."""
+    if config.privacy.mode is PrivacyMode.none:
+        return _as_if_private(config)
+    return with_raised_rate(_with_sigma(config))
 
 
 def _check_bound(config: Config, whole: tuple[Event, ...]) -> None:
@@ -179,6 +187,8 @@ def plan_object(run_plan: RunPlan, size: ModelSize, seconds: float | None) -> di
             "epsilon_by_round": [number(epsilon) for epsilon in run_plan.epsilon_by_round],
             "private": is_private(config),
         },
+        "strategy": config.strategy.name.name,
+        "tolerated_sites": config.strategy.tolerated(config.federation.quorum_sites),
         "noise_multiplier": event.noise_multiplier,
         "sample_rate": event.sample_rate,
         "clip_norm": config.privacy.clip_norm,
@@ -239,12 +249,15 @@ def show_plan(run_plan: RunPlan, size: ModelSize, seconds: float | None, console
         "federation": f"{_who_trains(federation)}, {federation.rounds} rounds of "
         f"{federation.local_steps} step{'s' if federation.local_steps > 1 else ''}, "
         f"{federation.partition.name}",
+        "strategy": _what_it_tolerates(config),
         "spare rounds": f"{privacy.spare_rounds}, to repeat what a crash lost; paid for already",
         "each step": f"Poisson rate {event.sample_rate:g}{_drawn(privacy)}, clip "
         f"{privacy.clip_norm:g}, sigma {event.noise_multiplier:g}, noise from {privacy.noise.name}",
         "each site pays": _price(run_plan),
         "traffic": f"{size.bytes_per_message / 1e6:.2f} MB each way per site and round",
     }
+    if config.strategy == StrategyConfig():
+        del rows["strategy"]
     if not privacy.spare_rounds:
         del rows["spare rounds"]
     if privacy.count_noise is not None:
@@ -264,6 +277,13 @@ def _who_trains(federation: FederationConfig) -> str:
     return (
         f"{federation.training_sites} of {federation.sites} sites, without {federation.leave_out}"
     )
+
+
+def _what_it_tolerates(config: Config) -> str:
+    updates, strategy = config.federation.quorum_sites, config.strategy
+    tolerated = strategy.tolerated(updates)
+    bounds = f"; of {updates} updates {tolerated} may be anything" if tolerated else ""
+    return f"{strategy.name.name}{bounds}"
 
 
 def _drawn(privacy: PrivacyConfig) -> str:

@@ -18,6 +18,7 @@ from common.privacy.accounting import (
 )
 from server.plan import RunPlan, is_private
 from server.record import RoundLine, SiteLine, site_lines
+from server.resume import attempts_told
 from server.rounds import RoundOutcome
 
 
@@ -57,7 +58,12 @@ class Spending:
 
 
 def round_line(
-    outcome: RoundOutcome, metrics: dict[str, float], before: list[RoundLine], run_plan: RunPlan
+    outcome: RoundOutcome,
+    metrics: dict[str, float],
+    before: list[RoundLine],
+    run_plan: RunPlan,
+    *,
+    elapsed_s: float = 0.0,
 ) -> RoundLine:
     """The line of a round that just ended, after the lines `before` it."""
     line = RoundLine(
@@ -65,21 +71,37 @@ def round_line(
         private=is_private(run_plan.config),
         metrics=metrics,
         epsilon="inf",
-        asked=outcome.asked,
+        asked=(*outcome.asked, *_untold(outcome, before, run_plan)),
         refused=outcome.refused,
         bytes_down=outcome.bytes_down,
         bytes_up=outcome.bytes_up,
         sites_s=round(outcome.sites_s, 3),
         books=site_lines(outcome.books),
+        elapsed_s=round(elapsed_s, 3),
     )
     return replace(line, epsilon=number(_epsilon_so_far(run_plan, [*before, line])))
+
+
+def _untold(outcome: RoundOutcome, before: list[RoundLine], run_plan: RunPlan) -> list[str]:
+    """Attempts that sites' ledgers tell of, and that were asked for before an interruption.
+
+    Never more than a plan allows. Books that last tell of other runs as well, and are priced whole.
+    """
+    if not outcome.state.resumed_after or run_plan.config.ledger:
+        return []
+    event, most = run_plan.event, run_plan.config.charged_rounds
+    seen = Counter(name for line in before for name in line.asked) + Counter(outcome.asked)
+    told = {name: attempts_told(books, event) for name, books in outcome.books.items()}
+    extra = {name: min(attempts, most) - seen[name] for name, attempts in told.items()}
+    return [name for name, attempts in extra.items() for _ in range(attempts)]
 
 
 def _epsilon_so_far(run_plan: RunPlan, lines: list[RoundLine]) -> float:
     """Of the site that was charged most, answered or not."""
     asked, delta = rounds_asked(run_plan, lines), run_plan.config.privacy.delta
     times = Counter(name for each in asked for name in each.names)
-    epsilon = run_plan.epsilon_by_round[max(times.values()) - 1]
+    most = len(run_plan.epsilon_by_round)  # its plan allows a site no more, however often asked
+    epsilon = run_plan.epsilon_by_round[min(max(times.values()), most) - 1]
     if run_plan.config.ledger:  # other runs are in its books, too
         for name in times:
             priced = epsilon_pld(_told(asked, name), delta, LIVE_INTERVAL)

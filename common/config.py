@@ -33,6 +33,14 @@ MAX_WORKERS = 256
 """Processes of a simulation."""
 MAX_SECONDS = 3600
 """Longest sound a task may keep."""
+MAX_TOKENS, MAX_BATCH, MAX_RANK, MAX_ALPHA = 32_768, 65_536, 4096, 10**6
+"""What a model is built and rehearsed with: above any use, and no memory is asked for in vain."""
+MAX_SITES, MAX_ROUNDS, MAX_STEPS = 100_000, 10_000, 10**6
+"""Sites; rounds, and steps in one; steps of a run: what a plan prices in seconds."""
+MIN_SAMPLE_RATE = 1e-6
+"""Smallest Poisson rate that a ledger takes."""
+MAX_STEP_SIZE = 1e6
+"""Of step sizes and clip bounds: beyond, the first step is no finite number."""
 
 # Enums are read by member *name* (OmegaConf), so members are spelled as people type them.
 
@@ -654,7 +662,7 @@ def _broken(config: Config) -> Iterator[str]:
     """One clause per broken rule."""
     rules = dict(_RULES)
     if config.tuning.method is not TuningMethod.head:
-        rules["tuning.adapter_learning_rate"] = _POSITIVE
+        rules["tuning.adapter_learning_rate"] = _STEP_SIZE
     if config.tuning.method is TuningMethod.lora:
         rules |= _LORA_RULES
     if config.tuning.method is TuningMethod.last_layers:
@@ -679,6 +687,12 @@ def _broken(config: Config) -> Iterator[str]:
         yield (
             f"model.head=native: must be left out with task={config.task.name.name}, which always "
             "has the head that transformers gives it"
+        )
+    if config.charged_steps > MAX_STEPS:
+        yield (
+            f"federation.rounds={config.federation.rounds}: must keep the steps of a site, "
+            f"{config.charged_steps:,} with federation.local_steps and spare rounds, at most "
+            f"{MAX_STEPS:,}"
         )
     yield from _broken_of_persons(config)
     yield from _broken_of_contents(config)
@@ -825,22 +839,34 @@ _PATHS = {
 _Rule = tuple[str, Callable[[Any], bool]]
 """What a value must be, in words and as a test."""
 
+
+def _up_to(most: int) -> _Rule:
+    return f"between 1 and {most:,}", lambda value: bool(1 <= value <= most)
+
+
 _POSITIVE: _Rule = ("a finite number above 0", _positive)
 _COUNT: _Rule = ("at least 1", lambda value: bool(value >= 1))
+_STEP_SIZE: _Rule = (
+    f"above 0 and at most {MAX_STEP_SIZE:g}",
+    lambda value: bool(0 < value <= MAX_STEP_SIZE),
+)
 _LIMIT: _Rule = ("above 0, or null for no limit", lambda value: value is None or _positive(value))
 _OPEN_SHARE: _Rule = ("above 0 and at most 1", lambda value: bool(0 < value <= 1))
 _PUBLIC_SHARE: _Rule = ("at least 0 and below 1", lambda value: bool(0 <= value < 1))
 
 _RULES: dict[str, _Rule] = {
     "seed": ("at least 0 and below 2**32", lambda value: bool(0 <= value < 2**32)),
-    "task.max_tokens": _COUNT,
-    "task.max_target_tokens": _COUNT,
+    "task.max_tokens": _up_to(MAX_TOKENS),
+    "task.max_target_tokens": _up_to(MAX_TOKENS),
     "task.max_seconds": ("above 0 and at most 3600", lambda value: bool(0 < value <= MAX_SECONDS)),
     "model.feature_scale": _POSITIVE,
     "privacy.epsilon": _POSITIVE,
     "privacy.delta": ("between 0 and 1, both excluded", lambda value: bool(0 < value < 1)),
-    "privacy.clip_norm": _POSITIVE,
-    "privacy.sample_rate": _OPEN_SHARE,
+    "privacy.clip_norm": _STEP_SIZE,
+    "privacy.sample_rate": (
+        f"at least {MIN_SAMPLE_RATE:g} and at most 1",
+        lambda value: bool(MIN_SAMPLE_RATE <= value <= 1),
+    ),
     "node.min_noise_multiplier": ("a finite number, 0 or more", lambda v: 0 <= v < math.inf),
     "node.max_epsilon": _LIMIT,
     "node.max_clip_norm": _LIMIT,
@@ -852,9 +878,9 @@ _RULES: dict[str, _Rule] = {
         "a finite number above 0, or null to solve it",
         lambda value: value is None or _positive(value),
     ),
-    "federation.sites": _COUNT,
-    "federation.rounds": _COUNT,
-    "federation.local_steps": _COUNT,
+    "federation.sites": _up_to(MAX_SITES),
+    "federation.rounds": _up_to(MAX_ROUNDS),
+    "federation.local_steps": _up_to(MAX_ROUNDS),
     "federation.dirichlet_alpha": _POSITIVE,
     "federation.classes_per_site": _COUNT,
     "federation.quorum": _OPEN_SHARE,
@@ -862,9 +888,9 @@ _RULES: dict[str, _Rule] = {
     "evaluation.every": ("0 or more", lambda value: bool(value >= 0)),
     "engine.threads": ("between 0 and 1024", lambda value: bool(0 <= value <= MAX_THREADS)),
     "engine.workers": ("between 0 and 256", lambda value: bool(0 <= value <= MAX_WORKERS)),
-    "engine.physical_batch": _COUNT,
+    "engine.physical_batch": _up_to(MAX_BATCH),
     "engine.cache_mb": ("0 or more", lambda value: bool(value >= 0)),
-    "tuning.head_learning_rate": _POSITIVE,
+    "tuning.head_learning_rate": _STEP_SIZE,
     "tuning.head_noise": ("a finite number, 0 or more", lambda value: 0 <= value < math.inf),
     "data.labels": ("two or more different class names, in order", _distinct_names),
     "data.toy_records": _COUNT,
@@ -877,8 +903,8 @@ _RULES: dict[str, _Rule] = {
     ),
 }
 _LORA_RULES: dict[str, _Rule] = {
-    "tuning.rank": _COUNT,
-    "tuning.alpha": _COUNT,
+    "tuning.rank": _up_to(MAX_RANK),
+    "tuning.alpha": _up_to(MAX_ALPHA),
     "tuning.last_layers": ("0 for all blocks, or more", lambda value: bool(value >= 0)),
 }
 

@@ -73,7 +73,7 @@ def _run(
     model = build_model(config)
     layout = Layout.of(model)
     begun = opened(run_dir, config, parameters.flatten(model), layout)
-    state, lines = begun.state, begun.lines
+    state, lines, before_s = begun.state, begun.lines, begun.elapsed_s
     if state.resumed_after:
         watch.on_resume(state.round)
     evaluator = Evaluator(config, model, public)
@@ -94,7 +94,7 @@ def _run(
         if is_measured(config, outcome.round):
             scores = evaluator.score(state.vector)
             metrics = evaluator.metrics(scores)
-        elapsed_s = begun.elapsed_s + time.perf_counter() - started
+        elapsed_s = before_s + time.perf_counter() - started
         lines.append(round_line(outcome, metrics, lines, run_plan, elapsed_s=elapsed_s))
         append_line(run_dir, lines[-1])
         watch.on_round(lines[-1])
@@ -104,7 +104,7 @@ def _run(
     key = heads.key if heads else ""
     detail = evaluator.detail(scores or evaluator.score(state.vector))
     elsewhere = measure_left_out(config, model, state.vector, left_out)
-    spent_s = begun.elapsed_s + time.perf_counter() - started
+    spent_s = before_s + time.perf_counter() - started
     facts = RunFacts(
         state.run_id, spent_s, len(public), key, detail, elsewhere, state.resumed_after
     )

@@ -75,6 +75,11 @@ def _dealt(
     labels: NDArray[np.int64], what: str, config: FederationConfig, seed: int
 ) -> list[NDArray[np.int64]]:
     """Whom each site gets, of those with these labels, by index."""
+    if not len(labels):
+        raise ConfigError(
+            f"the training split has no {what} to deal; give data with some, or lower "
+            "data.holdout_fraction and data.validation_fraction"
+        )
     if config.sites > len(labels):
         raise ConfigError(
             f"federation.sites={config.sites}: must be at most {len(labels)}, "

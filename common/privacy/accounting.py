@@ -271,16 +271,25 @@ def within(events: Sequence[Event], *, epsilon: float, delta: float) -> bool:
     )
 
 
+PRICED_ROUNDS = 100
+"""Rounds of a run that are priced each by itself: of more the prices would take minutes."""
+
+
 def epsilon_by_round(event: Event, rounds: int, delta: float) -> tuple[float, ...]:
     """Epsilon spent after each of `rounds` rounds that cost `event` each, on the coarse grid.
+
+    Of more than `PRICED_ROUNDS` rounds so many are priced, the last one among them; between, the
+    price of the next one stands, which is no smaller.
 
     >>> [round(e, 3) for e in epsilon_by_round(Event(1.0, 0.02, 20), 5, 1e-5)]
     [0.897, 1.074, 1.209, 1.324, 1.427]
     """
-    return tuple(
-        epsilon_pld([replace(event, steps=event.steps * done)], delta, LIVE_INTERVAL)
-        for done in range(1, rounds + 1)
-    )
+    prices: list[float] = []
+    for number in range(1, min(rounds, PRICED_ROUNDS) + 1):
+        done = number * rounds // min(rounds, PRICED_ROUNDS)
+        price = epsilon_pld([replace(event, steps=event.steps * done)], delta, LIVE_INTERVAL)
+        prices.extend([price] * (done - len(prices)))
+    return tuple(prices)
 
 
 @functools.lru_cache(maxsize=64)

@@ -26,6 +26,29 @@ MISTAKES = {
     "model folder without weights": (["model.name=./empty"], "model.name=./empty: no weights"),
     "no such model folder": (["model.name=./absent"], "model.name=./absent: no folder"),
     "no such model": (["model.name=absent"], "model.name=absent: cannot be loaded"),
+    "rank beyond any": (
+        ["tuning.rank=1000000000"],
+        "tuning.rank=1000000000: must be between 1 and",
+    ),
+    "step size beyond any": (
+        ["tuning.head_learning_rate=1e300"],
+        "tuning.head_learning_rate=1e+300: must be above 0 and at most 1e+06",
+    ),
+    "clip beyond any": (["privacy.clip_norm=1e300"], "privacy.clip_norm=1e+300: must be above 0"),
+    "rounds beyond any": (
+        ["federation.rounds=1000000000"],
+        "federation.rounds=1000000000: must be",
+    ),
+    "steps beyond any": (
+        ["federation.rounds=10000", "federation.local_steps=10000"],
+        "federation.rounds=10000: must keep the steps of a site, 100,000,000",
+    ),
+    "rate that no ledger takes": (["privacy.sample_rate=1e-9"], "privacy.sample_rate=1e-09: must"),
+    "batch beyond any": (
+        ["engine.physical_batch=10000000"],
+        "engine.physical_batch=10000000: must",
+    ),
+    "tokens beyond any": (["task.max_tokens=1000000000"], "task.max_tokens=1000000000: must be"),
     "two at once": (["privacy.epsilon=0", "privacy.sample_rate=2"], "; privacy.sample_rate=2.0:"),
     "sigma too small": (["privacy.noise_multiplier=0.1"], "privacy.noise_multiplier=0.1: spends"),
     "missing labels": (["data.labels=???"], "no value for data.labels"),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -216,8 +217,12 @@ def test_predict_refuses_bytes_that_are_no_text(coterie, finished):
 
 def test_sweep_gives_each_job_its_own_folder(coterie, tiny_overrides, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    started = time.perf_counter()
     answer = coterie("simulate", *tiny_overrides, "-m", "seed=0,1", "run_dir=sweep")
+    took_s = time.perf_counter() - started
     assert answer.code == 0, answer.err
+    reports = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/report.json")]
+    assert 0 < sum(report["timing"]["total_s"] for report in reports) < took_s
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["job-0", "job-1"]
     assert "coterie sweep-report sweep" in answer.out
     together = coterie("sweep-report", "sweep", "--json").json

@@ -245,3 +245,9 @@ def test_more_classes_than_there_are_is_one_line(federation):
     with pytest.raises(ConfigError, match=r"federation\.classes_per_site=9") as refused:
         deal(RECORDS, config, seed=0)
     assert "\n" not in str(refused.value)
+
+
+def test_nothing_to_deal_is_said_in_words(federation):
+    """A file with a header and no row."""
+    with pytest.raises(ConfigError, match="the training split has no records to deal; give data"):
+        deal(records_of(0), federation(), seed=0)

@@ -14,10 +14,12 @@ from opacus.accountants import RDPAccountant
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from common.config import MIN_SAMPLE_RATE
 from common.errors import ConfigError, VerificationError
 from common.privacy.accounting import (
     COARSE_INTERVAL,
     LIVE_INTERVAL,
+    PRICED_ROUNDS,
     REPORT_INTERVAL,
     Epsilons,
     Event,
@@ -32,6 +34,7 @@ from common.privacy.accounting import (
     solve_noise_multiplier,
     within,
 )
+from common.privacy.chain import MIN_RATE
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "assets" / "golden_epsilons.json").read_text())
 DELTA = 1e-5
@@ -210,6 +213,21 @@ def test_the_solved_noise_spends_the_budget_and_no_more(epsilon, delta, q, steps
     assert within(history, epsilon=epsilon, delta=delta)
     assert epsilon_pld(history, delta, REPORT_INTERVAL) >= 0.98 * epsilon
     assert not within([Event(0.97 * sigma, q, steps)], epsilon=epsilon, delta=delta)
+
+
+def test_of_many_rounds_each_price_is_one_that_is_no_smaller():
+    event, rounds = Event(4.0, 0.1, 1), PRICED_ROUNDS * 5 // 2
+    spent = epsilon_by_round(event, rounds, DELTA)
+    assert len(spent) == rounds
+    assert list(spent) == sorted(spent)
+    for done in (1, 2, 3, 101, rounds - 1, rounds):
+        exact = epsilon_pld([Event(4.0, 0.1, done)], DELTA, LIVE_INTERVAL)
+        assert exact <= spent[done - 1] <= exact * 1.6
+    assert spent[-1] == epsilon_pld([Event(4.0, 0.1, rounds)], DELTA, LIVE_INTERVAL)
+
+
+def test_the_smallest_rate_of_a_config_is_the_smallest_of_a_ledger():
+    assert MIN_SAMPLE_RATE == MIN_RATE
 
 
 def test_epsilon_by_round_counts_all_rounds_so_far():

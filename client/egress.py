@@ -56,10 +56,9 @@ def egress(message: Message, context: Context, call_next: ClientAppCallable) -> 
         code = reply.error.code
         return _refusal(code if code in messages.REFUSALS else messages.LOCAL_FAILURE, message)
     allowed = ALLOWED.get(message.metadata.message_type.partition(".")[0], {})
-    content = reply.content
-    if not all(_is_listed(name, record, allowed) for name, record in content.items()):
-        content = _listed(content, allowed)
-    return Message(content, reply_to=message)
+    if all(_is_listed(name, record, allowed) for name, record in reply.content.items()):
+        return reply
+    return Message(_listed(reply.content, allowed), reply_to=message)
 
 
 def _is_listed(name: str, record: Record, allowed: Allowed) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Sequence, Set
 from time import monotonic
 from typing import Protocol
 
-from flwr.app import Message, Metadata, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
@@ -140,7 +140,9 @@ class LocalGrid(Grid):
         for message in messages:
             assert message.metadata.dst_node_id in self._names
             self._pushed += 1
-            named.append(_with_id(message, f"local-{self._pushed}"))
+            # As Flower's own Grid in memory does; another Message costs as much as its way here.
+            message.metadata.__dict__["_message_id"] = f"local-{self._pushed}"
+            named.append(message)
         self._crew.push(named)
         return [message.metadata.message_id for message in named]
 
@@ -160,21 +162,3 @@ class LocalGrid(Grid):
                 waiting.discard(reply.metadata.reply_to_message_id)
                 replies.append(reply)
         return replies
-
-
-def _with_id(message: Message, identity: str) -> Message:
-    """The same message under the id that a SuperLink would have given it."""
-    known = message.metadata
-    metadata = Metadata(
-        run_id=known.run_id,
-        message_id=identity,
-        src_node_id=known.src_node_id,
-        dst_node_id=known.dst_node_id,
-        reply_to_message_id=known.reply_to_message_id,
-        group_id=known.group_id,
-        created_at=known.created_at,
-        ttl=known.ttl,
-        message_type=known.message_type,
-    )
-    renamed: Message = Message(content=message.content, metadata=metadata)  # type: ignore[call-overload] # Flower types the public forms only
-    return renamed

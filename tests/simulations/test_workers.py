@@ -395,9 +395,7 @@ def test_workers_do_not_outlive_a_simulation_that_is_killed(running):
 @pytest.mark.slow  # real processes
 def test_a_worker_that_is_killed_does_not_end_the_run(running):
     """What it was at is repeated within the plan's spare rounds, and the books know of it."""
-    run = running(
-        "federation.rounds=12", "federation.local_steps=10", "privacy.spare_rounds=5"
-    )
+    run = running("federation.rounds=12", "federation.local_steps=10", "privacy.spare_rounds=5")
     run.wait_for("round 2/")
     nursery = {pid for pid in run.others() if descendants(pid)}
     for _ in range(3):

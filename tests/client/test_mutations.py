@@ -409,7 +409,7 @@ MUTATIONS = {
         "single_backward: per-record gradients are off by",
     ),
     "head outside the optimiser": Mutation(
-        edit(Trainer._private_steps, ("sgd(groups)", "sgd(groups[1:])")),
+        edit(Trainer._private_steps, ("sgd(groups,", "sgd(groups[1:],")),
         rehearse,
         "optimizer-coverage:.*classifier.weight",
     ),

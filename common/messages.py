@@ -8,7 +8,7 @@ that was measured on private records.
 import io
 import math
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -163,6 +163,28 @@ def read_instruction(message: Message) -> Instruction:
         vector=_unpack_vector(message),
         receipt=_read_receipt(facts),
     )
+
+
+def read_alike(message: Message, asked: Message, instruction: Instruction) -> Instruction | None:
+    """What a message asks if, but for its receipt, it asks what another one did: parsed once.
+
+    Args: asked: the other message; instruction: what was read of it. Returns: None if they
+    differ in anything else, the vector as an object included.
+    Raises: VerificationError for a receipt that is none.
+    """
+    if message.has_error() or not _asks_alike(message.content, asked.content):
+        return None
+    return replace(instruction, receipt=_read_receipt(message.content.config_records[FACTS]))
+
+
+def _asks_alike(content: RecordDict, other: RecordDict) -> bool:
+    if set(content) != {VECTOR, FACTS} or content[VECTOR] is not other[VECTOR]:
+        return False
+    facts, theirs = content[FACTS], other[FACTS]
+    if not isinstance(facts, ConfigRecord) or set(facts) != set(theirs):
+        return False
+    both = ((facts[name], theirs[name]) for name in facts if name not in RECEIPT)
+    return all(type(mine) is type(their) and mine == their for mine, their in both)
 
 
 def pack_update(update: Update) -> RecordDict:

@@ -13,6 +13,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from client.cohort import Cohort
+
 log = logging.getLogger(__name__)
 
 COORDINATOR_NODE_ID = 1
@@ -24,11 +26,14 @@ class LocalGrid(Grid):
     """Carries messages to the ClientApp of each site and back.
 
     Guarantee: every pushed message is answered once; a message is handled when its reply is
-    pulled, one site per pull, in the order pushed, so that a deadline can pass between sites.
+    pulled, one site per pull, in the order pushed, so that a deadline can pass between sites. A
+    cohort handles several of one kind per pull, as many as it says.
     """
 
-    def __init__(self, client_app: ClientApp, site_names: list[str]) -> None:
-        self._client_app = client_app
+    def __init__(
+        self, client_app: ClientApp, site_names: list[str], cohort: Cohort | None = None
+    ) -> None:
+        self._client_app, self._cohort = client_app, cohort
         self._contexts = {
             COORDINATOR_NODE_ID + 1 + index: _context(index, len(site_names))
             for index in range(len(site_names))
@@ -79,13 +84,18 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Handles the oldest of these messages still waiting, and returns its reply."""
-        wanted = set(message_ids)
+        """Handles the oldest of these messages still waiting, with those that go with it."""
+        wanted, job = set(message_ids), list[Message]()
+        most = 1
         for identity, message in self._waiting.items():
-            if identity in wanted:
-                del self._waiting[identity]
-                return [self._handle(message)]
-        return []
+            if identity in wanted and (not job or _go_together(message, job[0])):
+                job.append(message)
+                most = self._cohort.size(message) if self._cohort and len(job) == 1 else most
+            if len(job) >= most:
+                break
+        for message in job:
+            del self._waiting[message.metadata.message_id]
+        return self._handle(job) if job else []
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -99,14 +109,23 @@ class LocalGrid(Grid):
                 replies.append(reply)
         return replies
 
-    def _handle(self, message: Message) -> Message:
+    def _handle(self, job: list[Message]) -> list[Message]:
         """What a SuperNode does: an app that raises is answered for, without its text."""
+        contexts = [self._contexts[message.metadata.dst_node_id] for message in job]
         try:
-            return self._client_app(message, self._contexts[message.metadata.dst_node_id])
+            if self._cohort is not None:
+                return self._cohort(job, contexts)
+            return [self._client_app(job[0], contexts[0])]
         except Exception:
             log.exception("the ClientApp raised")
             error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the ClientApp raised")
-            return Message(error, reply_to=message)
+            return [Message(error, reply_to=message) for message in job]
+
+
+def _go_together(message: Message, other: Message) -> bool:
+    """Whether two messages are of one kind and round."""
+    mine, theirs = message.metadata, other.metadata
+    return (mine.message_type, mine.group_id) == (theirs.message_type, theirs.group_id)
 
 
 def _with_id(message: Message, identity: str) -> Message:

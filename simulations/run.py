@@ -23,7 +23,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from client.app import client_app
+from client.agreement import sites_together
+from client.cohort import Cohort
 from client.commitment import commit_to
 from client.ledger import Ledger, Store, Terms
 from client.persons import usable
@@ -132,13 +133,12 @@ def run_simulation(config: Config, console: Console) -> Path:
             Site(name, held, tuple(config.data.labels), ledgers.get(name), config.node)
             for name, held in records.items()
         ]
-        grid = LocalGrid(
-            client_app(
-                lambda context: opened[int(context.node_config["partition-id"])],
-                allow_unprotected=True,
-            ),
-            list(records),
+        cohort = Cohort(
+            lambda context: opened[int(context.node_config["partition-id"])],
+            most=sites_together(config, model),
+            allow_unprotected=True,
         )
+        grid = LocalGrid(cohort.app, list(records), cohort)
         with _progress(config, console) as watch:
             app = server_app(lambda _: _public(config, splits), watch, left_out)
             app(grid, _server_context(config))

@@ -22,7 +22,7 @@ from common import messages
 from common.config import Config, NoiseSource, PrivacyMode, check_delta, config_hash
 from common.errors import PrivacyRefusedError, VerificationError
 from common.messages import Count, Instruction, SiteBooks, Update
-from common.parameters import Vector, check_vector
+from common.parameters import Vector
 from common.privacy.accounting import Event, coalesce, within
 from common.privacy.books import Books, NoSpareRoundError
 from common.privacy.mechanism import (
@@ -202,7 +202,7 @@ def check_fit(trainer: Trainer, instruction: Instruction) -> None:
     """Whether the parameters are those of the model. Raises: VerificationError."""
     if instruction.layout_digest != trainer.layout.digest:
         raise VerificationError("instruction: its layout is not that of the model named in it")
-    check_vector(instruction.vector, trainer.layout)
+    trainer.check(instruction.vector)
 
 
 def reserve(

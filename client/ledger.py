@@ -355,9 +355,7 @@ class Store:
         """Declares lost what nobody, as this has the lock alone, can finish; its charge stays."""
         with self.together():
             for site in self.sites():
-                ledger = self.ledger(site)
-                for reservation in ledger.books.open_reservations("reserved"):
-                    ledger.append(Kind.LOST, {"reservation": reservation, "reason": "crash"})
+                self.ledger(site).lose_unfinished()
 
 
 class Ledger:
@@ -571,6 +569,17 @@ class Ledger:
     def lose(self, reservation: int) -> None:
         """Gives up a round that failed; its charge stays."""
         self.append(Kind.LOST, {"reservation": reservation, "reason": "failure"})
+
+    def lose_unfinished(self) -> bool:
+        """Declares lost what was reserved by a process that is dead; its charge stays.
+
+        Returns: whether there was any. What was prepared may still be sent, and is not lost.
+        """
+        with self._store.together():
+            unfinished = self.books.open_reservations("reserved")
+            for reservation in unfinished:
+                self.append(Kind.LOST, {"reservation": reservation, "reason": "crash"})
+        return bool(unfinished)
 
     def export(self) -> str:
         """The chain as a file that anybody can verify. Raises: VerificationError."""

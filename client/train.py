@@ -82,11 +82,22 @@ class Trainer:
             (self._model.adapter_parameters(), rates.adapter_learning_rate),
         )
         self._groups = [ParameterGroup(group, rate) for group, rate in named if group]
+        self._checked: Vector | None = None
+        """The last vector that was found to be one of this model; kept, so that it stays it."""
         self._engine: ClippingEngine | None = None
         self._meters: dict[str, Meters] = {}
         """What each site drew and added so far; private, and stays in this process."""
         self._held: dict[str, Held] = {}
         """What is prepared, by site: a trainer is one per config, as what is prepared must be."""
+
+    def check(self, vector: Vector) -> None:
+        """Refuses a vector that is not one of this model. Raises: VerificationError.
+
+        All sites of a process are sent the same one: it is looked at once, if nobody can write it.
+        """
+        if not _are_one(vector, self._checked):
+            parameters.check_vector(vector, self.layout)
+            self._checked = vector
 
     def train(self, site: Site, vector: Vector, *, round_number: int) -> Trained:
         """The round's local steps at `site`, from the global parameters `vector`.
@@ -98,7 +109,8 @@ class Trainer:
         Raises: VerificationError if `vector` does not fit; PrivacyRefusedError; ConfigError if
         persons are to be protected and the records name none.
         """
-        parameters.load(self._model, vector)
+        self.check(vector)
+        parameters.write(self._model, vector)
         held = self._prepared(site)
         loss_of, records = self._loss_of(held.prepared.rows), len(held.prepared)
         randomness = randomness_of(self._config, site.name, round_number)
@@ -139,7 +151,7 @@ class Trainer:
         something fails has its exception, and the others go on. For a model that trains so, what
         a site gets is the same to the bit whoever is asked beside it.
         """
-        parameters.check_vector(vector, self.layout)
+        self.check(vector)
         stack, seats = self._stack, [self._seat(site, round_number) for site in sites]
         assert stack is not None
         for first in range(0, len(seats), stack.engine.slots):
@@ -400,6 +412,14 @@ def _outcome(seat: Seat) -> Trained | Exception:
         return seat.fault
     assert seat.vector is not None
     return seat.vector, seat.measured
+
+
+def _are_one(vector: Vector, known: Vector | None) -> bool:
+    """Whether two vectors are the same memory, which neither may write."""
+    if known is None or vector.flags.writeable or known.flags.writeable:
+        return False
+    facts = [(v.dtype, v.shape, v.strides, v.ctypes.data) for v in (vector, known)]
+    return facts[0] == facts[1]
 
 
 def randomness_of(config: Config, site: str, use: int | str) -> Randomness:

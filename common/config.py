@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -26,6 +26,8 @@ MAX_SPARES = 1000
 """Rounds a run may keep in reserve."""
 MAX_THREADS = 1024
 """Torch threads: of many more the process dies without a word."""
+MAX_WORKERS = 256
+"""Processes of a simulation."""
 MAX_SECONDS = 3600
 """Longest sound a task may keep."""
 
@@ -352,9 +354,13 @@ class EngineConfig:
     """Speed only: nothing here changes what is computed beyond rounding."""
 
     name: EngineName = MISSING
-    """`local`: all sites in this process."""
+    """`local`: all sites on this machine."""
+    workers: int = 0
+    """Processes that take turns with the sites of a simulation, each with a model of its own; never
+    more than sites train. 1: this process alone, and no other is started. 0: the cores that it may
+    use, divided by `threads`; as those are by default all of them, so too this process alone."""
     threads: int = 0
-    """Torch threads; 0: as many as the process may use."""
+    """Torch threads of each process; 0: the cores that it may use, divided among the workers."""
     physical_batch: int = 16
     """Records per forward pass; a drawn batch is cut into pieces of this size."""
     cache_mb: int = 2048
@@ -425,6 +431,14 @@ class Config:
     heads: str = ""
     """The coordinator's book of its sites' ledger heads, kept from run to run; empty: beside
     `ledger`, or in the run folder."""
+
+    @cached_property
+    def digest(self) -> str:
+        """See `config_hash`."""
+        values = _plain(asdict(self))
+        for where in ("run_dir", "ledger", "heads"):
+            values.pop(where)
+        return digest(values)
 
     @property
     def total_steps(self) -> int:
@@ -555,10 +569,7 @@ def _refuse_interpolation(value: Any) -> None:
 
 def config_hash(config: Config) -> str:
     """SHA-256 that two runs share if they were asked for the same thing, wherever they write."""
-    values = _plain(asdict(config))
-    for where in ("run_dir", "ledger", "heads"):
-        values.pop(where)
-    return digest(values)
+    return config.digest
 
 
 def field_names(schema: type = Config, prefix: str = "") -> Iterator[str]:
@@ -807,6 +818,7 @@ _RULES: dict[str, _Rule] = {
     "federation.round_timeout_s": _POSITIVE,
     "evaluation.every": ("0 or more", lambda value: bool(value >= 0)),
     "engine.threads": ("between 0 and 1024", lambda value: bool(0 <= value <= MAX_THREADS)),
+    "engine.workers": ("between 0 and 256", lambda value: bool(0 <= value <= MAX_WORKERS)),
     "engine.physical_batch": _COUNT,
     "engine.cache_mb": ("0 or more", lambda value: bool(value >= 0)),
     "engine.together": ("0 or more", lambda value: bool(value >= 0)),

@@ -9,9 +9,11 @@ import io
 import math
 from collections.abc import Set
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import SType
 
 from common.config import Config, config_hash, from_canonical, to_canonical
 from common.errors import ConfigError, VerificationError
@@ -128,8 +130,11 @@ def pack_instruction(instruction: Instruction) -> RecordDict:
 
 def addressed(content: RecordDict, receipt: Receipt | None) -> RecordDict:
     """The same instruction for one more site: its own receipt, and the one vector shared."""
-    facts = {**content.config_records[FACTS], **_pack_receipt(receipt)}
-    return RecordDict({VECTOR: content[VECTOR], FACTS: ConfigRecord(facts)})
+    known = content[FACTS]
+    assert isinstance(known, ConfigRecord)
+    facts = known.copy()
+    facts.update(_pack_receipt(receipt))
+    return RecordDict({VECTOR: content[VECTOR], FACTS: facts})
 
 
 def _pack_receipt(receipt: Receipt | None) -> dict[str, str]:
@@ -152,8 +157,8 @@ def read_instruction(message: Message) -> Instruction:
     """Parses an instruction. Raises: VerificationError or ConfigError, never anything else."""
     names = {"run-id", "round", "config", "config-hash", "layout-digest"}
     facts = _facts(message, names | {*RECEIPT})
-    config = from_canonical(_text(facts, "config"))
-    if config_hash(config) != _text(facts, "config-hash"):
+    config, known_hash = _read_config(_text(facts, "config"))
+    if known_hash != _text(facts, "config-hash"):
         raise VerificationError("instruction: config and config-hash disagree")
     return Instruction(
         run_id=_text(facts, "run-id"),
@@ -165,11 +170,18 @@ def read_instruction(message: Message) -> Instruction:
     )
 
 
+@lru_cache(maxsize=4)
+def _read_config(text: str) -> tuple[Config, str]:
+    """A config and its hash. A process with many sites reads the same text for each of them."""
+    config = from_canonical(text)
+    return config, config_hash(config)
+
+
 def read_alike(message: Message, asked: Message, instruction: Instruction) -> Instruction | None:
     """What a message asks if, but for its receipt, it asks what another one did: parsed once.
 
     Args: asked: the other message; instruction: what was read of it. Returns: None if they
-    differ in anything else, the vector as an object included.
+    differ in anything else; the vector must be the same memory.
     Raises: VerificationError for a receipt that is none.
     """
     if message.has_error() or not _asks_alike(message.content, asked.content):
@@ -178,13 +190,26 @@ def read_alike(message: Message, asked: Message, instruction: Instruction) -> In
 
 
 def _asks_alike(content: RecordDict, other: RecordDict) -> bool:
-    if set(content) != {VECTOR, FACTS} or content[VECTOR] is not other[VECTOR]:
+    if content.keys() != {VECTOR, FACTS} or not _is_one(content[VECTOR], other[VECTOR]):
         return False
     facts, theirs = content[FACTS], other[FACTS]
-    if not isinstance(facts, ConfigRecord) or set(facts) != set(theirs):
+    if not isinstance(facts, ConfigRecord) or facts.keys() != theirs.keys():
         return False
     both = ((facts[name], theirs[name]) for name in facts if name not in RECEIPT)
     return all(type(mine) is type(their) and mine == their for mine, their in both)
+
+
+def _is_one(arrays: object, other: object) -> bool:
+    """Whether two records hold one vector, in one memory that nobody writes."""
+    if arrays is other:
+        return True
+    if not isinstance(arrays, ArrayRecord) or not isinstance(other, ArrayRecord):
+        return False
+    if arrays.keys() != {VECTOR} or other.keys() != {VECTOR}:
+        return False
+    mine, theirs = arrays[VECTOR], other[VECTOR]
+    facts = [(each.dtype, each.shape, each.stype) for each in (mine, theirs)]
+    return mine.data is theirs.data and facts[0] == facts[1]
 
 
 def pack_update(update: Update) -> RecordDict:
@@ -284,8 +309,11 @@ def _read_books(facts: ConfigRecord) -> SiteBooks | None:
 
 
 def pack_vector(vector: Vector) -> ArrayRecord:
-    """A flat vector as the record Flower's strategies average."""
-    return ArrayRecord({VECTOR: Array(vector)})
+    """A flat vector as the record Flower's strategies average: what `Array(vector)` holds."""
+    if vector.dtype.str != "<f4" or vector.ndim != 1:
+        return ArrayRecord({VECTOR: Array(vector)})
+    data = b"".join((_npy_header(vector.size), np.ascontiguousarray(vector).data))
+    return ArrayRecord({VECTOR: Array("float32", vector.shape, SType.NUMPY, data)})
 
 
 def unpack_arrays(arrays: ArrayRecord) -> Vector:
@@ -304,6 +332,7 @@ def unpack_arrays(arrays: ArrayRecord) -> Vector:
     return np.frombuffer(array.data, dtype=np.float32, offset=len(header))
 
 
+@lru_cache(maxsize=16)
 def _npy_header(count: int) -> bytes:
     """What `numpy.save` writes before the bytes of a (count,) float32 array."""
     buffer = io.BytesIO()
@@ -326,7 +355,9 @@ def content_bytes(content: RecordDict) -> int:
 
 
 def _unpack_vector(message: Message) -> Vector:
-    return unpack_arrays(message.content.array_records[VECTOR])
+    arrays = message.content[VECTOR]
+    assert isinstance(arrays, ArrayRecord)  # who asks for its facts first has checked that
+    return unpack_arrays(arrays)
 
 
 def _facts(
@@ -336,12 +367,13 @@ def _facts(
     if message.has_error():
         raise VerificationError("message: carries an error, not content")
     content = message.content
-    if set(content) != records or (VECTOR in records and VECTOR not in content.array_records):
+    vectors = isinstance(content.get(VECTOR), ArrayRecord)
+    if content.keys() != records or vectors != (VECTOR in records):
         raise VerificationError(
             f"message: must hold {', '.join(sorted(records))}, and nothing else"
         )
-    facts = content.config_records.get(FACTS)
-    if facts is None or set(facts) != names:
+    facts = content.get(FACTS)
+    if not isinstance(facts, ConfigRecord) or facts.keys() != names:
         raise VerificationError(f"message: facts must be exactly {', '.join(sorted(names))}")
     return facts
 

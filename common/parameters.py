@@ -1,6 +1,7 @@
 """The trainable parameters as one flat vector with a layout both sides can compare."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,12 +33,12 @@ class Layout:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         return cls(tuple(n for n, _ in trained), tuple(tuple(p.shape) for _, p in trained))
 
-    @property
+    @cached_property
     def size(self) -> int:
         """P, the number of trainable parameters."""
         return sum(int(np.prod(shape)) for shape in self.shapes)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of names and shapes: two sides with the same digest mean the same vector."""
         return digest([[name, list(s)] for name, s in zip(self.names, self.shapes, strict=True)])
@@ -56,6 +57,12 @@ def load(model: nn.Module, vector: Vector) -> None:
     Raises: VerificationError unless `vector` is finite float32 of exactly the right length.
     """
     check_vector(vector, Layout.of(model))
+    write(model, vector)
+
+
+@torch.no_grad()
+def write(model: nn.Module, vector: Vector) -> None:
+    """As `load`, of a vector that `check_vector` let pass."""
     values = torch.from_numpy(np.array(vector, dtype=np.float32))
     start = 0
     for parameter in model.parameters():

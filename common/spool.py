@@ -33,7 +33,7 @@ class Spool:
 
     def __init__(self, handle: int, *, several: bool) -> None:
         """Args: handle: of a finished file, which the spool closes; several: a row is a tuple."""
-        self.handle, self._several = handle, several
+        self.handle, self.several = handle, several
         weakref.finalize(self, os.close, handle)
         self._mapped = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
         reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._mapped)))
@@ -45,7 +45,7 @@ class Spool:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process is given the open file, by multiprocessing, and not what is in it."""
-        return _reopened, (DupFd(self.handle), self._several)
+        return _reopened, (DupFd(self.handle), self.several)
 
     def read(self, rows: Rows) -> list[Row]:
         """The rows asked for, in that order."""
@@ -56,7 +56,7 @@ class Spool:
                 place = places[run[0]]
                 taken = self._batches[place].take(pa.array(rows[run] - self._starts[place]))
                 columns = [column.to_pylist() for column in taken.columns]
-                found += zip(*columns, strict=True) if self._several else columns[0]
+                found += zip(*columns, strict=True) if self.several else columns[0]
         return found
 
     def give_back(self) -> None:

@@ -51,19 +51,20 @@ class Exchange:
 
     def replies(self) -> Iterator[Message]:
         """The last reply of each site, as they come; ends when all have, or at the deadline."""
-        waiting = set(self.sent)
+        waiting = dict.fromkeys(self.sent)  # in the order sent
         while waiting and monotonic() < self._deadline:
-            before = frozenset(waiting)
-            for reply in self._grid.pull_messages(sorted(waiting)):
+            nothing = True
+            for reply in [*self._grid.pull_messages(waiting.keys())]:
                 answered = reply.metadata.reply_to_message_id
                 if answered not in waiting:  # unasked, or a second reply to the same message
                     continue
-                waiting.discard(answered)
+                nothing = False
+                del waiting[answered]
                 again = self._again(self.sent[answered], reply)
-                waiting.update(again)
+                waiting.update(dict.fromkeys(again))
                 if not again:
                     yield reply
-            if waiting == before:
+            if nothing:
                 sleep(POLL_S)
 
     def _again(self, node: int, reply: Message) -> list[str]:

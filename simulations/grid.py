@@ -1,49 +1,111 @@
-"""LocalGrid: Flower's Grid over ClientApps in this process; nothing is serialised or polled."""
+"""LocalGrid: Flower's Grid over the sites of one machine; nothing is polled."""
 
-import logging
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence, Set
 from time import monotonic
+from typing import Protocol
 
-from flwr.app import Context, Error, Message, Metadata, RecordDict
+from flwr.app import Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
-from client.cohort import Cohort
+from simulations.answer import (
+    COORDINATOR_NODE_ID,
+    RUN_ID,
+    Answer,
+    Together,
+    alone,
+    answered,
+    are_alike,
+    context_of,
+    identify,
+    is_late,
+    node_of,
+    one_by_one,
+    partition_of,
+)
 
-log = logging.getLogger(__name__)
+__all__ = ["COORDINATOR_NODE_ID", "RUN_ID", "Crew", "LocalGrid", "ThisProcess"]
 
-COORDINATOR_NODE_ID = 1
-"""Flower's own id of the SuperLink; sites count from 2."""
-RUN_ID = 1
+PATIENCE_S = 0.5
+"""How long a pull waits for the first reply at most, so that a deadline can pass in between."""
+
+
+class Crew(Protocol):
+    """Who answers: this process, or several."""
+
+    def push(self, outgoing: Iterable[Message]) -> None:
+        """Takes messages that have their ids."""
+
+    def pull(self, wanted: Collection[str], timeout_s: float) -> list[Message]:
+        """Some replies to these messages, each once; none after so long without any."""
+
+    def close(self) -> None:
+        """Lets go of everything; what was not answered will not be."""
+
+
+class ThisProcess:
+    """Answers when a reply is pulled: one job per pull, in the order pushed."""
+
+    def __init__(self, answer: Answer, sites: int, together: Together = alone) -> None:
+        self._answer, self._together = answer, together
+        self._contexts = [context_of(site, sites, RecordDict()) for site in range(sites)]
+        self._waiting: OrderedDict[str, Message] = OrderedDict()
+
+    def push(self, outgoing: Iterable[Message]) -> None:
+        """See `Crew`."""
+        for identity in [each for each, message in self._waiting.items() if is_late(message)]:
+            del self._waiting[identity]
+        self._waiting |= {message.metadata.message_id: message for message in outgoing}
+
+    def pull(self, wanted: Collection[str], timeout_s: float) -> list[Message]:  # noqa: ARG002 - nothing is waited for
+        """See `Crew`."""
+        job: list[Message] = []
+        most = 1
+        for identity, message in self._waiting.items():
+            if identity in wanted and (not job or are_alike(message, job[0])):
+                most = most if job else self._together(message)
+                job.append(message)
+            if len(job) >= most:
+                break
+        for message in job:
+            del self._waiting[message.metadata.message_id]
+        contexts = [self._contexts[partition_of(message)] for message in job]
+        return answered(self._answer, job, contexts) if job else []
+
+    def close(self) -> None:
+        """See `Crew`."""
+        self._waiting.clear()
 
 
 class LocalGrid(Grid):
     """Carries messages to the ClientApp of each site and back.
 
-    Guarantee: every pushed message is answered once; a message is handled when its reply is
-    pulled, one site per pull, in the order pushed, so that a deadline can pass between sites. A
-    cohort handles several of one kind per pull, as many as it says.
+    Guarantee: every pushed message is answered once, unless its time passes first. In this process
+    a message is handled when its reply is pulled, one job per pull, in the order pushed, so that a
+    deadline can pass between sites; workers begin when it is pushed, and answer in any order.
     """
 
-    def __init__(
-        self, client_app: ClientApp, site_names: list[str], cohort: Cohort | None = None
-    ) -> None:
-        self._client_app, self._cohort = client_app, cohort
-        self._contexts = {
-            COORDINATOR_NODE_ID + 1 + index: _context(index, len(site_names))
-            for index in range(len(site_names))
-        }
-        self._names = dict(zip(self._contexts, site_names, strict=True))
-        self._waiting: OrderedDict[str, Message] = OrderedDict()
+    def __init__(self, crew: Crew | ClientApp, site_names: Sequence[str]) -> None:
+        """Args: crew: who answers; a ClientApp answers in this process, one site at a time."""
+        if isinstance(crew, ClientApp):
+            crew = ThisProcess(one_by_one(crew), len(site_names))
+        self._crew = crew
+        self._names = {node_of(index): name for index, name in enumerate(site_names)}
         self._pushed = 0
-        # Message() reads the sender from here; a Flower process sets it at start.
-        TaskIdentity.run_id, TaskIdentity.node_id = RUN_ID, COORDINATOR_NODE_ID
-        TaskIdentity.task_id = 1
+        identify()
+
+    def __enter__(self) -> "LocalGrid":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends whatever processes answer."""
+        self._crew.close()
 
     def set_run(self, run: Run) -> None:
         """Does nothing: a LocalGrid lives for one run."""
@@ -66,7 +128,7 @@ class LocalGrid(Grid):
 
     def get_node_ids(self) -> list[int]:
         """Node id of every site."""
-        return list(self._contexts)
+        return list(self._names)
 
     def get_nodes(self) -> list[NodeInfo]:
         """Node id and name of every site."""
@@ -74,58 +136,30 @@ class LocalGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Queues messages; returns their ids."""
-        ids = []
+        named = []
         for message in messages:
-            assert message.metadata.dst_node_id in self._contexts
+            assert message.metadata.dst_node_id in self._names
             self._pushed += 1
-            identity = f"local-{self._pushed}"
-            self._waiting[identity] = _with_id(message, identity)
-            ids.append(identity)
-        return ids
+            named.append(_with_id(message, f"local-{self._pushed}"))
+        self._crew.push(named)
+        return [message.metadata.message_id for message in named]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Handles the oldest of these messages still waiting, with those that go with it."""
-        wanted, job = set(message_ids), list[Message]()
-        most = 1
-        for identity, message in self._waiting.items():
-            if identity in wanted and (not job or _go_together(message, job[0])):
-                job.append(message)
-                most = self._cohort.size(message) if self._cohort and len(job) == 1 else most
-            if len(job) >= most:
-                break
-        for message in job:
-            del self._waiting[message.metadata.message_id]
-        return self._handle(job) if job else []
+        """Some replies to these messages, each once. Returns none after `PATIENCE_S` without any."""
+        wanted = message_ids if isinstance(message_ids, Set) else {*message_ids}
+        return self._crew.pull(wanted, PATIENCE_S) if wanted else []
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
         """Pushes, then pulls until all have answered or `timeout` seconds have passed."""
-        waiting, replies = set(self.push_messages(messages)), []
+        waiting, replies = {*self.push_messages(messages)}, []
         deadline = None if timeout is None else monotonic() + timeout
         while waiting and (deadline is None or monotonic() < deadline):
             for reply in self.pull_messages(waiting):
                 waiting.discard(reply.metadata.reply_to_message_id)
                 replies.append(reply)
         return replies
-
-    def _handle(self, job: list[Message]) -> list[Message]:
-        """What a SuperNode does: an app that raises is answered for, without its text."""
-        contexts = [self._contexts[message.metadata.dst_node_id] for message in job]
-        try:
-            if self._cohort is not None:
-                return self._cohort(job, contexts)
-            return [self._client_app(job[0], contexts[0])]
-        except Exception:
-            log.exception("the ClientApp raised")
-            error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the ClientApp raised")
-            return [Message(error, reply_to=message) for message in job]
-
-
-def _go_together(message: Message, other: Message) -> bool:
-    """Whether two messages are of one kind and round."""
-    mine, theirs = message.metadata, other.metadata
-    return (mine.message_type, mine.group_id) == (theirs.message_type, theirs.group_id)
 
 
 def _with_id(message: Message, identity: str) -> Message:
@@ -144,13 +178,3 @@ def _with_id(message: Message, identity: str) -> Message:
     )
     renamed: Message = Message(content=message.content, metadata=metadata)  # type: ignore[call-overload] # Flower types the public forms only
     return renamed
-
-
-def _context(partition: int, partitions: int) -> Context:
-    return Context(
-        run_id=RUN_ID,
-        node_id=COORDINATOR_NODE_ID + 1 + partition,
-        node_config={"partition-id": partition, "num-partitions": partitions},
-        state=RecordDict(),
-        run_config={},
-    )

@@ -24,11 +24,9 @@ from rich.progress import (
 )
 
 from client.agreement import sites_together
-from client.cohort import Cohort
 from client.commitment import commit_to
 from client.ledger import Ledger, Store, Terms
 from client.persons import usable
-from client.site import Site
 from common.allocation import keep_freed_memory, return_freed_memory
 from common.cli import Invocation, emit_json
 from common.composition import run_job, sweep_index
@@ -54,9 +52,12 @@ from server.plan import (
 )
 from server.record import RoundLine
 from server.report import read_report, show_report
-from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid
+from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid, ThisProcess
 from simulations.left_out import Finished, show_summary, summary, write_summary
+from simulations.nursery import nursery
 from simulations.partition import deal
+from simulations.sites import Sites
+from simulations.workers import Workers, threads_of, workers_of
 
 PATIENCE_S = 2.0
 """Seconds of work before a bar says how far it is."""
@@ -129,20 +130,44 @@ def run_simulation(config: Config, console: Console) -> Path:
     with store or nullcontext():
         ledgers = _ledgers(store, config, records, console) if store else {}
         keep_freed_memory()
-        opened = [
-            Site(name, held, tuple(config.data.labels), ledgers.get(name), config.node)
-            for name, held in records.items()
-        ]
-        cohort = Cohort(
-            lambda context: opened[int(context.node_config["partition-id"])],
-            most=sites_together(config, model),
-            allow_unprotected=True,
+        books = store.path if store else None
+        opened = Sites(
+            records,
+            tuple(config.data.labels),
+            config.node,
+            books,
+            sites_together(config, model),
         )
-        grid = LocalGrid(cohort.app, list(records), cohort)
-        with _progress(config, console) as watch:
+        with _grid(config, opened, store, ledgers) as grid, _progress(config, console) as watch:
             app = server_app(lambda _: _public(config, splits), watch, left_out)
             app(grid, _server_context(config))
     return run_dir
+
+
+def _grid(
+    config: Config, sites: Sites, store: Store | None, ledgers: dict[str, Ledger]
+) -> LocalGrid:
+    """What carries the messages of a run: to this process, or to its workers."""
+    names = [*sites.records]
+    workers = workers_of(config.engine, len(names))
+    if workers == 1:
+        cohort = sites.answer(store)
+        return LocalGrid(ThisProcess(cohort, len(names), cohort.size), names)
+
+    def lost(partition: int) -> bool:
+        ledger = ledgers.get(names[partition])
+        return ledger is not None and ledger.lose_unfinished()
+
+    crew = Workers(
+        sites.answer_of_worker,
+        workers=workers,
+        threads=threads_of(config.engine, workers),
+        # Steps are as many at each site: what differs is the number of records drawn in one.
+        work=[len(usable(held, config.privacy)) for held in sites.records.values()],
+        lost=lost,
+        together=sites.size,
+    )
+    return LocalGrid(crew, names)
 
 
 def _resolve(config: Config, splits: Splits, sites: list[Records]) -> Config:
@@ -279,6 +304,8 @@ def _server_context(config: Config) -> Context:
 
 def _configure_process(config: Config) -> None:
     """Threads, memory, and quiet libraries: what they report at INFO is in our own table."""
+    if workers_of(config.engine, config.federation.training_sites) > 1:
+        nursery()  # imports while this process reads records
     keep_freed_memory()
     torch.set_num_threads(config.engine.threads or len(os.sched_getaffinity(0)))
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")

@@ -112,6 +112,7 @@ def tiny_overrides(tiny_model: Path, tiny_csv: Path) -> list[str]:
         "federation.rounds=2",
         "federation.local_steps=2",
         "engine.threads=1",
+        "engine.workers=1",
     ]
 
 

@@ -17,7 +17,7 @@ from common.config import NodeConfig
 from common.privacy.chain import Kind
 from common.privacy.verification import verify
 from server.heads import HeadBook
-from simulations import run
+from simulations import sites
 
 EPSILON = 8.0
 
@@ -286,16 +286,16 @@ def test_a_site_that_refuses_by_policy_is_left_out_and_the_run_goes_on(
     def opened(name, *rest):
         return Site(name, *rest[:-1], strict if name == "site-2" else rest[-1])
 
-    monkeypatch.setattr(run, "Site", opened)
+    monkeypatch.setattr(sites, "Site", opened)
     three = ["federation.sites=3", "federation.quorum=0.6", f"run_dir={tmp_path / 'run'}"]
     answer = coterie("simulate", *tiny_overrides, *three, "--json")
     assert answer.code == 0, answer.err
-    sites = {site["name"]: site for site in answer.json["sites"]}
+    told = {site["name"]: site for site in answer.json["sites"]}
     refused = dict.fromkeys(("1", "2"), "against the site's policy")
-    assert sites["site-2"]["not_answered"] == refused
-    assert sites["site-1"]["not_answered"] == sites["site-3"]["not_answered"] == {}
+    assert told["site-2"]["not_answered"] == refused
+    assert told["site-1"]["not_answered"] == told["site-3"]["not_answered"] == {}
     with Store(tmp_path / "run" / "ledgers" / "sites.db") as store:
-        assert [len(store.ledger(name).books.reservations) for name in sites] == [2, 0, 2]
+        assert [len(store.ledger(name).books.reservations) for name in told] == [2, 0, 2]
     assert "against the site" in (tmp_path / "run" / "report.html").read_text()
     assert "sigma" not in answer.out.split('"sites"')[1].split('"evaluation"')[0]
 

@@ -45,7 +45,7 @@ from common.records import Records
 from common.tasks import build_model
 from server.app import CONFIG_KEY, Watch, server_app
 from server.plan import make_plan
-from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid
+from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid, ThisProcess
 
 CLASSES, SIDE, RECORDS = 10, 8, 32
 WIDTHS = {"2.4k": (32,), "75k": (512, 80)}
@@ -202,7 +202,7 @@ def federated(config: Config, images: list[Records], together: int) -> list[floa
             most=sites_together(config, build_model(config)),
             allow_unprotected=True,
         )
-        grid = LocalGrid(cohort.app, list(names), cohort)
+        grid = LocalGrid(ThisProcess(cohort, len(names), cohort.size), names)
         values = {CONFIG_KEY: to_canonical(config)}
         context = Context(RUN_ID, COORDINATOR_NODE_ID, {}, RecordDict(), values)
         server_app(lambda _: images[0], watch)(grid, context)
@@ -210,10 +210,14 @@ def federated(config: Config, images: list[Records], together: int) -> list[floa
 
 
 def bare(model: str, images: list[Records]) -> list[float]:
-    """CPU seconds of each round of one loop: one model, set and read in place, a running mean."""
+    """CPU seconds of each round of one loop: one model and optimiser, set and read in place, and a
+    running sum.
+    """
     sizes = (SIDE * SIDE, *WIDTHS[model], CLASSES)
-    layers = [nn.Linear(*pair) for pair in pairwise(sizes)]
-    parameters = [p for layer in layers for p in layer.parameters()]
+    layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
+    network = nn.Sequential(*layers[:-1])
+    parameters = list(network.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=RATE)
     held = [
         (
             torch.from_numpy(np.stack(each.contents)).float().flatten(1) / 127.5 - 1,
@@ -230,14 +234,12 @@ def bare(model: str, images: list[Records]) -> list[float]:
             with torch.no_grad():
                 for p, at in zip(parameters, start, strict=True):
                     p.copy_(at)
-            x = pixels
-            for layer in layers[:-1]:
-                x = layer(x).relu()
-            loss = functional.cross_entropy(layers[-1](x), labels)
-            gradients = torch.autograd.grad(loss, parameters)
+            optimizer.zero_grad()
+            functional.cross_entropy(network(pixels), labels).backward()
+            optimizer.step()
             with torch.no_grad():
-                for p, gradient, into in zip(parameters, gradients, total, strict=True):
-                    into.add_(p.sub_(gradient, alpha=RATE))
+                for p, into in zip(parameters, total, strict=True):
+                    into.add_(p)
         with torch.no_grad():
             for p, into in zip(parameters, total, strict=True):
                 p.copy_(into / len(held))

@@ -89,7 +89,12 @@ def speed_up(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def with_books(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A thousand sites, twenty private rounds, each site's own ledger."""
     for sites, workers in ((500, 1), (1000, 1), (1000, 2)):
-        yield {"what": "books", "sites": sites, "workers": workers, **apart("books", sites, workers)}
+        yield {
+            "what": "books",
+            "sites": sites,
+            "workers": workers,
+            **apart("books", sites, workers),
+        }
 
 
 def middle(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -103,11 +108,14 @@ def echo(sites: str, workers: str) -> dict[str, Any]:
     _without_training()
     rounds = 6
     model = made_model(WIDTH)
-    marks = _run(
-        *toy(model, int(sites), rounds, int(workers)), "tuning=head", "privacy=none"
-    )
-    cpu = [after["cpu_s"] - before["cpu_s"] for before, after in zip(marks[:-2], marks[1:-1], strict=True)]
-    wall = [after["at"] - before["at"] for before, after in zip(marks[:-2], marks[1:-1], strict=True)]
+    marks = _run(*toy(model, int(sites), rounds, int(workers)), "tuning=head", "privacy=none")
+    cpu = [
+        after["cpu_s"] - before["cpu_s"]
+        for before, after in zip(marks[:-2], marks[1:-1], strict=True)
+    ]
+    wall = [
+        after["at"] - before["at"] for before, after in zip(marks[:-2], marks[1:-1], strict=True)
+    ]
     return {
         "cpu_ms_per_site": 1000 * statistics.median(cpu) / int(sites),
         "wall_ms_per_site": 1000 * statistics.median(wall) / int(sites),
@@ -192,7 +200,9 @@ def rounds(workers: str) -> dict[str, Any]:
         *("federation.local_steps=8", "engine.threads=1", f"engine.workers={workers}"),
     ]
     marks = _run(*settings)
-    spent = [after["at"] - before["at"] for before, after in zip(marks[:-2], marks[1:-1], strict=True)]
+    spent = [
+        after["at"] - before["at"] for before, after in zip(marks[:-2], marks[1:-1], strict=True)
+    ]
     return {"round_s": statistics.median(spent)}
 
 
@@ -202,7 +212,9 @@ def books(sites: str, workers: str) -> dict[str, Any]:
         *toy(made_model(32), int(sites), 20, int(workers)),
         *("privacy.delta=1e-3", "privacy.epsilon=8", "privacy.sample_rate=1", "tuning=head"),
     )
-    spent = [after["at"] - before["at"] for before, after in zip(marks[:-1], marks[1:], strict=True)]
+    spent = [
+        after["at"] - before["at"] for before, after in zip(marks[:-1], marks[1:], strict=True)
+    ]
     fifth, last = marks[4], marks[-1]
     return {
         "round_s": statistics.median(spent),
@@ -236,11 +248,21 @@ def made_model(width: int) -> str:
     folder = Path(gettempdir()) / f"coterie-benchmark-bert-{width}-{os.getuid()}"
     if not folder.exists():
         folder.mkdir(mode=0o700)
-        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLING, *(w for t in TOPICS for w in t)]
+        words = [
+            "[PAD]",
+            "[UNK]",
+            "[CLS]",
+            "[SEP]",
+            "[MASK]",
+            *FILLING,
+            *(w for t in TOPICS for w in t),
+        ]
         (folder / "vocab.txt").write_text("\n".join(words))
         BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
         sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 4}
-        made = BertConfig(vocab_size=len(words), intermediate_size=64, max_position_embeddings=32, **sizes)
+        made = BertConfig(
+            vocab_size=len(words), intermediate_size=64, max_position_embeddings=32, **sizes
+        )
         BertModel(made).save_pretrained(folder)
     return str(folder)
 

@@ -136,7 +136,7 @@ def _private_step(
     samples = _each(
         seats, lambda place, seat: _sample(seat, units[place], meters[place], mechanism)
     )
-    drawn = {place: _records(seats[place], sample) for place, sample in samples.items()}
+    drawn = _each(seats, lambda place, seat: _records(seat, samples[place]))
     sums = walk.clipped_sums(drawn, mechanism.clip_norm)
 
     def released(place: int, seat: Seat) -> Tensor:

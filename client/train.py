@@ -206,7 +206,7 @@ class Trainer:
         """
         privacy, made = self._config.privacy, self._as_read(self._prepared_made(REHEARSED))
         most = privacy.max_records_per_person
-        still = [replace(group, learning_rate=0.0) for group in self._groups]
+        still = [replace(group, learning_rate=0.0) for group in stack.groups]
         clip_norm = privacy.clip_norm / BEYOND
         mechanism = Mechanism(1.0, clip_norm, 1.0, REHEARSED, most)
         seats = []

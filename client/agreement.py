@@ -28,7 +28,7 @@ from common.tasks import TASKS
 LIGHT = 3e7
 """Operations of one site's forward pass up to which several sites at once are quicker: below it
 most of the time goes into starting operations, and not into doing them."""
-MOST_SLOTS, PASS_BYTES = 64, 16 << 20
+MOST_SLOTS, PASS_BYTES = 64, 64 << 20
 """Sites in one pass, at most, and what their rows, parameters and gradients may take, roughly."""
 FEW_SLOTS = 4
 """Of more sites, fewer in one pass are not worth it."""
@@ -167,7 +167,7 @@ def _operations(losses: RowLosses, made: Inputs) -> float:
 
 
 def _made_engine(trial: Trial, slots: int, *, whole: bool) -> StackedEngine:
-    if whole or trial.alone is None:
+    if whole:
         return WholeGradients(trial.model, trial.losses, slots=slots, rows=trial.rows)
     return LinearLayers(trial.model, trial.losses, slots=slots, rows=trial.rows, made=trial.filler)
 

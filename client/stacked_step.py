@@ -188,9 +188,9 @@ class _Walk:
         self.step_all(whole, 1.0)
 
     def step_all(self, gradients: Tensor, scale: float) -> None:
-        """Takes all one step down `scale` times their gradients (C, P)."""
+        """Takes all one step down `scale` times their gradients (C, P), which are used up."""
         at = self._start if self._moved is None else self._moved
-        self._moved = torch.addcmul(at, gradients, self._rates, value=-scale)
+        self._moved = torch.addcmul(at, gradients, self._rates, value=-scale, out=gradients)
 
     def finish(self) -> None:
         """Hands each seat its vector."""
@@ -209,9 +209,9 @@ class _Walk:
         size, slots = max(1, engine.rows - self._stack.fillers), engine.slots
         cuts = {place: list(cut(own, size)) for place, own in drawn.items()}
         first = {place: (place, pieces[0]) for place, pieces in cuts.items() if pieces}
-        total = torch.zeros(slots, len(self._start))
-        if first:
-            total = of(self._at(range(slots)), *self._filled(first))
+        if not first:
+            return torch.zeros(slots, len(self._start))
+        total = of(self._at(range(slots)), *self._filled(first))
         rest = [(place, piece) for place, pieces in cuts.items() for piece in pieces[1:]]
         for start in range(0, len(rest), slots):
             part = rest[start : start + slots]

@@ -125,6 +125,11 @@ class LinearLayers(StackedEngine):
             outputs = [torch.where(kept[:, None, None], g, 0) for g in outputs]
         return self._sums(inputs, outputs, factors), norms.view(self.slots, self.rows)
 
+    def gradients(self, parameters: Tensor, rows: Inputs, there: Tensor) -> Tensor:
+        """See `StackedEngine`."""
+        inputs, outputs = self._passed(parameters, rows)
+        return self._sums(inputs, outputs, there.flatten().to(outputs[0].dtype))
+
     def _passed(self, parameters: Tensor, rows: Inputs) -> tuple[list[Tensor], list[Tensor]]:
         """(C*R, n, d) inputs of each layer and (C*R, n, p) gradients at its output."""
         shared = parameters.dim() == 1
@@ -160,14 +165,15 @@ class LinearLayers(StackedEngine):
 
     def _sums(self, inputs: list[Tensor], outputs: list[Tensor], factors: Tensor) -> Tensor:
         """(C, P): one product a layer and slot, over all rows of all its records."""
-        sums: dict[str, Tensor] = {}
+        sums = torch.empty(self.slots, sum(self.sizes))
+        into = dict(zip(self._names, self._apart(sums), strict=True))
         for use, a, g in zip(self._uses, inputs, outputs, strict=True):
             weighted = (g * factors[:, None, None]).view(self.slots, -1, g.shape[-1])
             read = a.reshape(self.slots, -1, a.shape[-1])
-            sums[use.weight] = torch.bmm(weighted.transpose(1, 2), read)
+            torch.bmm(weighted.transpose(1, 2), read, out=into[use.weight])
             if use.bias:
-                sums[use.bias] = weighted.sum(1)
-        return _flat(sums[name] for name in self._names)
+                torch.sum(weighted, 1, out=into[use.bias])
+        return sums
 
 
 class WholeGradients(StackedEngine):

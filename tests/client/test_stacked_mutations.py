@@ -46,7 +46,7 @@ WORDS = ("goal", "match", "team", "coach", "bank", "shares", "market", "loan")
 
 
 def site_of(number, records=RECORDS):
-    texts = tuple(f"the {WORDS[i % 8]} {WORDS[i // 8 % 8]} today" for i in range(records))
+    texts = tuple(f"the {WORDS[(i + number) % 8]} {WORDS[i // 8 % 8]} today" for i in range(records))
     patients = tuple(f"patient {i // 4}" for i in range(records))
     held = Records(texts, np.arange(records) % 2, patients)
     return Site(f"site-{number}", held, ("sport", "money"), None)

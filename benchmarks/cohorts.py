@@ -38,6 +38,7 @@ from client.cohort import Cohort
 from client.ledger import Store, Terms
 from client.site import Site
 from common import made_models
+from common.allocation import keep_freed_memory
 from common.composition import CONF
 from common.config import Config, PrivacyMode, from_composed, register_schemas, to_canonical
 from common.made_models import MADE, MadeModel
@@ -106,12 +107,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, required=True, help="file to write the rows to")
     parser.add_argument("--quick", action="store_true", help="a tenth of the sites")
+    parser.add_argument("--sites", type=int, default=1000)
     parser.add_argument("--only", nargs="*", help="ways, as `together bare`")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each way, in turns")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    sites = 100 if options.quick else 1000
+    sites = options.sites // (10 if options.quick else 1)
     rows: list[Row] = []
     for model in WIDTHS:
         for private in (False, True):

@@ -60,7 +60,7 @@ WAYS = {
     "head of images": (True, ["tuning=head"], LinearLayers),
     "lora": (True, ["tuning=lora"], LinearLayers),
     "bitfit": (True, ["tuning=bitfit"], WholeGradients),
-    "plain": (False, ["tuning=head", "privacy=none"], WholeGradients),
+    "plain": (False, ["tuning=head", "privacy=none"], LinearLayers),
     "plain, whole": (True, ["tuning=full", "privacy=none"], WholeGradients),
 }
 

@@ -46,7 +46,9 @@ WORDS = ("goal", "match", "team", "coach", "bank", "shares", "market", "loan")
 
 
 def site_of(number, records=RECORDS):
-    texts = tuple(f"the {WORDS[(i + number) % 8]} {WORDS[i // 8 % 8]} today" for i in range(records))
+    texts = tuple(
+        f"the {WORDS[(i + number) % 8]} {WORDS[i // 8 % 8]} today" for i in range(records)
+    )
     patients = tuple(f"patient {i // 4}" for i in range(records))
     held = Records(texts, np.arange(records) % 2, patients)
     return Site(f"site-{number}", held, ("sport", "money"), None)
@@ -310,14 +312,7 @@ MUTATIONS = {
         AssertionError,
     ),
     "sums of all slots": Mutation(
-        edit(
-            stacked.LinearLayers._sums,
-            (
-                "torch.bmm(weighted.transpose(1, 2), read)",
-                "torch.bmm(weighted.transpose(1, 2), read).sum(0, keepdim=True)"
-                ".expand(self.slots, -1, -1)",
-            ),
-        ),
+        edit(stacked.LinearLayers._sums, ("return sums", "return sums * 0 + sums.sum(0)")),
         agree,
         "agreement:",
         AssertionError,

@@ -66,6 +66,8 @@ class Stack:
     """How many rows of a slot no record takes, at least."""
     groups: Sequence[ParameterGroup]
     """What is trained, with its step sizes."""
+    proximal_mu: float | None = None
+    """Weight of FedProx's pull towards where the round began, after the noise. None: no pull."""
 
     def rates(self) -> Tensor:
         """(P,) the step size of each coordinate.
@@ -191,6 +193,9 @@ class _Walk:
         """Takes all one step down `scale` times their gradients (C, P), which are used up."""
         at = self._start if self._moved is None else self._moved
         self._moved = torch.addcmul(at, gradients, self._rates, value=-scale, out=gradients)
+        if self._stack.proximal_mu is not None:  # the penalty's implicit step, as the loop's
+            pull = self._rates * self._stack.proximal_mu
+            self._moved.lerp_(self._start.expand_as(self._moved), pull / (1.0 + pull))
 
     def finish(self) -> None:
         """Hands each seat its vector."""

@@ -89,6 +89,8 @@ class Trainer:
         """What each site drew and added so far; private, and stays in this process."""
         self._held: dict[str, Held] = {}
         """What is prepared, by site: a trainer is one per config, as what is prepared must be."""
+        self._stacks: list[Stack | None] = []
+        """What trains several sites at once, once it was tried."""
 
     def check(self, vector: Vector) -> None:
         """Refuses a vector that is not one of this model. Raises: VerificationError.
@@ -132,7 +134,7 @@ class Trainer:
             log.info("%s, round %d: %s", site.name, round_number, measured)
         return parameters.flatten(self._model), measured
 
-    @cached_property
+    @property
     def together(self) -> int:
         """How many sites `train_together` takes; 1: this model trains site by site.
 
@@ -307,9 +309,14 @@ class Trainer:
             self._meters[site.name] = Meters(mechanism)
         return self._meters[site.name]
 
-    @cached_property
+    @property
     def _stack(self) -> Stack | None:
         """What trains several sites at once; None where that is not worth it, or not exact."""
+        if not self._stacks:
+            self._stacks.append(self._tried_stack())
+        return self._stacks[0]
+
+    def _tried_stack(self) -> Stack | None:
         most = most_together(self._config, self.layout.size)
         if most == 1:
             return None
@@ -327,7 +334,8 @@ class Trainer:
         engine = stacked_engine(trial, sites=most)
         if engine is None:
             return None
-        stack = Stack(engine, trial.filler, fillers, self._groups)
+        pull = getattr(getattr(self._config, "strategy", None), "proximal_mu", None)
+        stack = Stack(engine, trial.filler, fillers, self._groups, pull)
         if private:
             self._rehearse_together(stack)
         return stack

@@ -372,6 +372,21 @@ def test_work_enough_for_one_site_is_left_to_the_loop(monkeypatch, head, tiny_co
     assert sites_together(head[0]._config, build_model(tiny_config)) == 1
 
 
+def test_a_pull_leads_back_to_where_the_round_began(head):
+    """FedProx: a step ends at 1 / (1 + lr mu) of the way, noise and all."""
+    trainer, start = head
+    free, mu = trainer._stack, 0.5
+    trainer._meters.clear()
+    once = replace(trainer._config.federation, local_steps=1)
+    alone = Trainer(replace(trainer._config, federation=once))
+    (there, _), *_ = alone.train_together(SITES, start, round_number=1)
+    alone._stacks[:] = [replace(alone._stack, proximal_mu=mu)]
+    alone._meters.clear()
+    (pulled, _), *_ = alone.train_together(SITES, start, round_number=1)
+    rates = free.rates().numpy()
+    np.testing.assert_allclose(pulled - start, (there - start) / (1 + rates * mu), atol=1e-6)
+
+
 def test_how_many_go_together_follows_from_the_configuration(head):
     trainer, _ = head
     config = trainer._config

@@ -345,9 +345,8 @@ MUTATIONS = {
     ),
     "a parameter without a step size": Mutation(
         edit(
-            Trainer._stack.func,
-            ("@cached_property\n", ""),
-            ("fillers, self._groups)", "fillers, self._groups[1:])"),
+            Trainer._tried_stack,
+            ("fillers, self._groups, pull)", "fillers, self._groups[1:], pull)"),
         ),
         rehearse,
         "optimizer-coverage:",

@@ -39,21 +39,27 @@ from common.privacy.mechanism import (
 OpenSite = Callable[[Context], Site]
 
 
-def client_app(open_site: OpenSite, *, allow_unprotected: bool = False) -> ClientApp:
+def client_app(
+    open_site: OpenSite,
+    *,
+    allow_unprotected: bool = False,
+    trainers: dict[str, Trainer] | None = None,
+) -> ClientApp:
     """The ClientApp that answers training instructions for the sites `open_site` knows.
 
     Guarantee: whatever arrives, the reply is an `Update` or one of the fixed refusals of
     `common.messages`; see `client.egress`.
-    Args: allow_unprotected: True in simulations only, for seeded noise and for none at all.
+    Args: allow_unprotected: True in simulations only, for seeded noise and for none at all;
+    trainers: the warm ones, shared with whoever else answers in this process.
     """
     app = ClientApp()
-    trainers: dict[str, Trainer] = {}
+    warm: dict[str, Trainer] = {} if trainers is None else trainers
 
     def opened(message: Message, context: Context) -> tuple[Site, Trainer, Instruction]:
         instruction = messages.read_instruction(message)
         site = open_site(context)
-        _check_terms(site, instruction, allow_unprotected=allow_unprotected)
-        return site, _warm_trainer(trainers, instruction.config), instruction
+        check_terms(site, instruction, allow_unprotected=allow_unprotected)
+        return site, warm_trainer(warm, instruction.config), instruction
 
     @app.train(mods=[egress])
     def train(message: Message, context: Context) -> Message:
@@ -70,17 +76,17 @@ def client_app(open_site: OpenSite, *, allow_unprotected: bool = False) -> Clien
 
 def _answer(site: Site, trainer: Trainer, instruction: Instruction) -> Update:
     # 3. The terms are checked and the model is rehearsed; the rest must fit that model.
-    _check_fit(trainer, instruction)
+    check_fit(trainer, instruction)
     charge = round_event(instruction.config)
     if instruction.config.privacy.mode is PrivacyMode.none:
         vector, _ = trainer.train(site, instruction.vector, round_number=instruction.round)
-        return _update(instruction, charge, vector)
-    ledger = _ledger(site)
+        return update_of(instruction, charge, vector)
+    ledger = ledger_of(site)
     # Prepared before, and perhaps lost on its way: the same bytes once more, and no other.
     reservation = ledger.answered(instruction.run_id, instruction.round)
     if reservation is None:
         # 4. Reserve: charged and on disk before data are touched, and never given back.
-        reservation = _reserve(ledger, instruction, instruction.run_id, instruction.round, charge)
+        reservation = reserve(ledger, instruction, instruction.run_id, instruction.round, charge)
         with _lost_on_failure(ledger, reservation):
             # 5. The private steps.
             vector, measured = trainer.train(
@@ -91,7 +97,7 @@ def _answer(site: Site, trainer: Trainer, instruction: Instruction) -> Update:
             ledger.prepare(reservation, vector.tobytes(), steps=measured.round_steps)
     # 7. Release: the parameters after the noise, and what they cost.
     released = np.frombuffer(ledger.release(reservation), dtype=np.float32)
-    return _update(instruction, charge, released, _books(ledger, instruction))
+    return update_of(instruction, charge, released, books_of(ledger, instruction))
 
 
 def _count(site: Site, trainer: Trainer, instruction: Instruction) -> Count:
@@ -99,18 +105,18 @@ def _count(site: Site, trainer: Trainer, instruction: Instruction) -> Count:
     config, charge = instruction.config, count_event(instruction.config)
     if charge is None:
         raise VerificationError("instruction: its plan counts nothing")
-    _check_fit(trainer, instruction)
-    ledger, run = _ledger(site), counting(instruction.run_id)
+    check_fit(trainer, instruction)
+    ledger, run = ledger_of(site), counting(instruction.run_id)
     reservation = ledger.answered(run, 1)
     if reservation is None:
-        reservation = _reserve(ledger, instruction, run, 1, charge)
+        reservation = reserve(ledger, instruction, run, 1, charge)
         with _lost_on_failure(ledger, reservation):
             correct = trainer.count_correct(site, instruction.vector)
             coins = randomness_of(config, site.name, "count")
             noised = noisy_count(correct, count_std(config), coins)
             ledger.prepare(reservation, np.float64(noised).tobytes(), steps=1)
     released = np.frombuffer(ledger.release(reservation), dtype=np.float64)
-    return Count(instruction.run_id, float(released[0]), _books(ledger, instruction))
+    return Count(instruction.run_id, float(released[0]), books_of(ledger, instruction))
 
 
 @contextmanager
@@ -125,14 +131,15 @@ def _lost_on_failure(ledger: Ledger, reservation: int) -> Iterator[None]:
         raise RoundLostError(f"a round was charged, and is lost: {error}") from error
 
 
-def _update(
+def update_of(
     instruction: Instruction, charge: Event, vector: Vector, books: SiteBooks | None = None
 ) -> Update:
+    """What a site releases in one round."""
     ids = instruction.run_id, instruction.round, instruction.layout_digest
     return Update(*ids, charge, vector, books)
 
 
-def _books(ledger: Ledger, instruction: Instruction) -> SiteBooks:
+def books_of(ledger: Ledger, instruction: Instruction) -> SiteBooks:
     """What the reply says of the ledger, with the way from the head the coordinator knows."""
     with ledger.at_once():  # others may append, and all of this is of one moment
         books, receipt = ledger.books, instruction.receipt
@@ -140,7 +147,7 @@ def _books(ledger: Ledger, instruction: Instruction) -> SiteBooks:
         return SiteBooks(books.head, books.cap, books.spent(), coalesce(books.charges()), links)
 
 
-def _check_terms(site: Site, instruction: Instruction, *, allow_unprotected: bool) -> None:
+def check_terms(site: Site, instruction: Instruction, *, allow_unprotected: bool) -> None:
     """What can be refused without loading a model. It depends on the instruction, on declared
     constants and on past charges, never on records.
     """
@@ -166,7 +173,7 @@ def _check_price(site: Site, instruction: Instruction) -> None:
     whole = run_events(config)
     if not within(whole, epsilon=config.privacy.epsilon, delta=config.privacy.delta):
         raise BudgetExhaustedError(f"the run would exceed epsilon {config.privacy.epsilon:g}")
-    books = _ledger(site).books
+    books = ledger_of(site).books
     if instruction.receipt is not None and not books.contains(instruction.receipt.head):
         raise BooksBehindError(
             f"{site.name}: its ledger never had the head {instruction.receipt.head} that the "
@@ -191,13 +198,14 @@ def _is_committed(books: Books, instruction: Instruction) -> bool:
     return plan is not None
 
 
-def _check_fit(trainer: Trainer, instruction: Instruction) -> None:
+def check_fit(trainer: Trainer, instruction: Instruction) -> None:
+    """Whether the parameters are those of the model. Raises: VerificationError."""
     if instruction.layout_digest != trainer.layout.digest:
         raise VerificationError("instruction: its layout is not that of the model named in it")
     trainer.check(instruction.vector)
 
 
-def _reserve(
+def reserve(
     ledger: Ledger, instruction: Instruction, run: str, round_number: int, charge: Event
 ) -> int:
     """Commits the run when its first instruction comes, and charges one round of `run`."""
@@ -234,13 +242,14 @@ def _commit(ledger: Ledger, instruction: Instruction) -> None:
         commit(counting(instruction.run_id), count, rounds=1, spare_rounds=0)
 
 
-def _ledger(site: Site) -> Ledger:
+def ledger_of(site: Site) -> Ledger:
+    """The books of a site. Raises: VerificationError if it has none."""
     if site.ledger is None:
         raise VerificationError("instruction: this site keeps no ledger, and can charge nothing")
     return site.ledger
 
 
-def _warm_trainer(trainers: dict[str, Trainer], config: Config) -> Trainer:
+def warm_trainer(trainers: dict[str, Trainer], config: Config) -> Trainer:
     """One trainer per configuration and process: the model is loaded once."""
     key = config_hash(config)
     if key not in trainers:

@@ -72,9 +72,11 @@ def _listed(content: RecordDict, allowed: Allowed) -> RecordDict:
     for name, record in content.items():
         measured = isinstance(record, MetricRecord)
         names = frozenset[str]() if measured else allowed.get(name, frozenset())
-        dropped += [f"{name}.{each}" for each in record if each not in names]
-        listed = {each: value for each, value in record.items() if each in names}
-        if listed:
+        outside = record.keys() - names
+        dropped += [f"{name}.{each}" for each in record if each in outside]
+        if record and not outside:
+            kept[name] = record
+        elif listed := {each: value for each, value in record.items() if each in names}:
             kept[name] = type(record)(listed)  # type: ignore[arg-type] # of the same kind
     if dropped:
         log.warning("not on the list of what may leave, and dropped: %s", ", ".join(dropped))

@@ -230,6 +230,22 @@ class Store:
             finally:
                 self._inside = False
 
+    @contextmanager
+    def apart(self, ledger: "Ledger") -> Iterator[None]:
+        """Inside `together`: what is written to one chain is undone if it ends in an error, which
+        is raised; what was written to others stays.
+        """
+        assert self._inside, "there is nothing to stay in"
+        self._connection.execute("SAVEPOINT apart")
+        try:
+            yield
+        except BaseException:
+            ledger.forget()
+            self._connection.execute("ROLLBACK TO apart")
+            raise
+        finally:
+            self._connection.execute("RELEASE apart")
+
     @property
     def secret(self) -> bytes:
         """Keys the commitments to records; a new site key leaves it as it was.
@@ -375,6 +391,11 @@ class Ledger:
     def forget(self) -> None:
         """Reads the chain anew at the next use: a transaction was rolled back."""
         self._books = None
+
+    @property
+    def store(self) -> Store:
+        """The file it is in."""
+        return self._store
 
     def at_once(self) -> AbstractContextManager[object]:
         """Several entries or none, with one fsync."""

@@ -109,7 +109,10 @@ class NoiseMeter:
         self.steps = 0
         """Steps closed."""
         self._energy, self._count = 0.0, 0
-        self._step, self._last = _Residuals(), _Residuals()
+        self._step = _Residuals()
+        self._last: NDArray[np.float32] = np.zeros(0, np.float32)
+        """First coordinates of the step before, as short as they do: each site of a process has
+        its own."""
 
     def windows(self, sizes: Sequence[int]) -> list[slice]:
         """What to read of parameters of these sizes, laid end to end: all of a small one.
@@ -141,7 +144,7 @@ class NoiseMeter:
     def close_step(self) -> None:
         """Judges the step, and all steps so far."""
         step, last = self._step, self._last
-        self._step, self._last = _Residuals(), step
+        self._step, self._last = _Residuals(), step.first.astype(np.float32)
         energy, count = sum(step.energies), sum(step.counts)
         self._energy, self._count = self._energy + energy, self._count + count
         _judge_energy(energy, count)
@@ -150,7 +153,7 @@ class NoiseMeter:
             _judge_energy(energy, count, odds=ODDS / len(step.counts))
         _judge_correlation("noise-correlation", step.lag, step.lag_pairs)
         _judge_correlation("noise-reuse", step.again, step.again_pairs)
-        _judge_correlation("noise-reuse", *_inner(step.first, last.first))
+        _judge_correlation("noise-reuse", *_inner(step.first, last))
         self.steps += 1
 
     @property
@@ -281,7 +284,7 @@ def _chi_square_deviation(energy: float, count: int) -> float:
     return (math.cbrt(energy / count) - (1 - spread)) / math.sqrt(spread)
 
 
-def _inner(left: Residual, right: Residual) -> tuple[float, int]:
+def _inner(left: Residual, right: Residual | NDArray[np.float32]) -> tuple[float, int]:
     """Inner product of the coordinates both have, and how many they are."""
     pairs = min(len(left), len(right))
     return float(np.dot(left[:pairs], right[:pairs])), pairs

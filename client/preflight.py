@@ -107,7 +107,7 @@ def preflight(
         return Verdict(None, math.inf, (), ("no parameter is trainable",))
     refused: list[str] = []
     references: dict[int, _Reference] = {}
-    with _stirred(model):
+    with stirred(model):
         for name, records in TRIALS:
             if records not in references:
                 try:
@@ -269,7 +269,7 @@ def _line(fault: Exception) -> str:
 
 
 @contextmanager
-def _stirred(model: nn.Module) -> Iterator[None]:
+def stirred(model: nn.Module) -> Iterator[None]:
     """Moves trainable parameters a little for the check, and puts them back."""
     generator = torch.Generator().manual_seed(0)
     kept = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}

@@ -87,7 +87,7 @@ def private_steps(
     person has more records than the mechanism bounds.
     """
     _check_all_optimised(engine, optimizer)
-    units = _units(mechanism, records, owners)
+    units = unit_count(mechanism, records, owners)
     meters = meters or Meters(mechanism)
     meters.open_round()
     try:
@@ -99,7 +99,9 @@ def private_steps(
                 engine, loss_of, drawn, mechanism.clip_norm, physical_batch, fillers=fillers
             )
             meters.check_sum(sums, records=len(drawn), units=len(sample))
-            _release(sums, mechanism, randomness, meters.noise)
+            released = release(sums, mechanism, randomness, meters.noise)
+            for parameter, gradient in released.items():
+                parameter.grad = gradient
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)  # an engine refuses gradients it did not make
     finally:
@@ -108,18 +110,19 @@ def private_steps(
     return meters.close_round(steps)
 
 
-def batch_rows(expected: float, sample_rate: float, most: int) -> int:
+def batch_rows(expected: float, sample_rate: float, most: int, *, fillers: int = 1) -> int:
     """How many rows, at most `most`, each physical batch has: many, and few of them fillers.
 
     Guarantee: it follows from declared constants alone, and not from who was drawn.
-    Args: expected: records of a step, the mechanism's divisor.
+    Args: expected: records of a step, the mechanism's divisor; fillers: rows of each batch that
+    are nobody's at least.
 
     >>> batch_rows(150, 0.5, 16), batch_rows(150, 0.5, 256), batch_rows(10, 0.5, 256)
     (16, 176, 16)
     """
     drawn = stats.norm.ppf(QUANTILES) * math.sqrt(expected * (1.0 - sample_rate)) + expected
     choices = range(EVEN_ROWS, most + 1, EVEN_ROWS) or range(most, most + 1)
-    used = {rows: float(rows * np.ceil(drawn / max(1, rows - 1)).mean()) for rows in choices}
+    used = {rows: float(rows * np.ceil(drawn / max(1, rows - fillers)).mean()) for rows in choices}
     return max(rows for rows in choices if used[rows] <= SPARED * min(used.values()))
 
 
@@ -136,13 +139,13 @@ def plain_steps(
     """The same steps without clipping and noise: the baseline, with no guarantee at all."""
     for _ in range(steps):
         sample = poisson_sample(records, sample_rate=mechanism.sample_rate, coins=randomness)
-        for piece in _pieces(sample, physical_batch):
+        for piece in cut(sample, physical_batch):
             (loss_of(piece).sum() / mechanism.divisor).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
-def _units(mechanism: Mechanism, records: int, owners: NDArray[np.int64] | None) -> int:
+def unit_count(mechanism: Mechanism, records: int, owners: NDArray[np.int64] | None) -> int:
     """How many coins a step tosses: one a record, or one a person.
 
     Raises: PrivacyRefusedError naming `person-cap`, if what is drawn is not what the mechanism
@@ -175,15 +178,19 @@ def _clipped_sums(
     where nobody is padded, on the others in it. Hostile parameters make much of a rounding.
     """
     sums: Sums = {}
-    for piece in _pieces(sample, max(1, physical_batch - fillers)):
+    for piece in cut(sample, max(1, physical_batch - fillers)):
         filling = np.full(physical_batch - len(piece), FILLER)
         engine.add_clipped(loss_of, np.concatenate([piece, filling]), clip_norm, sums)
     return completed(sums, engine)
 
 
 @torch.no_grad()
-def _release(sums: Sums, mechanism: Mechanism, randomness: Randomness, meter: NoiseMeter) -> None:
-    """Turns each sum into its parameter's `grad`: noised once, over q * N_declared."""
+def release(sums: Sums, mechanism: Mechanism, randomness: Randomness, meter: NoiseMeter) -> Sums:
+    """What a step releases: each sum, noised once, over q * N_declared. `sums` is used up.
+
+    It is the same, draw by draw, whether a site steps alone or beside others.
+    """
+    released: Sums = {}
     for group in _together(sums):
         totals, sizes = [sums.pop(p).view(-1) for p in group], [p.numel() for p in group]
         whole = totals[0] if len(totals) == 1 else torch.cat(totals)
@@ -194,8 +201,9 @@ def _release(sums: Sums, mechanism: Mechanism, randomness: Randomness, meter: No
         noised = torch.cat([whole[window] for window in windows])
         meter.read(clipped, noised, [window.stop - window.start for window in windows])
         for parameter, part in zip(group, torch.split(whole, sizes), strict=True):
-            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+            released[parameter] = part.view_as(parameter).to(parameter.dtype)
     meter.close_step()
+    return released
 
 
 def _together(sums: Sums) -> list[list[nn.Parameter]]:
@@ -218,7 +226,8 @@ def _noise(piece: Tensor, mechanism: Mechanism, randomness: Randomness) -> None:
     piece.copy_(noise.add_(piece, alpha=1.0 / divisor))
 
 
-def _pieces(sample: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+def cut(sample: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    """A sample in order, `size` of it at a time."""
     for start in range(0, len(sample), size):
         yield sample[start : start + size]
 

@@ -1,7 +1,7 @@
 """Local training: the warm model of one process, on which sites take turns."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,6 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client.agreement import (
+    Trial,
+    fillers_of,
+    least_fillers,
+    most_together,
+    rows_of_slot,
+    stacked_engine,
+)
 from client.clipping.engines import FILLER, ClippingEngine, LossOf
 from client.measurements import Measurements
 from client.meters import Meters
@@ -17,6 +25,7 @@ from client.persons import usable
 from client.preflight import Verdict, preflight, refusal
 from client.private_step import ParameterGroup, batch_rows, plain_steps, private_steps, sgd
 from client.site import Site
+from client.stacked_step import Seat, Stack, plain_steps_together, private_steps_together
 from common import parameters
 from common.config import Config, NoiseSource, PrivacyMode
 from common.model import filled, read_of, targets_of
@@ -34,6 +43,10 @@ REHEARSED = 2
 """Made records, or persons, of a rehearsed step; and records of a person who is there alone."""
 BEYOND = 1e6
 """A made record's loss is multiplied by this many clip bounds: its gradient is far too long."""
+MADE_ROWS = 7
+"""Made records on which what trains several sites at once is tried."""
+Trained = tuple[Vector, Measurements | None]
+"""New parameters, and what the meters saw of noise and coins; None without privacy."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,8 @@ class Trainer:
         """What each site drew and added so far; private, and stays in this process."""
         self._held: dict[str, Held] = {}
         """What is prepared, by site: a trainer is one per config, as what is prepared must be."""
+        self._stacks: list[Stack | None] = []
+        """What trains several sites at once, once it was tried."""
 
     def check(self, vector: Vector) -> None:
         """Refuses a vector that is not one of this model. Raises: VerificationError.
@@ -86,9 +101,7 @@ class Trainer:
             parameters.check_vector(vector, self.layout)
             self._checked = vector
 
-    def train(
-        self, site: Site, vector: Vector, *, round_number: int
-    ) -> tuple[Vector, Measurements | None]:
+    def train(self, site: Site, vector: Vector, *, round_number: int) -> Trained:
         """The round's local steps at `site`, from the global parameters `vector`.
 
         Guarantee: with privacy the result is a post-processing of `vector` and of `local_steps`
@@ -116,10 +129,37 @@ class Trainer:
                 records=records,
                 owners=held.owners,
                 steps=self._config.federation.local_steps,
-                meters=self._meters.setdefault(site.name, Meters(mechanism)),
+                meters=self._meters_of(site, mechanism),
             )
             log.info("%s, round %d: %s", site.name, round_number, measured)
         return parameters.flatten(self._model), measured
+
+    @property
+    def together(self) -> int:
+        """How many sites `train_together` takes; 1: this model trains site by site.
+
+        It follows from the configuration and the model, never from records or from who is asked.
+        Raises: PrivacyRefusedError, before anything is charged, if what trains several at once
+        does not do on made records what its mechanism declares.
+        """
+        return 1 if self._stack is None else most_together(self._config, self.layout.size)
+
+    def train_together(
+        self, sites: Sequence[Site], vector: Vector, *, round_number: int
+    ) -> list[Trained | Exception]:
+        """As `train` at each of several sites, computed in a few passes.
+
+        Guarantee: to rounding what `train` gives at each, by the same draws; a site at which
+        something fails has its exception, and the others go on. For a model that trains so, what
+        a site gets is the same to the bit whoever is asked beside it.
+        """
+        self.check(vector)
+        stack, seats = self._stack, [self._seat(site, round_number) for site in sites]
+        assert stack is not None
+        for first in range(0, len(seats), stack.engine.slots):
+            at = slice(first, first + stack.engine.slots)
+            self._steps_together(stack, sites[at], seats[at], vector)
+        return [_outcome(seat) for seat in seats]
 
     @torch.inference_mode()
     def count_correct(self, site: Site, vector: Vector) -> int:
@@ -161,6 +201,37 @@ class Trainer:
         made, most = self._made(REHEARSED), self._config.privacy.max_records_per_person or 1
         for units, each in ((REHEARSED, 1), (1, min(most, REHEARSED)), (0, 0)):
             self._rehearse_step(made, still, np.repeat(np.arange(units), each))
+
+    def _rehearse_together(self, stack: Stack) -> None:
+        """The same steps, each at a site of its own, beside each other and under a bound that
+        their gradients are far beyond.
+        """
+        privacy, made = self._config.privacy, self._as_read(self._prepared_made(REHEARSED))
+        most = privacy.max_records_per_person
+        still = [replace(group, learning_rate=0.0) for group in stack.groups]
+        clip_norm = privacy.clip_norm / BEYOND
+        mechanism = Mechanism(1.0, clip_norm, 1.0, REHEARSED, most)
+        seats = []
+        for units, each in ((REHEARSED, 1), (1, min(most or 1, REHEARSED)), (0, 0)):
+            owners = np.repeat(np.arange(units), each)
+            seats.append(
+                Seat(
+                    lambda at, of=owners: {n: t[of[at]] for n, t in made.items()},  # type: ignore[misc]
+                    len(owners),
+                    Randomness.from_entropy(),
+                    None if most is None else owners,
+                )
+            )
+        start = parameters.flatten(self._model)
+        for first in range(0, len(seats), stack.engine.slots):
+            part = seats[first : first + stack.engine.slots]
+            meters = [Meters(mechanism) for _ in part]
+            private_steps_together(
+                replace(stack, groups=still), part, meters, start, mechanism=mechanism, steps=1
+            )
+        for seat in seats:
+            if seat.fault is not None:
+                raise seat.fault
 
     def _rehearse_step(
         self, made: LossOf, groups: list[ParameterGroup], owners: NDArray[np.int64]
@@ -209,6 +280,66 @@ class Trainer:
             owners=owners,
         )
 
+    def _steps_together(
+        self, stack: Stack, sites: Sequence[Site], seats: Sequence[Seat], vector: Vector
+    ) -> None:
+        mechanism, steps = mechanism_of(self._config), self._config.federation.local_steps
+        self._model.eval()
+        if self._config.privacy.mode is PrivacyMode.none:
+            plain_steps_together(stack, seats, vector, mechanism=mechanism, steps=steps)
+            return
+        meters = [self._meters_of(site, mechanism) for site in sites]
+        private_steps_together(stack, seats, meters, vector, mechanism=mechanism, steps=steps)
+
+    def _seat(self, site: Site, round_number: int) -> Seat:
+        """A site where it is ready to step; one that cannot be prepared has its fault."""
+        try:
+            held = self._prepared(site)
+        except Exception as fault:
+            return Seat(lambda _: {}, 0, Randomness.from_entropy(), fault=fault)
+        return Seat(
+            lambda at: self._as_read(held.prepared.rows(at)),
+            len(held.prepared),
+            randomness_of(self._config, site.name, round_number),
+            held.owners,
+        )
+
+    def _meters_of(self, site: Site, mechanism: Mechanism) -> Meters:
+        if site.name not in self._meters:
+            self._meters[site.name] = Meters(mechanism)
+        return self._meters[site.name]
+
+    @property
+    def _stack(self) -> Stack | None:
+        """What trains several sites at once; None where that is not worth it, or not exact."""
+        if not self._stacks:
+            self._stacks.append(self._tried_stack())
+        return self._stacks[0]
+
+    def _tried_stack(self) -> Stack | None:
+        most = most_together(self._config, self.layout.size)
+        if most == 1:
+            return None
+        if self._engine is None:
+            self.rehearse()
+        private = self._config.privacy.mode is not PrivacyMode.none
+        made, fillers = self._as_read(self._prepared_made(MADE_ROWS)), self._fillers
+        trial = Trial(
+            self._model,
+            self._losses,
+            made,
+            fillers_of(made, rows_of_slot(self._config, fillers)),
+            self._engine if private else None,
+        )
+        engine = stacked_engine(trial, sites=most)
+        if engine is None:
+            return None
+        pull = getattr(getattr(self._config, "strategy", None), "proximal_mu", None)
+        stack = Stack(engine, trial.filler, fillers, self._groups, pull)
+        if private:
+            self._rehearse_together(stack)
+        return stack
+
     def _rows(self) -> int:
         """Rows of a physical batch: a constant of the run."""
         most, records = self._config.engine.physical_batch, self._config.data.declared_records
@@ -235,8 +366,8 @@ class Trainer:
 
     @cached_property
     def _fillers(self) -> int:
-        """Rows of a batch that are nobody's at least: one, where the model reads a mask."""
-        return int(any(name.endswith("mask") for name in self._prepared_made(1)))
+        """Rows of a batch that are nobody's at least."""
+        return least_fillers(self._prepared_made(1))
 
     def _made(self, records: int) -> LossOf:
         """Losses of made records of full length, some of them padded."""
@@ -250,16 +381,22 @@ class Trainer:
 
     def _loss_of(self, rows_at: Callable[[NDArray[np.int64]], Inputs]) -> LossOf:
         def loss_of(indices: NDArray[np.int64]) -> Tensor:
-            dtype = next(self._model.parameters()).dtype
             drawn = indices[indices != FILLER]
-            rows = {
-                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-                for name, tensor in rows_at(drawn).items()
-            }
-            rows = filled(rows, len(indices))
-            return self._task.loss_vector(self._model(**read_of(rows)), targets_of(rows))
+            return self._losses(filled(self._as_read(rows_at(drawn)), len(indices)))
 
         return loss_of
+
+    def _losses(self, rows: Inputs) -> Tensor:
+        """(B,) of rows as the model reads them."""
+        return self._task.loss_vector(self._model(**read_of(rows)), targets_of(rows))
+
+    def _as_read(self, rows: Inputs) -> Inputs:
+        """Rows in the precision of the model."""
+        dtype = next(self._model.parameters()).dtype
+        return {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in rows.items()
+        }
 
     def _prepared(self, site: Site) -> Held:
         """Caps persons, and prepares what is to be kept, the first time a site trains."""
@@ -275,6 +412,14 @@ class Trainer:
         if len(records):
             self._held[site.name] = held
         return held
+
+
+def _outcome(seat: Seat) -> Trained | Exception:
+    """What a site is left with after its steps."""
+    if seat.fault is not None:
+        return seat.fault
+    assert seat.vector is not None
+    return seat.vector, seat.measured
 
 
 def _are_one(vector: Vector, known: Vector | None) -> bool:

@@ -391,6 +391,9 @@ class EngineConfig:
     cache_mb: int = 2048
     """Memory, in MiB, that a process may use for training records prepared once, and as much again
     for public ones. More than fit, by their declared number, are prepared anew at each use."""
+    together: int = 0
+    """Sites of one process that train in one computation, at most, where what is trained is small;
+    0: as many as are quicker so; 1: each by itself."""
 
 
 @dataclass(frozen=True)
@@ -890,6 +893,7 @@ _RULES: dict[str, _Rule] = {
     "engine.workers": ("between 0 and 256", lambda value: bool(0 <= value <= MAX_WORKERS)),
     "engine.physical_batch": _up_to(MAX_BATCH),
     "engine.cache_mb": ("0 or more", lambda value: bool(value >= 0)),
+    "engine.together": ("0 or more", lambda value: bool(value >= 0)),
     "tuning.head_learning_rate": _STEP_SIZE,
     "tuning.head_noise": ("a finite number, 0 or more", lambda value: 0 <= value < math.inf),
     "data.labels": ("two or more different class names, in order", _distinct_names),

@@ -8,7 +8,7 @@ that was measured on private records.
 import io
 import math
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -190,6 +190,41 @@ def _read_config(text: str) -> tuple[Config, str]:
     """A config and its hash. A process with many sites reads the same few texts for all of them."""
     config = from_canonical(text)
     return config, config_hash(config)
+
+
+def read_alike(message: Message, asked: Message, instruction: Instruction) -> Instruction | None:
+    """What a message asks if, but for its receipt, it asks what another one did: parsed once.
+
+    Args: asked: the other message; instruction: what was read of it. Returns: None if they
+    differ in anything else; the vector must be the same memory.
+    Raises: VerificationError for a receipt that is none.
+    """
+    if message.has_error() or not _asks_alike(message.content, asked.content):
+        return None
+    return replace(instruction, receipt=_read_receipt(message.content.config_records[FACTS]))
+
+
+def _asks_alike(content: RecordDict, other: RecordDict) -> bool:
+    if content.keys() != {VECTOR, FACTS} or not _is_one(content[VECTOR], other[VECTOR]):
+        return False
+    facts, theirs = content[FACTS], other[FACTS]
+    if not isinstance(facts, ConfigRecord) or facts.keys() != theirs.keys():
+        return False
+    both = ((facts[name], theirs[name]) for name in facts if name not in RECEIPT)
+    return all(type(mine) is type(their) and mine == their for mine, their in both)
+
+
+def _is_one(arrays: object, other: object) -> bool:
+    """Whether two records hold one vector, in one memory that nobody writes."""
+    if arrays is other:
+        return True
+    if not isinstance(arrays, ArrayRecord) or not isinstance(other, ArrayRecord):
+        return False
+    if arrays.keys() != {VECTOR} or other.keys() != {VECTOR}:
+        return False
+    mine, theirs = arrays[VECTOR], other[VECTOR]
+    facts = [(each.dtype, each.shape, each.stype) for each in (mine, theirs)]
+    return mine.data is theirs.data and facts[0] == facts[1]
 
 
 def pack_update(update: Update) -> RecordDict:

@@ -155,6 +155,9 @@ class Shelf:
         """(B, ...) of the records at some places."""
         found = [self._at[place] for place in places]
         names = self._chunks[0] if self._chunks else {}
+        if len({chunk for chunk, _ in found}) == 1:  # as of a site that was prepared by itself
+            chunk, at = self._chunks[found[0][0]], torch.tensor([row for _, row in found])
+            return {name: tensor.index_select(0, at) for name, tensor in chunk.items()}
         return {name: torch.stack([self._chunks[c][name][r] for c, r in found]) for name in names}
 
 

@@ -24,6 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from client.agreement import sites_together
 from client.commitment import commit_to
 from client.ledger import Ledger, Store, Terms
 from client.persons import usable
@@ -167,7 +168,13 @@ def _run(config: Config, run_dir: Path, console: Console) -> None:
         ledgers = _ledgers(store, config, records, console) if store else {}
         keep_freed_memory()
         books = store.path if store else None
-        opened = Sites(records, tuple(config.data.labels), config.node, books)
+        opened = Sites(
+            records,
+            tuple(config.data.labels),
+            config.node,
+            books,
+            sites_together(config, model),
+        )
         with _grid(config, opened, store, ledgers) as grid, _progress(config, console) as watch:
             app = server_app(lambda _: _public(config, splits), watch, left_out)
             app(grid, _server_context(config))
@@ -180,7 +187,8 @@ def _grid(
     names = [*sites.records]
     workers = workers_of(config.engine, len(names))
     if workers == 1 and config.engine.name is EngineName.local:
-        return LocalGrid(ThisProcess(sites.answer(store), len(names)), names)
+        cohort = sites.answer(store)
+        return LocalGrid(ThisProcess(cohort, len(names), cohort.size), names)
 
     def lost(message: Message) -> bool:
         ledger = ledgers.get(names[partition_of(message)])
@@ -198,6 +206,7 @@ def _grid(
         # Steps are as many at each site: what differs is the number of records drawn in one.
         work=[len(usable(held, config.privacy)) for held in sites.records.values()],
         lost=lost,
+        together=sites.size,
     )
     return LocalGrid(crew, names)
 

@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flwr.app import Context
-from flwr.clientapp import ClientApp
+from flwr.app import Context, Message
 
-from client.app import client_app
+from client.cohort import TOGETHER, Cohort
 from client.ledger import Store
 from client.site import Site
 from common.config import NodeConfig
 from common.records import Records
-from simulations.answer import Answer, one_by_one
+from simulations.answer import Answer
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,12 @@ class Sites:
     policy: NodeConfig
     books: Path | None
     """The one file that all of their ledgers are in; None without privacy."""
+    most: int = 1
+    """How many may be answered at once; see `client.agreement.sites_together`."""
 
-    def app(self, store: Store | None) -> ClientApp:
-        """The ClientApp of them all. A site, and its ledger, is opened when it is first asked.
+    def answer(self, store: Store | None) -> Cohort:
+        """What answers for them in this process. A site, and its ledger, is opened when it is
+        first asked.
 
         Args: store: `books`, as this process has opened it.
         """
@@ -41,11 +43,11 @@ class Sites:
                 opened[name] = Site(name, self.records[name], self.classes, ledger, self.policy)
             return opened[name]
 
-        return client_app(open_site, allow_unprotected=True)
+        return Cohort(open_site, most=self.most, allow_unprotected=True)
 
-    def answer(self, store: Store | None) -> Answer:
-        """What answers for them in this process; see `app`."""
-        return one_by_one(self.app(store))
+    def size(self, message: Message) -> int:
+        """How many sites may be answered by one call, where the first is sent this message."""
+        return self.most if message.metadata.message_type in TOGETHER else 1
 
     def answer_of_worker(self) -> Answer:
         """The same in a process of its own, which opens the books itself."""

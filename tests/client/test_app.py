@@ -536,7 +536,7 @@ def test_a_run_is_of_one_configuration_though_two_begin_it_at_once(instruction, 
         if asked.config.privacy.clip_norm == 1.0 and not begun:
             begun.append(ask(app_of(site), other))
 
-    monkeypatch.setattr("client.app._check_fit", check_fit)
+    monkeypatch.setattr("client.app.check_fit", check_fit)
     assert refusal(ask(app_of(site), replace(instruction, round=2))) == INVALID
     assert begun[0].has_content()
     assert [*charges_of(site)] == [("run", 1)]

@@ -343,7 +343,7 @@ MUTATIONS = {
     ),
     "one small parameter without noise": Mutation(
         edit(
-            private_step._release,
+            private_step.release,
             (
                 "noised = torch.cat",
                 "last = sizes[-1]; whole[-last:] = clipped[-last:] / mechanism.divisor; "
@@ -454,8 +454,8 @@ MUTATIONS = {
         edit(
             private_step.private_steps,
             (
-                "_release(sums, mechanism,",
-                "_release(sums, type(mechanism)(mechanism.noise_multiplier, mechanism.clip_norm, "
+                "release(sums, mechanism,",
+                "release(sums, type(mechanism)(mechanism.noise_multiplier, mechanism.clip_norm, "
                 "1.0, max(1, len(sample))),",
             ),
         ),

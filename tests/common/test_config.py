@@ -217,6 +217,7 @@ BROKEN_RULES = [
     "evaluation.every=-1",
     "engine.threads=-1",
     "engine.threads=1025",
+    "engine.together=-1",
     "engine.workers=-1",
     "engine.workers=257",
     "engine.physical_batch=0",

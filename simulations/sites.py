@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 
+from client.app import OpenSite, client_app
 from client.cohort import TOGETHER, Cohort
 from client.ledger import Store
 from client.site import Site
@@ -27,12 +29,16 @@ class Sites:
     most: int = 1
     """How many may be answered at once; see `client.agreement.sites_together`."""
 
-    def answer(self, store: Store | None) -> Cohort:
-        """What answers for them in this process. A site, and its ledger, is opened when it is
-        first asked.
+    def app(self, store: Store | None) -> ClientApp:
+        """The ClientApp of them all. Args: store: `books`, as this process has opened it."""
+        return client_app(self._opening(store), allow_unprotected=True)
 
-        Args: store: `books`, as this process has opened it.
-        """
+    def answer(self, store: Store | None) -> Cohort:
+        """What answers for them in this process, for many at once where it can; see `app`."""
+        return Cohort(self._opening(store), most=self.most, allow_unprotected=True)
+
+    def _opening(self, store: Store | None) -> OpenSite:
+        """A site, and its ledger, is opened when it is first asked."""
         opened: dict[str, Site] = {}
         names = [*self.records]
 
@@ -43,7 +49,7 @@ class Sites:
                 opened[name] = Site(name, self.records[name], self.classes, ledger, self.policy)
             return opened[name]
 
-        return Cohort(open_site, most=self.most, allow_unprotected=True)
+        return open_site
 
     def size(self, message: Message) -> int:
         """How many sites may be answered by one call, where the first is sent this message."""

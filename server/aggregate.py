@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import FedAvg
 
 from common import messages
@@ -14,6 +15,14 @@ from common.parameters import Layout, Vector, check_vector
 from common.privacy.accounting import Event
 from common.privacy.chain import Receipt
 from server.heads import check_continuation
+
+SILENT = "no reply before the deadline"
+UNHEARD = (
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+)
+"""What Flower answers itself, in the place of a node that it never heard of again."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ def judge(
         refused.pop(node, None)
         accepted[node] = (reply, update)
     silent = set(sent.values()) - set(accepted) - set(refused)
-    return Verdicts(accepted, refused | dict.fromkeys(silent, "no reply before the deadline"))
+    return Verdicts(accepted, refused | dict.fromkeys(silent, SILENT))
 
 
 def average(verdicts: Verdicts, *, round_number: int, strategy: FedAvg) -> Vector:
@@ -113,4 +122,6 @@ def _check(update: Update, instruction: Instruction, layout: Layout, charge: Eve
 
 def reason_of(reply: Message) -> str:
     """A fixed text for a known code; whatever else a peer writes is not repeated."""
+    if reply.error.code in UNHEARD:
+        return SILENT
     return messages.REFUSALS.get(reply.error.code, f"error {reply.error.code}")

@@ -40,7 +40,7 @@ from common.privacy.chain import public_hex
 from common.progress import Told
 from common.records import Records
 from common.tasks import TASKS, build_model, reader_of
-from server.app import CONFIG_KEY, Watch, server_app
+from server.app import CONFIG_KEY, Sections, Watch, server_app
 from server.groups import check_groups
 from server.plan import (
     NOT_PRIVATE,
@@ -53,6 +53,7 @@ from server.plan import (
 )
 from server.record import RoundLine
 from server.report import read_report, show_report
+from simulations.faults import FaultyGrid, FaultySites, faults_section
 from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid
 from simulations.left_out import Finished, show_summary, summary, write_summary
 from simulations.partition import deal
@@ -132,16 +133,13 @@ def run_simulation(config: Config, console: Console) -> Path:
             Site(name, held, tuple(config.data.labels), ledgers.get(name), config.node)
             for name, held in records.items()
         ]
-        grid = LocalGrid(
-            client_app(
-                lambda context: opened[int(context.node_config["partition-id"])],
-                allow_unprotected=True,
-            ),
-            list(records),
+        open_site = FaultySites(
+            lambda context: opened[int(context.node_config["partition-id"])], config.faults
         )
+        grid = LocalGrid(client_app(open_site, allow_unprotected=True), list(records))
         with _progress(config, console) as watch:
-            app = server_app(lambda _: _public(config, splits), watch, left_out)
-            app(grid, _server_context(config))
+            app = server_app(lambda _: _public(config, splits), watch, left_out, _sections(config))
+            app(FaultyGrid(grid, config) if config.faults.active else grid, _server_context(config))
     return run_dir
 
 
@@ -249,6 +247,11 @@ def _ledgers(
             name: store.open(name, Terms(source, cap, delta, officer, unit), commitment)
             for name, commitment in commitments.items()
         }
+
+
+def _sections(config: Config) -> Sections:
+    """What a report says beside what a coordinator knows: what went wrong on purpose."""
+    return lambda lines: {"faults": faults_section(config, lines)} if config.faults.active else {}
 
 
 def _public(config: Config, splits: Splits) -> Records:

@@ -66,8 +66,8 @@ def _dispatch(invocation: Invocation, commands: dict[str, metadata.EntryPoint]) 
         return _complain(
             invocation, error.exit_code, type(error).__name__, str(error), error.details
         )
-    except KeyboardInterrupt:
-        return _complain(invocation, INTERRUPTED, "Interrupted", "interrupted")
+    except KeyboardInterrupt as stop:
+        return _complain(invocation, INTERRUPTED, "Interrupted", str(stop) or "interrupted")
     except BrokenPipeError:  # the reader of our output has gone, as in `coterie ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

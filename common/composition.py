@@ -61,6 +61,15 @@ def sweep_index() -> int | None:
     return int(HydraConfig.get().job.num)
 
 
+def given_settings() -> frozenset[str] | None:
+    """Names of what the command line of this job sets; None outside of one."""
+    if not HydraConfig.initialized():
+        return None
+    return frozenset(
+        each.partition("=")[0].lstrip("+~") for each in HydraConfig.get().overrides.task
+    )
+
+
 def explain(message: str) -> str:
     r"""One line with name, rule and remedy from what Hydra prints in several.
 

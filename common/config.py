@@ -21,7 +21,10 @@ from yaml import YAMLError
 from common.canonical import canonical_json, digest
 from common.dialect import Dialect, Separator, is_encoding
 from common.errors import ConfigError
+from common.strategies import StrategyConfig, faults
 
+ROUNDING = 1e-9
+"""So that 0.28 of 25 sites is 7, and not a little more."""
 MAX_SPARES = 1000
 """Rounds a run may keep in reserve."""
 MAX_THREADS = 1024
@@ -133,6 +136,13 @@ class EngineName(Enum):
     """What carries messages between the coordinator and the sites."""
 
     local = "local"
+
+
+class Resume(Enum):
+    """What becomes of a run that was interrupted."""
+
+    off = "off"
+    auto = "auto"
 
 
 class Split(Enum):
@@ -372,6 +382,11 @@ class FederationConfig:
         """Sites that train: all but the one that is left out."""
         return self.sites - bool(self.leave_out)
 
+    @property
+    def quorum_sites(self) -> int:
+        """Valid updates that a round needs."""
+        return max(1, math.ceil(self.quorum * self.training_sites - ROUNDING))
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -508,6 +523,7 @@ class Config:
     tuning: TuningConfig = MISSING
     privacy: PrivacyConfig = MISSING
     federation: FederationConfig = MISSING
+    strategy: StrategyConfig = MISSING
     engine: EngineConfig = MISSING
     evaluation: EvaluationConfig = MISSING
     node: NodeConfig = MISSING
@@ -516,6 +532,9 @@ class Config:
     """Seed of public things only: partition, initialisation, cohort. Never of noise or coins."""
     run_dir: str = ""
     """Folder the run writes; empty: `runs/DATE/TIME`."""
+    resume: Resume = Resume.off
+    """`auto`: a run that was interrupted in `run_dir` goes on after its last whole round, and one
+    that never began begins; `off`: a folder that holds anything is refused."""
     ledger: str = ""
     """Persistent books, a file made by `coterie ledger init`; empty: new ones in the run folder."""
     heads: str = ""
@@ -559,6 +578,7 @@ def _open_schema() -> DictConfig:
             TuningConfig(),
             PrivacyConfig(),
             FederationConfig(),
+            StrategyConfig(),
             EngineConfig(),
             EvaluationConfig(),
             NodeConfig(),
@@ -659,9 +679,25 @@ def _refuse_interpolation(value: Any) -> None:
 def config_hash(config: Config) -> str:
     """SHA-256 that two runs share if they were asked for the same thing, wherever they write."""
     values = _plain(asdict(config))
-    for where in ("run_dir", "ledger", "heads"):
+    for where in WHERE:
         values.pop(where)
     return digest(values)
+
+
+def differences(config: Config, other: Config) -> list[str]:
+    """Names of the settings in which what two runs compute differs."""
+    ours, theirs = _plain(asdict(config)), _plain(asdict(other))
+    differ = [name for name in field_names() if _at(ours, name) != _at(theirs, name)]
+    return [name for name in differ if name not in WHERE and not isinstance(_at(ours, name), dict)]
+
+
+def setting(config: Config, name: str) -> Any:
+    """The value of a setting by its dotted name, as people write it."""
+    return _at(_plain(asdict(config)), name)
+
+
+WHERE = ("run_dir", "ledger", "heads", "resume")
+"""Settings that do not change what a run computes."""
 
 
 def field_names(schema: type = Config, prefix: str = "") -> Iterator[str]:
@@ -743,6 +779,7 @@ def _broken(config: Config) -> Iterator[str]:
     yield from _broken_of_left_out(config.federation)
     yield from _broken_of_participation(config)
     yield from _broken_of_faults(config)
+    yield from _broken_of_strategy(config)
     yield from _broken_of_sources(config)
     sites, declared = config.federation.sites, config.data.declared_records
     if declared is not None and 1 <= declared < sites:
@@ -859,6 +896,13 @@ def _broken_of_faults(config: Config) -> Iterator[str]:
         yield f"faults.sites={unknown}: must be some of site-1 to site-{sites}, or empty"
     if len(faults.speeds) > sites:
         yield f"faults.speeds={faults.speeds}: must be no more than the {sites} sites"
+
+
+def _broken_of_strategy(config: Config) -> Iterator[str]:
+    """Held against a federation that can be one: what is wrong with that is said already."""
+    federation = config.federation
+    possible = federation.training_sites >= 1 and 0 < federation.quorum <= 1
+    yield from faults(config.strategy, federation.quorum_sites if possible else None)
 
 
 def _is_site(name: str, sites: int) -> bool:
@@ -978,6 +1022,10 @@ _LORA_RULES: dict[str, _Rule] = {
     "tuning.alpha": _COUNT,
     "tuning.last_layers": ("0 for all blocks, or more", lambda value: bool(value >= 0)),
 }
+
+
+def _at(values: dict[str, Any], name: str) -> Any:
+    return reduce(lambda inner, part: inner[part], name.split("."), values)
 
 
 def _plain(value: Any) -> Any:

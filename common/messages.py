@@ -11,7 +11,16 @@ from collections.abc import Set
 from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from numpy.typing import NDArray
 
 from common.config import Config, config_hash, from_canonical, to_canonical
 from common.errors import ConfigError, VerificationError
@@ -40,6 +49,11 @@ MAX_COUNT = 2.0**53
 """Of a noisy count, either way: far above any, and sums of such stay finite."""
 MAX_LINKS = 100_000
 """Entries a ledger may have grown by since its last receipt."""
+
+NOBODY = 0
+"""Addressee of what a coordinator hands to a strategy, and never sends."""
+Wide = NDArray[np.float64]
+"""(P,) float64: a vector that is compared with others more exactly than it travels."""
 
 INVALID_INSTRUCTION, BUDGET_EXHAUSTED, LOCAL_FAILURE, AGAINST_POLICY = 601, 602, 603, 604
 BOOKS_BEHIND, NO_SPARE_ROUND = 605, 606
@@ -128,7 +142,7 @@ def pack_instruction(instruction: Instruction) -> RecordDict:
 
 def addressed(content: RecordDict, receipt: Receipt | None) -> RecordDict:
     """The same instruction for one more site: its own receipt, and the one vector shared."""
-    facts = {**content.config_records[FACTS], **_pack_receipt(receipt)}
+    facts = {**_config_record(content), **_pack_receipt(receipt)}
     return RecordDict({VECTOR: content[VECTOR], FACTS: ConfigRecord(facts)})
 
 
@@ -290,21 +304,35 @@ def _npy_header(count: int) -> bytes:
     return buffer.getvalue()
 
 
-def for_aggregation(vector: Vector, reply_to: Message) -> Message:
-    """A reply in the shape Flower's strategies expect, with the public constant weight 1."""
-    content = RecordDict({VECTOR: pack_vector(vector), WEIGHT: MetricRecord({WEIGHT: 1.0})})
-    return Message(content, reply_to=reply_to)
+def for_aggregation(vector: Vector | Wide) -> Message:
+    """A message in the shape Flower's strategies expect, with the public constant weight 1."""
+    arrays = ArrayRecord({VECTOR: Array(vector)})
+    content = RecordDict({VECTOR: arrays, WEIGHT: MetricRecord({WEIGHT: 1.0})})
+    return Message(content, NOBODY, MessageType.TRAIN)
+
+
+def aggregated(arrays: ArrayRecord) -> Vector:
+    """What a strategy made of such messages, in float32 as parameters travel."""
+    return np.asarray(arrays[VECTOR].numpy(), dtype=np.float32)
+
+
+def let_go(message: Message) -> None:
+    """Empties what was handed to a strategy, whose views of it would keep it in memory."""
+    record = message.content[VECTOR]
+    assert isinstance(record, ArrayRecord)
+    record.clear()
 
 
 def content_bytes(content: RecordDict) -> int:
     """Bytes of the arrays of a message; its few facts are not counted."""
-    return sum(
-        len(array.data) for record in content.array_records.values() for array in record.values()
-    )
+    arrays = [record for record in content.values() if isinstance(record, ArrayRecord)]
+    return sum(len(array.data) for record in arrays for array in record.values())
 
 
 def _unpack_vector(message: Message) -> Vector:
-    return unpack_arrays(message.content.array_records[VECTOR])
+    record = message.content[VECTOR]
+    assert isinstance(record, ArrayRecord)  # as _facts has seen
+    return unpack_arrays(record)
 
 
 def _facts(
@@ -314,14 +342,22 @@ def _facts(
     if message.has_error():
         raise VerificationError("message: carries an error, not content")
     content = message.content
-    if set(content) != records or (VECTOR in records and VECTOR not in content.array_records):
+    # Not by `content.array_records`: its views refer to each other, and would keep the vectors of a
+    # whole round in memory until Python looks for such rings.
+    if set(content) != records or not isinstance(content.get(VECTOR), ArrayRecord | None):
         raise VerificationError(
             f"message: must hold {', '.join(sorted(records))}, and nothing else"
         )
-    facts = content.config_records.get(FACTS)
-    if facts is None or set(facts) != names:
+    facts = content.get(FACTS)
+    if not isinstance(facts, ConfigRecord) or set(facts) != names:
         raise VerificationError(f"message: facts must be exactly {', '.join(sorted(names))}")
     return facts
+
+
+def _config_record(content: RecordDict) -> ConfigRecord:
+    record = content[FACTS]
+    assert isinstance(record, ConfigRecord)
+    return record
 
 
 def _text(facts: ConfigRecord, name: str) -> str:

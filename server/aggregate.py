@@ -1,20 +1,24 @@
-"""Replies in, one vector out: each reply is judged alone, then Flower's strategy averages."""
+"""Replies in, judged one by one as they come: each by itself, whatever the others hold.
 
-from collections.abc import Iterable, Mapping
+What is accepted goes to where the strategy gathers updates (`server/strategy.py`), and the reply is
+let go: for strategies on the mean, memory does not grow with the number of sites.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
-from flwr.serverapp.strategy import FedAvg
 
 from common import messages
 from common.config import PrivacyMode
 from common.errors import VerificationError
 from common.messages import Instruction, SiteBooks, Update
-from common.parameters import Layout, Vector, check_vector
+from common.parameters import Layout, check_vector
 from common.privacy.accounting import Event
 from common.privacy.chain import Receipt
 from server.heads import check_continuation
+from server.strategy import Gathered
 
 SILENT = "no reply before the deadline"
 UNHEARD = (
@@ -29,81 +33,75 @@ UNHEARD = (
 class Verdicts:
     """What became of the instructions of one round, by node id."""
 
-    accepted: dict[int, tuple[Message, Update]]
+    accepted: frozenset[int]
     refused: dict[int, str]
     """Why there is no update: a refusal of the site, a fault of the reply, or silence."""
-
-    @property
-    def bytes_up(self) -> int:
-        """Bytes of the accepted vectors."""
-        return sum(messages.content_bytes(reply.content) for reply, _ in self.accepted.values())
-
-    @property
-    def books(self) -> dict[int, SiteBooks]:
-        """What each site with an accepted update says of its ledger, if it keeps one."""
-        accepted = ((node, update.books) for node, (_, update) in self.accepted.items())
-        return {node: books for node, books in accepted if books is not None}
+    books: dict[int, SiteBooks]
+    """What each site with an accepted update says of its ledger, if it keeps one."""
+    bytes_up: int
+    """Bytes of the accepted vectors."""
 
 
-def judge(
-    replies: Iterable[Message],
-    *,
-    sent: Mapping[str, int],
-    instruction: Instruction,
-    layout: Layout,
-    charge: Event,
-    receipts: Mapping[int, Receipt],
-) -> Verdicts:
-    """Accepts each reply that answers this round's instruction, whatever the others hold.
+class Judge:
+    """Accepts each reply that answers this round's instruction.
 
-    Guarantee: at most one update per asked node; every accepted vector is finite float32 in
-    the layout; a node that did not answer is listed as silent.
-    Args: sent: node id by message id; charge: what the instruction costs; receipts: the head of
-    its ledger that each node was sent, from which that ledger must go on.
+    Guarantee: at most one update per asked node is gathered; every gathered vector is finite
+    float32 in the layout; a node that did not answer is listed as silent.
     """
-    accepted: dict[int, tuple[Message, Update]] = {}
-    refused: dict[int, str] = {}
-    for reply in replies:
+
+    def __init__(
+        self,
+        gathered: Gathered,
+        *,
+        sent: Mapping[str, int],
+        instruction: Instruction,
+        layout: Layout,
+        charge: Event,
+        receipts: Mapping[int, Receipt],
+    ) -> None:
+        """Args: gathered: where accepted updates go; sent: node id by message id, which may grow
+        while replies come; charge: what the instruction costs; receipts: the head of its ledger
+        that each node was sent, from which that ledger must go on.
+        """
+        self._gathered, self._sent, self._receipts = gathered, sent, receipts
+        self._instruction, self._layout, self._charge = instruction, layout, charge
+        self._accepted: set[int] = set()
+        self._refused: dict[int, str] = {}
+        self._books: dict[int, SiteBooks] = {}
+        self._bytes_up = 0
+
+    def read(self, reply: Message) -> None:
+        """Judges one reply; nothing of it is kept but its update, where that is accepted."""
         # The id of the message it answers, not the sender's claim: errors may come from Flower.
-        node = sent.get(reply.metadata.reply_to_message_id)
-        if node is None or node in accepted:
-            continue
+        node = self._sent.get(reply.metadata.reply_to_message_id)
+        if node is None or node in self._accepted:
+            return
         if reply.has_error():
-            refused[node] = reason_of(reply)
-            continue
+            self._refused[node] = reason_of(reply)
+            return
         try:
             update = messages.read_update(reply)
-            _check(update, instruction, layout, charge)
+            _check(update, self._instruction, self._layout, self._charge)
             if update.books is not None:
-                check_continuation(receipts.get(node), update.books)
+                check_continuation(self._receipts.get(node), update.books)
         except VerificationError as error:
-            refused[node] = str(error)
-            continue
-        refused.pop(node, None)
-        accepted[node] = (reply, update)
-    silent = set(sent.values()) - set(accepted) - set(refused)
-    return Verdicts(accepted, refused | dict.fromkeys(silent, SILENT))
+            self._refused[node] = str(error)
+            return
+        self._accept(node, update, messages.content_bytes(reply.content))
 
+    def verdicts(self) -> Verdicts:
+        """What became of all, once no more replies are waited for."""
+        silent = set(self._sent.values()) - self._accepted - set(self._refused)
+        refused = self._refused | dict.fromkeys(silent, SILENT)
+        return Verdicts(frozenset(self._accepted), refused, dict(self._books), self._bytes_up)
 
-def average(verdicts: Verdicts, *, round_number: int, strategy: FedAvg) -> Vector:
-    """The mean of the accepted vectors, each with weight 1, summed in order of node id.
-
-    Constant weights: a weight by number of records would release that number. With the
-    common divisor q * N_declared the mean already weighs every record alike.
-    Source: McMahan et al. (2017), arXiv:1602.05629, through Flower's `aggregate_train`.
-    """
-    replies = [
-        messages.for_aggregation(update.vector, reply_to=reply)
-        for _, (reply, update) in sorted(verdicts.accepted.items())
-    ]
-    arrays, _ = strategy.aggregate_train(round_number, replies)
-    assert arrays is not None
-    return messages.unpack_arrays(arrays)
-
-
-def fedavg() -> FedAvg:
-    """Flower's FedAvg over our records."""
-    return FedAvg(weighted_by_key=messages.WEIGHT, arrayrecord_key=messages.VECTOR)
+    def _accept(self, node: int, update: Update, size: int) -> None:
+        self._gathered.add(node, update.vector)
+        self._refused.pop(node, None)
+        self._accepted.add(node)
+        self._bytes_up += size
+        if update.books is not None:
+            self._books[node] = update.books
 
 
 def _check(update: Update, instruction: Instruction, layout: Layout, charge: Event) -> None:

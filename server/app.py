@@ -1,6 +1,5 @@
 """The ServerApp: reads the resolved config, runs the rounds, writes everything a run leaves."""
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,22 +10,23 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common import parameters
-from common.config import Config, PrivacyMode, from_canonical, to_yaml
-from common.durable import write_atomic
+from common.config import Config, PrivacyMode, from_canonical
 from common.errors import VerificationError
 from common.messages import Instruction
 from common.parameters import Layout
 from common.prefix import Inputs
 from common.records import Records
 from common.tasks import build_model
+from server.cohort import sites_of
 from server.count import count_correct
 from server.evaluate import Evaluator
 from server.heads import HeadBook
 from server.left_out import check_left_out, measure_left_out
-from server.plan import RunPlan, is_private, make_plan, not_private_reason
+from server.plan import RunPlan, make_plan
 from server.record import RoundLine, append_line
 from server.release import write_model
 from server.report import RunFacts, build_report, write_report
+from server.resume import CHECKPOINTS, opened
 from server.rounds import OnReply, run_rounds
 from server.spending import round_line
 
@@ -44,6 +44,8 @@ class Watch:
 
     on_reply: OnReply
     on_round: Callable[[RoundLine], None]
+    on_resume: Callable[[int], None]
+    """Called with the last round that is over, where a run is taken up again."""
 
 
 def server_app(
@@ -82,45 +84,53 @@ def _run(
 ) -> None:
     config, started = run_plan.config, time.perf_counter()
     run_dir = Path(config.run_dir)
-    stamp = "" if is_private(config) else f"# {not_private_reason(config)}\n"
-    write_atomic(run_dir / "config.yaml", stamp + to_yaml(config))
     model = build_model(config)
-    evaluator = Evaluator(config, model, public)
-    run_id = os.urandom(16).hex()
-    lines: list[RoundLine] = []
-    vector = parameters.flatten(model)
-    heads = _heads(config, run_dir)
     layout = Layout.of(model)
+    begun = opened(run_dir, config, parameters.flatten(model), layout)
+    state, lines = begun.state, begun.lines
+    if state.resumed_after:
+        watch.on_resume(state.round)
+    evaluator = Evaluator(config, model, public)
+    heads = _heads(config, run_dir)
     rounds = run_rounds(
         grid,
         run_plan,
-        vector,
-        run_id=run_id,
+        state,
         layout=layout,
         heads=heads,
-        checkpoints=run_dir / "checkpoints",
+        checkpoints=run_dir / CHECKPOINTS,
         on_reply=watch.on_reply,
     )
     nodes: dict[int, str] = {}
     scores: Inputs = {}
     for outcome in rounds:
-        vector, nodes, metrics = outcome.vector, outcome.nodes, {}
+        state, nodes, metrics = outcome.state, outcome.nodes, {}
         if is_measured(config, outcome.round):
-            scores = evaluator.score(vector)
+            scores = evaluator.score(state.vector)
             metrics = evaluator.metrics(scores)
-        lines.append(round_line(outcome, metrics, lines, run_plan))
+        elapsed_s = begun.elapsed_s + time.perf_counter() - started
+        lines.append(round_line(outcome, metrics, lines, run_plan, elapsed_s=elapsed_s))
         append_line(run_dir, lines[-1])
         watch.on_round(lines[-1])
-    last = Instruction(run_id, len(lines), config, layout.digest, vector)
-    counted = count_correct(grid, run_plan, last, heads, nodes)
+    last = Instruction(state.run_id, len(lines), config, layout.digest, state.vector)
+    counted = count_correct(grid, run_plan, last, heads, nodes or sites_of(grid))
     # 12. Report, and release the model of the final round: never the best on the hold-out.
     key = heads.key if heads else ""
-    detail = evaluator.detail(scores)
-    elsewhere = measure_left_out(config, model, vector, left_out)
-    spent_s = time.perf_counter() - started
-    facts = RunFacts(run_id, spent_s, len(public), key, detail, elsewhere, sections(lines))
+    detail = evaluator.detail(scores or evaluator.score(state.vector))
+    elsewhere = measure_left_out(config, model, state.vector, left_out)
+    spent_s = begun.elapsed_s + time.perf_counter() - started
+    facts = RunFacts(
+        state.run_id,
+        spent_s,
+        len(public),
+        key,
+        detail,
+        elsewhere,
+        resumed_after=state.resumed_after,
+        sections=sections(lines),
+    )
     report = build_report(run_plan, lines, facts, counted)
-    write_model(run_dir / "model", model, vector, config, report)
+    write_model(run_dir / "model", model, state.vector, config, report)
     write_report(run_dir, report, lines)
 
 

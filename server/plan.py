@@ -100,10 +100,10 @@ def make_plan(config: Config) -> RunPlan:
     privacy, rounds = config.privacy, config.charged_rounds
     declared, sites = config.data.declared_records, config.federation.sites
     if privacy.mode is PrivacyMode.none:
-        return RunPlan(_as_if_private(config), (math.inf,) * rounds, math.inf)
+        return RunPlan(solved(config), (math.inf,) * rounds, math.inf)
     if declared is not None:
         check_delta(privacy.delta, math.ceil(declared / sites), "a site")
-    resolved = with_raised_rate(_with_sigma(config))
+    resolved = solved(config)
     whole = run_events(resolved)
     _check_bound(resolved, whole)
     if not is_private(config):  # whoever knows the seed can subtract the noise
@@ -114,6 +114,13 @@ def make_plan(config: Config) -> RunPlan:
     return RunPlan(
         resolved, by_round, min(epsilon_pld(whole, privacy.delta, LIVE_INTERVAL), privacy.epsilon)
     )
+
+
+def solved(config: Config) -> Config:
+    """The config with what a plan fills in: sigma, and the step size that it allows."""
+    if config.privacy.mode is PrivacyMode.none:
+        return _as_if_private(config)
+    return with_raised_rate(_with_sigma(config))
 
 
 def _check_bound(config: Config, whole: tuple[Event, ...]) -> None:

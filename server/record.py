@@ -3,10 +3,12 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict
 
+from common.durable import write_atomic
+from common.errors import VerificationError
 from common.messages import SiteBooks
 
 FILE = "metrics.jsonl"
@@ -39,12 +41,14 @@ class RoundLine:
     private: bool
     books: dict[str, SiteLine] = field(default_factory=dict)
     """What each site that answered says of its ledger."""
+    elapsed_s: float = 0.0
+    """Seconds since the run began, without what an interruption lost."""
 
 
 def append_line(run_dir: Path, line: RoundLine) -> None:
     """Adds one whole line and syncs it, so that a crash loses at most the round under way."""
     with (run_dir / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(line), ensure_ascii=False, allow_nan=False) + "\n")
+        file.write(_text(line))
         file.flush()
         os.fsync(file.fileno())
 
@@ -52,7 +56,41 @@ def append_line(run_dir: Path, line: RoundLine) -> None:
 def read_lines(run_dir: Path) -> list[RoundLine]:
     """The lines of a run. Raises: OSError, ValueError or TypeError if they are none of ours."""
     text = (run_dir / FILE).read_text(encoding="utf-8")
-    return [RoundLine(**json.loads(line)) for line in text.splitlines()]
+    return [_parsed(line) for line in text.splitlines()]
+
+
+def whole_lines(run_dir: Path) -> list[RoundLine]:
+    """The lines of a run that was interrupted, without one that was cut off.
+
+    Raises: VerificationError if another line is malformed, or they are not rounds 1 to n.
+    """
+    path = run_dir / FILE
+    raw = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    lines = []
+    for number, text in enumerate(raw[:-1], start=1):  # what follows the last newline is cut off
+        try:
+            lines.append(_parsed(text.decode()))
+        except (ValueError, TypeError) as error:
+            if number == len(raw) - 1:
+                break
+            raise VerificationError(f"{path}: line {number} is malformed") from error
+        if lines[-1].round != number:
+            raise VerificationError(f"{path}: line {number} is not of round {number}")
+    return lines
+
+
+def write_lines(run_dir: Path, lines: list[RoundLine]) -> None:
+    """Replaces all lines of a run."""
+    write_atomic(run_dir / FILE, "".join(map(_text, lines)))
+
+
+def _parsed(text: str) -> RoundLine:
+    line = RoundLine(**json.loads(text))
+    return replace(line, asked=tuple(line.asked))
+
+
+def _text(line: RoundLine) -> str:
+    return json.dumps(asdict(line), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def site_lines(books: Mapping[str, SiteBooks]) -> dict[str, SiteLine]:

@@ -77,6 +77,8 @@ class RunFacts:
     """How the model does at the site that did not train, if one was left out."""
     sections: Mapping[str, Any] = field(default_factory=dict)
     """What a simulation knows of the run beside, by section."""
+    resumed_after: tuple[int, ...] = ()
+    """Rounds after which the run was interrupted and taken up again."""
 
 
 def build_report(
@@ -98,7 +100,9 @@ def build_report(
         "task": config.task.name.name,
         "model": config.model.name,
         "tuning": config.tuning.method.name,
+        "strategy": config.strategy.name.name,
         "rounds": len(lines),
+        **({"resumed_after": list(facts.resumed_after)} if facts.resumed_after else {}),
         "engine": config.engine.name.name,
         "privacy": _privacy_section(run_plan, lines, spent),
         "sites": [_site_section(name, spent[name], run_plan, lines, counted) for name in spent],
@@ -187,10 +191,10 @@ def _site_section(
 
 
 def write_report(run_dir: Path, report: dict[str, Any], lines: list[RoundLine]) -> None:
-    """Writes `report.json` and `report.html`, each whole or not at all."""
+    """Writes `report.html`, then `report.json`: whole each, and the last that a run leaves."""
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(run_dir / "report.json", text + "\n")
     write_atomic(run_dir / "report.html", render_html(report, lines))
+    write_atomic(run_dir / "report.json", text + "\n")
 
 
 def read_report(run_dir: Path) -> tuple[dict[str, Any], list[RoundLine]]:
@@ -265,8 +269,17 @@ def show_report(content: dict[str, Any], run_dir: Path, console: Console) -> Non
         console.print(f"without privacy: {beside}", highlight=False)
     console.print(f"{privacy['private_reason']}", highlight=False)
     _show_guarantees(privacy.get("guarantees", []), console)
+    if resumed := content.get("resumed_after"):
+        console.print(f"{_resumed_sentence(resumed)}", highlight=False)
     console.print(
         f"{content['timing']['total_s']:.0f} s; everything is in {run_dir}", highlight=False
+    )
+
+
+def _resumed_sentence(rounds: list[int]) -> str:
+    return (
+        f"interrupted, and taken up again, after round {', '.join(map(str, rounds))}; the time "
+        "lost by that is not counted"
     )
 
 

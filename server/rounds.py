@@ -4,9 +4,8 @@ Steps 3 to 7 happen at each site, beside the data; see `client/app.py`. Step 12,
 follows the last round; see `server/report.py`.
 """
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -15,15 +14,14 @@ from flwr.serverapp import Grid
 from common.errors import FederationError
 from common.messages import Instruction, SiteBooks
 from common.parameters import Layout, Vector
-from server.aggregate import Verdicts, average, fedavg, judge
-from server.checkpoint import write_checkpoint
+from server.aggregate import Judge, Verdicts
+from server.checkpoint import RunState, write_checkpoint
 from server.cohort import sample_cohort, wait_for_sites
 from server.exchange import Exchange
 from server.heads import HeadBook, receipts_of
 from server.plan import RunPlan, is_private
-
-ROUNDING = 1e-9
-"""So that 0.28 of 25 sites is 7, and not a little more."""
+from server.resume import asked_before, without_spare
+from server.strategy import aggregate, gathering
 
 OnReply = Callable[[int, str], None]
 """Called with (round, site) when a reply arrives."""
@@ -33,16 +31,15 @@ OnReply = Callable[[int, str], None]
 class RoundOutcome:
     """What one round left behind."""
 
-    round: int
+    state: RunState
+    """What the next one begins with."""
     nodes: dict[int, str]
     """The sites of the run: node ids with names, which stay while it goes on."""
     asked: tuple[str, ...]
     """Sites that were sent the instruction, and count as charged whatever they answered; twice
-    where a spare round paid for another attempt."""
+    where a spare round paid for another attempt, or may have."""
     refused: dict[str, str]
     """Sites without an accepted update, with the reason."""
-    vector: Vector
-    """The new global parameters."""
     bytes_down: int
     bytes_up: int
     sites_s: float
@@ -50,76 +47,90 @@ class RoundOutcome:
     books: dict[str, SiteBooks] = field(default_factory=dict)
     """What each site that answered says of its ledger."""
 
+    @property
+    def round(self) -> int:
+        """Its number, from 1."""
+        return self.state.round
+
+    @property
+    def vector(self) -> Vector:
+        """The new global parameters."""
+        return self.state.vector
+
 
 def run_rounds(
     grid: Grid,
     run_plan: RunPlan,
-    vector: Vector,
+    state: RunState,
     *,
-    run_id: str,
     layout: Layout,
     heads: HeadBook | None,
     checkpoints: Path,
     on_reply: OnReply,
 ) -> Iterator[RoundOutcome]:
-    """Runs the planned rounds, from `vector`.
+    """Runs the planned rounds that come after `state`.
 
     Guarantee: every wait has a deadline; a round that ends has its checkpoint, and the heads of
     its sites' ledgers, on disk.
     Args: heads: None where no site keeps a ledger.
     Raises: FederationError if too few sites come, or answer, in time.
     """
-    config, strategy = run_plan.config, fedavg()
+    config = run_plan.config
     timeout_s = config.federation.round_timeout_s
     nodes = wait_for_sites(grid, sites=config.federation.training_sites, timeout_s=timeout_s)
-    spares = dict.fromkeys(nodes, config.privacy.spare_rounds)
-    for number in range(1, config.federation.rounds + 1):
+    spares = {n: state.spares.get(name, config.privacy.spare_rounds) for n, name in nodes.items()}
+    for number in range(state.round + 1, config.federation.rounds + 1):
         # 1. Sample the cohort.
         cohort = sample_cohort(nodes)
         # 2. Send the instruction, to each site with the last head of its ledger that we signed.
-        instruction = Instruction(run_id, number, config, layout.digest, vector)
+        instruction = Instruction(state.run_id, number, config, layout.digest, state.vector)
         receipts = receipts_of(nodes, heads)
         started = perf_counter()
         exchange = Exchange(
             grid, instruction, timeout_s=timeout_s, receipts=receipts, spares=spares
         )
         exchange.send(cohort)
-        # 8. Collect replies until all have come, or the deadline.
-        replies = []
-        for reply in exchange.replies():
-            replies.append(reply)
-            on_reply(number, nodes[exchange.sent[reply.metadata.reply_to_message_id]])
-        sites_s = perf_counter() - started
-        # 9. Validate each reply by itself, then aggregate.
-        verdicts = judge(
-            replies,
+        # 8. Collect replies until all have come, or the deadline; 9. validate each by itself, and
+        # gather its update.
+        gathered = gathering(config.strategy, layout.size, capacity=len(nodes))
+        judge = Judge(
+            gathered,
             sent=exchange.sent,
             instruction=instruction,
             layout=layout,
             charge=run_plan.event,
             receipts=receipts,
         )
-        books = {nodes[node]: books for node, books in verdicts.books.items()}
+        for reply in exchange.replies():
+            judge.read(reply)
+            on_reply(number, nodes[exchange.sent[reply.metadata.reply_to_message_id]])
+        sites_s, verdicts = perf_counter() - started, judge.verdicts()
         # Countersign the ledgers first: what was accepted was released, whatever becomes of it.
+        books = {nodes[node]: books for node, books in verdicts.books.items()}
         if heads is not None:
             heads.countersign({site: each.head for site, each in books.items()})
-        _check_quorum(verdicts, run_plan, number)
-        vector = average(verdicts, round_number=number, strategy=strategy)
-        # 10. Checkpoint, atomically.
-        write_checkpoint(
-            checkpoints,
-            run_id=run_id,
+        # What sites were asked before the run was interrupted: no checkpoint tells, their books do.
+        again = asked_before(state, number, verdicts, spares)
+        _check_quorum(verdicts, run_plan, number, excused=without_spare(state, number, verdicts))
+        # 9. Aggregate.
+        made = aggregate(
+            config.strategy,
+            gathered,
+            state.vector,
+            state.memory,
             round_number=number,
-            private=is_private(config),
-            vector=vector,
+            layout=layout,
         )
+        # 10. Checkpoint, atomically.
+        left = {nodes[node]: spare for node, spare in spares.items()}
+        state = replace(state, round=number, vector=made.vector, memory=made.memory, spares=left)
+        write_checkpoint(checkpoints, state, private=is_private(config))
         # 11. Record.
         yield RoundOutcome(
-            round=number,
+            state=state,
             nodes=nodes,
-            asked=tuple(nodes[node] for node in exchange.sent.values()),
+            asked=tuple(nodes[node] for node in (*exchange.sent.values(), *again)),
             refused={nodes[node]: reason for node, reason in verdicts.refused.items()},
-            vector=vector,
             bytes_down=exchange.bytes_down,
             bytes_up=verdicts.bytes_up,
             sites_s=sites_s,
@@ -127,10 +138,11 @@ def run_rounds(
         )
 
 
-def _check_quorum(verdicts: Verdicts, run_plan: RunPlan, number: int) -> None:
+def _check_quorum(verdicts: Verdicts, run_plan: RunPlan, number: int, *, excused: set[int]) -> None:
+    """Args: excused: nodes that cannot answer any more, whom no quorum waits for."""
     federation = run_plan.config.federation
     sites, quorum = federation.training_sites, federation.quorum
-    if len(verdicts.accepted) < max(1, math.ceil(quorum * sites - ROUNDING)):
+    if len(verdicts.accepted) < min(federation.quorum_sites, sites - len(excused)):
         reasons = sorted(set(verdicts.refused.values()))
         raise FederationError(
             f"round {number}: {len(verdicts.accepted)} of {sites} sites answered, "

@@ -57,7 +57,12 @@ class Spending:
 
 
 def round_line(
-    outcome: RoundOutcome, metrics: dict[str, float], before: list[RoundLine], run_plan: RunPlan
+    outcome: RoundOutcome,
+    metrics: dict[str, float],
+    before: list[RoundLine],
+    run_plan: RunPlan,
+    *,
+    elapsed_s: float = 0.0,
 ) -> RoundLine:
     """The line of a round that just ended, after the lines `before` it."""
     line = RoundLine(
@@ -65,14 +70,32 @@ def round_line(
         private=is_private(run_plan.config),
         metrics=metrics,
         epsilon="inf",
-        asked=outcome.asked,
+        asked=(*outcome.asked, *_untold(outcome, before, run_plan)),
         refused=outcome.refused,
         bytes_down=outcome.bytes_down,
         bytes_up=outcome.bytes_up,
         sites_s=round(outcome.sites_s, 3),
         books=site_lines(outcome.books),
+        elapsed_s=round(elapsed_s, 3),
     )
     return replace(line, epsilon=number(_epsilon_so_far(run_plan, [*before, line])))
+
+
+def _untold(outcome: RoundOutcome, before: list[RoundLine], run_plan: RunPlan) -> list[str]:
+    """Attempts that sites' ledgers tell of, and that were asked for before an interruption.
+
+    Never more than a plan allows. Books that last tell of other runs as well, and are priced whole.
+    """
+    if not outcome.state.resumed_after or run_plan.config.ledger:
+        return []
+    event, most = run_plan.event, run_plan.config.charged_rounds
+    seen = Counter(name for line in before for name in line.asked) + Counter(outcome.asked)
+    told = {
+        name: sum(each.steps for each in books.charged if replace(each, steps=event.steps) == event)
+        for name, books in outcome.books.items()
+    }
+    extra = {name: min(steps // event.steps, most) - seen[name] for name, steps in told.items()}
+    return [name for name, attempts in extra.items() for _ in range(attempts)]
 
 
 def _epsilon_so_far(run_plan: RunPlan, lines: list[RoundLine]) -> float:

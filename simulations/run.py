@@ -31,7 +31,7 @@ from client.site import Site
 from common.allocation import keep_freed_memory, return_freed_memory
 from common.cli import Invocation, emit_json
 from common.composition import run_job, sweep_index
-from common.config import Config, PrivacyMode, Split, check_delta, to_canonical
+from common.config import Config, PrivacyMode, Resume, Split, check_delta, to_canonical
 from common.data import Splits, check_files, load_splits
 from common.errors import ConfigError, PrivacyRefusedError
 from common.keys import generate_key
@@ -53,8 +53,10 @@ from server.plan import (
 )
 from server.record import RoundLine
 from server.report import read_report, show_report
+from server.resume import has_begun, is_finished
 from simulations.faults import FaultyGrid, FaultySites, faults_section
 from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid
+from simulations.interrupted import as_begun, occupied
 from simulations.left_out import Finished, show_summary, summary, write_summary
 from simulations.partition import deal
 
@@ -92,11 +94,21 @@ def simulate(invocation: Invocation) -> None:
 def run_simulation(config: Config, console: Console) -> Path:
     """Runs one federation from plan to report; returns the run folder.
 
-    Guarantee: a refused configuration leaves no file behind.
-    Raises: CoterieError of any kind.
+    Guarantee: a refused configuration leaves no file behind; a run that was interrupted once it
+    had begun can be resumed, and leaves nothing behind before.
+    Raises: CoterieError of any kind; KeyboardInterrupt, which says how to go on.
     """
     run_dir = _run_dir(config)
-    config = replace(config, run_dir=str(run_dir))
+    config = as_begun(replace(config, run_dir=str(run_dir)))
+    if config.resume is Resume.auto and is_finished(run_dir):
+        console.print(f"{run_dir}: is finished already; nothing was run", highlight=False)
+        return run_dir
+    with occupied(run_dir):
+        _run(config, run_dir, console)
+    return run_dir
+
+
+def _run(config: Config, run_dir: Path, console: Console) -> None:
     # The plan comes before the first record is read; what needs the records is checked after.
     check_files(config.data)
     run_plan = make_plan(config)
@@ -140,17 +152,22 @@ def run_simulation(config: Config, console: Console) -> Path:
         with _progress(config, console) as watch:
             app = server_app(lambda _: _public(config, splits), watch, left_out, _sections(config))
             app(FaultyGrid(grid, config) if config.faults.active else grid, _server_context(config))
-    return run_dir
 
 
 def _resolve(config: Config, splits: Splits, sites: list[Records]) -> Config:
     """Fills in the number of records, and applies the rules that need it.
 
-    Raises: ConfigError if the declaration is far off, delta is too large for the largest
-    site, or the public split is empty.
+    Raises: ConfigError if the declaration is far off, or was counted and is no longer true, delta
+    is too large for the largest site, or the public split is empty.
     """
     used = [len(usable(site, config.privacy)) for site in sites]
     counted, declared = sum(used), config.data.declared_records
+    before = config.data.records_counted and declared is not None
+    if before and counted != declared:
+        raise ConfigError(
+            f"data: the training split has {counted} records that runs may use, and had {declared} "
+            "when the run began; put the data back, or choose another run_dir"
+        )
     if declared is not None and abs(counted - declared) > DECLARATION_TOLERANCE * declared:
         raise ConfigError(
             f"data.declared_records={declared}: the training split has {counted} that runs may "
@@ -164,7 +181,9 @@ def _resolve(config: Config, splits: Splits, sites: list[Records]) -> Config:
         )
     check_groups(config.data.group_column, _public(config, splits).groups)
     known = replace(
-        config.data, declared_records=declared or counted, records_counted=declared is None
+        config.data,
+        declared_records=declared or counted,
+        records_counted=before or declared is None,
     )
     return replace(config, data=known)
 
@@ -206,13 +225,14 @@ def _check_ledger(config: Config) -> None:
 def _store(config: Config, run_dir: Path) -> Store | None:
     """Where the sites' ledgers are: `ledger=PATH`, or a new file in the run folder.
 
-    None without privacy, as there is nothing to charge.
+    None without privacy, as there is nothing to charge. A run that is resumed goes on in its own.
     """
     if config.ledger:
         return Store(Path(config.ledger).expanduser())
     if config.privacy.mode is PrivacyMode.none:
         return None
-    return Store.create(run_dir / "ledgers" / "sites.db")
+    path = run_dir / "ledgers" / "sites.db"
+    return Store(path) if has_begun(run_dir) else Store.create(path)
 
 
 def _ledgers(
@@ -221,7 +241,7 @@ def _ledgers(
     """The ledger of each site, bound to its records; new ones where the run made the file.
 
     Raises: ConfigError if a file that lasts holds no ledger of a site, or knows a record of one
-    site as another's.
+    site as another's; or if a run is resumed on other records.
     """
     secret = store.secret
     unit = config.privacy.unit
@@ -231,9 +251,15 @@ def _ledgers(
             for name, records in sites.items()
         }
     with store.together():
-        if config.ledger:
+        begun = has_begun(Path(config.run_dir))
+        if config.ledger or begun:
             ledgers = {name: store.ledger(name) for name in sites}
             for name, ledger in ledgers.items():
+                if begun and ledger.books.genesis["dataset_root"] != commitments[name].root:
+                    raise ConfigError(
+                        f"data: {name} has other records than when the run began; put the data "
+                        "back, or choose another run_dir"
+                    )
                 if config.privacy.delta < ledger.books.delta:
                     raise ConfigError(
                         f"privacy.delta={config.privacy.delta:g}: must be at least "
@@ -259,14 +285,23 @@ def _public(config: Config, splits: Splits) -> Records:
 
 
 def _run_dir(config: Config) -> Path:
-    """The folder of this run; a job of a `-m` sweep gets its own. Raises: ConfigError if taken."""
-    index = sweep_index()
+    """The folder of this run; a job of a `-m` sweep gets its own.
+
+    Raises: ConfigError if it is taken, or was to be resumed and is no run's.
+    """
+    index, resumed = sweep_index(), config.resume is Resume.auto
+    if resumed and not config.run_dir:
+        raise ConfigError("resume=auto: which run? give run_dir=PATH")
     now = datetime.now().astimezone()
     path = Path(config.run_dir or f"runs/{now:%Y-%m-%d}/{now:%H-%M-%S}").expanduser()
     if index is not None:
         path = path / f"job-{index}" if config.run_dir else path.with_name(f"{path.name}-{index}")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"run_dir={path}: is not an empty folder; choose another")
+    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if taken and not resumed:
+        raise ConfigError(
+            f"run_dir={path}: is not an empty folder; choose another, or go on with the run in it "
+            "by resume=auto"
+        )
     return path
 
 
@@ -345,5 +380,10 @@ def _progress(config: Config, console: Console) -> Iterator[Watch]:
                 f"round {line.round}/{config.federation.rounds}{last['text']}", highlight=False
             )
 
+    def on_resume(number: int) -> None:
+        progress.update(task, completed=number * config.federation.training_sites)
+        text = f"resumed after round {number} of {config.federation.rounds}"
+        console.print(text, highlight=False)
+
     with progress:
-        yield Watch(on_reply, on_round)
+        yield Watch(on_reply, on_round, on_resume)

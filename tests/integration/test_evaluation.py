@@ -159,7 +159,7 @@ def test_a_coordinator_without_the_records_refuses_to_leave_one_out(tiny_config,
     assert "site-2" in to_canonical(config)
     context = _server_context(config)
     assert CONFIG_KEY in context.run_config
-    app = server_app(lambda _: None, Watch(lambda *_: None, lambda _: None))
+    app = server_app(lambda _: None, Watch(lambda *_: None, lambda _: None, lambda _: None))
     with pytest.raises(ConfigError, match="simulations only"):
         app(FakeGrid({2: "site-1"}, lambda *_: None), context)
     assert not (tmp_path / "run").exists()

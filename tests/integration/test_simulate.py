@@ -36,7 +36,7 @@ def test_a_run_leaves_everything_the_contract_names(finished):
         "ledgers",
         "model",
     }
-    assert len(list((finished / "checkpoints").iterdir())) == 2
+    assert len(list((finished / "checkpoints").iterdir())) == 3
     assert not [path for path in finished.rglob("*") if path.name.startswith(".")]
 
 

@@ -1,12 +1,11 @@
 """Each reply is judged alone: one bad reply costs that node its vote and nobody else theirs."""
 
-import itertools
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, Metadata, RecordDict
-from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
 from common import messages
@@ -14,10 +13,11 @@ from common.messages import Instruction, SiteBooks, Update
 from common.parameters import Layout
 from common.privacy.chain import Head
 from common.privacy.mechanism import round_event
-from server.aggregate import average, fedavg, judge
+from server.aggregate import Judge
+from server.strategy import Summed
 
 LAYOUT = Layout(("weight", "bias"), ((2, 2), (1,)))
-NODES = {"m-1": 11, "m-2": 22, "m-3": 33}
+NODES = {"m-1": 11, "m-2": 22, "m-3": 33, "m-4": 11}
 HOSTILE = "free text of a peer: ignore all previous instructions"
 
 
@@ -61,15 +61,24 @@ def error_reply(message_id, code, reason):
     return Message(Error(code, reason), reply_to=asked(message_id, NODES[message_id]))
 
 
-def verdicts_of(replies, instruction):
-    return judge(
-        replies,
+def judged(replies, instruction):
+    """The verdicts on replies, and the sum of the accepted updates."""
+    gathered = Summed(LAYOUT.size, capacity=3)
+    judge = Judge(
+        gathered,
         sent=NODES,
         instruction=instruction,
         layout=LAYOUT,
         charge=round_event(instruction.config),
         receipts={},
     )
+    for reply in replies:
+        judge.read(reply)
+    return judge.verdicts(), gathered.sum
+
+
+def verdicts_of(replies, instruction):
+    return judged(replies, instruction)[0]
 
 
 def good_replies(instruction):
@@ -115,9 +124,7 @@ def altered_facts(**changes):
 def measured(instruction):
     """An update with a metric beside: more than a site may send, so not taken."""
     content = messages.pack_update(update_of(instruction, np.ones(5)))
-    content["weight"] = messages.for_aggregation(
-        np.ones(5, dtype=np.float32), asked("m-2", 22)
-    ).content["weight"]
+    content["weight"] = messages.for_aggregation(np.ones(5, dtype=np.float32)).content["weight"]
     return content_reply("m-2", content)
 
 
@@ -161,12 +168,12 @@ FAULTS = {
 def test_fault_of_one_reply_is_named_and_the_others_count(fault, instruction):
     build, reason = FAULTS[fault]
     replies = {**good_replies(instruction), "m-2": build(instruction)}
-    verdicts = verdicts_of(replies.values(), instruction)
-    assert set(verdicts.accepted) == {11, 33}
+    verdicts, total = judged(replies.values(), instruction)
+    assert verdicts.accepted == {11, 33}
     assert set(verdicts.refused) == {22}
     assert reason in verdicts.refused[22]
     assert HOSTILE not in str(verdicts.refused)
-    mean = average(verdicts, round_number=1, strategy=fedavg())
+    mean = total.mean()
     assert mean == pytest.approx(np.array([22, 2, 3, 4, 5]))
     assert verdicts.bytes_up == 2 * (4 * LAYOUT.size + 128)
 
@@ -181,7 +188,7 @@ def test_silence_is_named(instruction):
 
 def test_nobody_answering_refuses_all(instruction):
     verdicts = verdicts_of([], instruction)
-    assert verdicts.accepted == {}
+    assert verdicts.accepted == set()
     assert set(verdicts.refused) == {11, 22, 33}
     assert verdicts.bytes_up == 0
 
@@ -210,55 +217,41 @@ def test_second_reply_of_a_node_does_not_replace_the_first(instruction):
         reply_of("m-2", update_of(instruction, np.full(5, 100))),
         error_reply("m-2", 602, HOSTILE),
     ]
-    verdicts = verdicts_of(replies, instruction)
-    assert set(verdicts.accepted) == {11, 22, 33}
+    verdicts, total = judged(replies, instruction)
+    assert verdicts.accepted == {11, 22, 33}
     assert verdicts.refused == {}
-    assert verdicts.accepted[22][1].vector[0] == 22
+    assert total.mean()[0] == 22
+    assert verdicts.bytes_up == 3 * (4 * LAYOUT.size + 128)
 
 
-def spread():
-    """Values of which float32 sums depend on the order of summation."""
-    draw = np.random.default_rng(0)
-    return {name: draw.normal(size=5) * 10.0 ** draw.integers(-6, 4, 5) for name in NODES}
+def test_a_site_that_failed_first_and_answered_then_is_accepted(instruction):
+    """A spare round pays for a second message to a node; either reply may come first."""
+    good, failed = reply_of("m-1", update_of(instruction, np.ones(5))), error_reply("m-4", 603, "")
+    for replies in ([good, failed], [failed, good]):
+        verdicts = verdicts_of(replies, instruction)
+        assert verdicts.accepted == {11}
+        assert set(verdicts.refused) == {22, 33}
 
 
-def test_average_is_the_mean(instruction):
-    vectors = spread()
-    replies = [reply_of(name, update_of(instruction, vector)) for name, vector in vectors.items()]
-    mean = average(verdicts_of(replies, instruction), round_number=1, strategy=fedavg())
-    assert mean.dtype == np.float32
-    expected = np.mean(list(vectors.values()), axis=0)
-    assert mean == pytest.approx(expected, rel=1e-5, abs=1e-4)
-
-
-def test_average_does_not_depend_on_the_order_replies_came_in(instruction):
-    replies = [reply_of(name, update_of(instruction, vector)) for name, vector in spread().items()]
-    means = {
-        average(verdicts_of(order, instruction), round_number=1, strategy=fedavg()).tobytes()
-        for order in itertools.permutations(replies)
-    }
-    assert len(means) == 1
-
-
-def test_average_of_one_is_that_one(instruction):
-    vector = np.float32([1.1, -2.7, 3e-8, 4e3, 0])
-    verdicts = verdicts_of([reply_of("m-1", update_of(instruction, vector))], instruction)
-    mean = average(verdicts, round_number=1, strategy=fedavg())
-    assert np.array_equal(mean, vector)
-
-
-class Recording(FedAvg):
-    """Flower's FedAvg, which also keeps what it was given."""
-
-    def aggregate_train(self, server_round, replies):
-        self.given = list(replies)
-        return super().aggregate_train(server_round, self.given)
-
-
-def test_every_vector_has_the_same_public_weight(instruction):
-    """A weight by number of records would tell that number."""
-    strategy = Recording(weighted_by_key=messages.WEIGHT, arrayrecord_key=messages.VECTOR)
-    verdicts = verdicts_of(good_replies(instruction).values(), instruction)
-    average(verdicts, round_number=1, strategy=strategy)
-    weights = [dict(message.content["weight"]) for message in strategy.given]
-    assert weights == [{"weight": 1.0}] * 3
+def test_updates_are_let_go_as_they_come(instruction):
+    """So that memory does not grow with the number of sites: here 64 of 256 kB each."""
+    wide = Layout(("weight",), ((1 << 16,),))
+    instruction = replace(instruction, layout_digest=wide.digest)
+    sent = {f"m-{number}": number for number in range(64)}
+    judge = Judge(
+        Summed(wide.size, capacity=64),
+        sent=sent,
+        instruction=instruction,
+        layout=wide,
+        charge=round_event(instruction.config),
+        receipts={},
+    )
+    peaks = []
+    tracemalloc.start()
+    for name in sent:
+        tracemalloc.reset_peak()
+        judge.read(reply_of(name, update_of(instruction, np.ones(wide.size))))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+    assert len(judge.verdicts().accepted) == 64
+    assert max(peaks[4:]) - min(peaks[4:]) < 100_000

@@ -8,15 +8,13 @@ import pytest
 from safetensors import safe_open
 
 from common import messages
-from server.checkpoint import read_last, write_checkpoint
+from server.checkpoint import RunState, read_last, write_checkpoint
 
 VECTOR = np.float32([0.1, -0.0, 1e-40, 3e38, 7])
 
 
 def written(folder, round_number=3, vector=VECTOR):
-    return write_checkpoint(
-        folder, run_id="run", round_number=round_number, private=True, vector=vector
-    )
+    return write_checkpoint(folder, RunState("run", round_number, vector), private=True)
 
 
 def test_checkpoint_gives_back_every_bit(tmp_path):
@@ -35,11 +33,8 @@ def test_vector_that_came_over_the_network_is_written_whole(tmp_path):
 
 def test_checkpoint_names_its_run_and_round(tmp_path):
     with safe_open(written(tmp_path, 12), framework="np") as file:
-        assert json.loads(file.metadata()["run"]) == {
-            "run_id": "run",
-            "round": 12,
-            "private": True,
-        }
+        facts = json.loads(file.metadata()["run"])
+    assert (facts["run_id"], facts["round"], facts["private"]) == ("run", 12, True)
 
 
 def test_names_of_checkpoints_sort_by_round(tmp_path):
@@ -76,6 +71,5 @@ def test_interrupted_write_leaves_the_earlier_one(tmp_path, monkeypatch):
 
 def test_the_last_round_is_the_one_of_the_largest_number(tmp_path):
     for number in (9_999, 10_000):
-        vector = np.full(2, number, np.float32)
-        write_checkpoint(tmp_path, run_id="run", round_number=number, private=True, vector=vector)
+        written(tmp_path, number, np.full(2, number, np.float32))
     assert read_last(tmp_path).tolist() == [10_000, 10_000]

@@ -5,12 +5,14 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from common import cli
 from common.errors import VerificationError
 from common.privacy.accounting import Epsilons, Event, epsilon_pld
 from server import spending
+from server.checkpoint import RunState
 from server.count import Counted
 from server.plan import make_plan
 from server.record import RoundLine, SiteLine
@@ -112,8 +114,12 @@ def test_traffic_and_time_are_summed_over_rounds(built):
     assert built["evaluation_records"] == 24
 
 
+def state(number):
+    return RunState("run", number, np.zeros(1, np.float32))
+
+
 def test_line_of_a_round_prices_the_site_asked_most(plan):
-    outcome = RoundOutcome(3, {}, ("site-2",), {}, None, 10, 5, 2.0)
+    outcome = RoundOutcome(state(3), {}, ("site-2",), {}, 10, 5, 2.0)
     made = round_line(outcome, {"accuracy": 0.5}, LINES[:2], plan)
     assert made.epsilon == plan.epsilon_by_round[2]
     rested = replace(outcome, asked=("site-10",))
@@ -131,7 +137,7 @@ def test_line_of_a_round_in_which_a_site_with_lasting_books_was_silent(plan):
         "site-1": SiteLine(head="9:" + "a" * 64, cap=50.0, spent=spent, charged=[[sigma, q, 20.0]])
     }
     before = [replace(line(1, ["site-1"]), epsilon=spent, books=books)]
-    silent = RoundOutcome(2, {}, ("site-1",), {"site-1": "silent"}, None, 10, 5, 2.0)
+    silent = RoundOutcome(state(2), {}, ("site-1",), {"site-1": "silent"}, 10, 5, 2.0)
     made = round_line(silent, {"accuracy": 0.5}, before, lasting)
     since = replace(plan.event, steps=20 + plan.event.steps)
     assert made.epsilon >= epsilon_pld([since], plan.config.privacy.delta)

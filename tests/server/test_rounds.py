@@ -16,6 +16,7 @@ from common.messages import SiteBooks, Update
 from common.parameters import Layout
 from common.privacy.accounting import Event
 from common.privacy.chain import Head
+from server.checkpoint import RunState
 from server.heads import HeadBook
 from server.plan import make_plan
 from server.rounds import run_rounds
@@ -88,8 +89,7 @@ def go(tmp_path):
         return run_rounds(
             grid,
             plan,
-            START,
-            run_id="run",
+            RunState("run", 0, START),
             layout=LAYOUT,
             heads=None,
             checkpoints=tmp_path / "checkpoints",
@@ -189,9 +189,9 @@ def test_an_update_that_came_is_countersigned_though_the_round_fails(planned, tm
     """Its site released it, and could else go back to before that."""
     heads = HeadBook(tmp_path / "heads.db")
     grid = FakeGrid(named(3), nodes_that(n2=refuse))
-    settings = {"run_id": "run", "layout": LAYOUT, "checkpoints": tmp_path}
+    settings = {"layout": LAYOUT, "checkpoints": tmp_path, "on_reply": print}
     with pytest.raises(FederationError):
-        next(run_rounds(grid, planned(), START, heads=heads, on_reply=print, **settings))
+        next(run_rounds(grid, planned(), RunState("run", 0, START), heads=heads, **settings))
     assert {*heads.receipts()} == {"site-1", "site-3"}
 
 
@@ -343,11 +343,12 @@ def test_checkpoint_of_a_round_is_there_when_its_outcome_is(go, planned):
         with safe_open(path, framework="np") as file:
             assert file.keys() == ["vector"]
             assert np.array_equal(file.get_tensor("vector"), outcome.vector)
-            assert json.loads(file.metadata()["run"]) == {
-                "run_id": "run",
-                "round": outcome.round,
-                "private": True,
-            }
+            facts = json.loads(file.metadata()["run"])
+            assert (facts["run_id"], facts["round"], facts["private"]) == (
+                "run",
+                outcome.round,
+                True,
+            )
     assert len(list(go.checkpoints.iterdir())) == 2
 
 

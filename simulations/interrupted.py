@@ -1,0 +1,122 @@
+"""A simulation that was interrupted: who may go on with it, as what, and what is left before."""
+
+import fcntl
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from common.composition import given_settings, sweep_index
+from common.config import Config, Resume
+from common.errors import ConfigError
+from server.plan import solved
+from server.resume import CHECKPOINTS, CONFIG, check_same, has_begun, stored_config
+
+ENOUGH = {"run_dir", "resume"}
+"""Settings that name a run; alone they ask for all of its own."""
+LEDGERS = "ledgers"
+"""Where a run folder holds the sites' books."""
+
+
+def as_begun(config: Config) -> Config:
+    """The resolved settings of the run in `run_dir`, where one is to go on; else `config`.
+
+    Raises: ConfigError if the folder holds no run, or the command line names other settings.
+    """
+    run_dir = Path(config.run_dir)
+    if config.resume is Resume.off or not run_dir.exists() or not any(run_dir.iterdir()):
+        return config
+    stored, given = stored_config(run_dir), given_settings()
+    if given is None or not given <= ENOUGH:
+        check_same(solved(_filled(config, stored)), stored, run_dir)
+        for name in ("ledger", "heads"):
+            _check_same_file(name, getattr(config, name), getattr(stored, name))
+    return replace(stored, run_dir=config.run_dir, resume=config.resume)
+
+
+@contextmanager
+def occupied(run_dir: Path) -> Iterator[None]:
+    """Makes the folder of a run, and keeps other processes from writing into it.
+
+    Guarantee: a run that ended before it had begun leaves the disk as it was.
+    Raises: ConfigError if another process is writing; KeyboardInterrupt with how to go on.
+    """
+    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _lock(handle, run_dir)
+        try:
+            _clear(run_dir)
+            yield
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(_how_to_go_on(run_dir)) from stop
+        finally:
+            _clear(run_dir)
+    finally:
+        os.close(handle)
+        _remove_empty(made)
+
+
+def _filled(config: Config, stored: Config) -> Config:
+    """What a command line leaves open, as the run that began has it."""
+    privacy, data = config.privacy, config.data
+    if privacy.noise_multiplier is None:
+        privacy = replace(privacy, noise_multiplier=stored.privacy.noise_multiplier)
+    if data.declared_records is None:
+        declared, counted = stored.data.declared_records, stored.data.records_counted
+        data = replace(data, declared_records=declared, records_counted=counted)
+    return replace(config, privacy=privacy, data=data)
+
+
+def _check_same_file(name: str, given: str, begun: str) -> None:
+    """Rounds of one run in two books would be in neither whole. Raises: ConfigError."""
+    if _resolved(given) != _resolved(begun):
+        raise ConfigError(f"{name}={given or repr(given)}: the run began with {begun or repr('')}")
+
+
+def _resolved(path: str) -> Path | None:
+    return Path(path).expanduser().resolve() if path else None
+
+
+def _lock(handle: int, run_dir: Path) -> None:
+    """Held until the handle is closed, or the process ends, however it ends."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"run_dir={run_dir}: another process is writing into it; wait for it, or stop it"
+        ) from error
+
+
+def _clear(run_dir: Path) -> None:
+    """Takes away what a run that never asked anything leaves: empty books, and its settings."""
+    if has_begun(run_dir):
+        return
+    for folder in (run_dir / LEDGERS, run_dir / CHECKPOINTS):
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in (run_dir / CONFIG, *run_dir.glob(f".{CONFIG}.*")):
+        path.unlink(missing_ok=True)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Innermost first, as far as they hold nothing."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def _how_to_go_on(run_dir: Path) -> str:
+    if not has_begun(run_dir):
+        return "interrupted before the first round; nothing was charged, and nothing is left"
+    if sweep_index() is not None:
+        return "interrupted; go on by the same command with run_dir=PATH and resume=auto"
+    plain = re.fullmatch(r"[\w./~-]+", str(run_dir))
+    setting = f"run_dir={run_dir}" if plain else f"run_dir='{run_dir}'"
+    return f"interrupted; go on by: coterie simulate resume=auto {shlex.quote(setting)}"

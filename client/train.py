@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -70,10 +71,19 @@ class Trainer:
         )
         self._groups = [ParameterGroup(group, rate) for group, rate in named if group]
         self._engine: ClippingEngine | None = None
-        self._meters: dict[str, Meters] = {}
+        self._meters: dict[tuple[str, Mechanism], Meters] = {}
         """What each site drew and added so far; private, and stays in this process."""
         self._held: dict[str, Held] = {}
         """What is prepared, by site: a trainer is one per config, as what is prepared must be."""
+
+    def under(self, config: Config) -> "Trainer":
+        """The same warm model, and all that is kept of sites, for one on these terms.
+
+        Args: config: as the trainer's own but for epsilon, sigma and number of rounds.
+        """
+        twin = copy(self)
+        twin._config = config
+        return twin
 
     def train(
         self, site: Site, vector: Vector, *, round_number: int
@@ -104,7 +114,7 @@ class Trainer:
                 records=records,
                 owners=held.owners,
                 steps=self._config.federation.local_steps,
-                meters=self._meters.setdefault(site.name, Meters(mechanism)),
+                meters=self._meters.setdefault((site.name, mechanism), Meters(mechanism)),
             )
             log.info("%s, round %d: %s", site.name, round_number, measured)
         return parameters.flatten(self._model), measured

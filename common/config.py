@@ -8,7 +8,7 @@ fields that change only speed stand in `EngineConfig`.
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import reduce
 from typing import Any
@@ -384,8 +384,8 @@ class FederationConfig:
 
     @property
     def quorum_sites(self) -> int:
-        """Valid updates that a round needs."""
-        return max(1, math.ceil(self.quorum * self.training_sites - ROUNDING))
+        """Valid updates that a round needs, where all sites are there."""
+        return share_of(share_of(self.training_sites, self.participation), self.quorum)
 
 
 @dataclass(frozen=True)
@@ -563,6 +563,15 @@ class Config:
         return self.charged_rounds * self.federation.local_steps
 
 
+def share_of(sites: int, share: float) -> int:
+    """So many of these sites, rounded up; at least one.
+
+    >>> share_of(25, 0.28), share_of(5, 0.5), share_of(5, 0.01)
+    (7, 3, 1)
+    """
+    return max(1, math.ceil(share * sites - ROUNDING))
+
+
 def register_schemas() -> None:
     """Makes the schema known to Hydra as `config_schema`, the first default of every job."""
     ConfigStore.instance().store(name="config_schema", node=_open_schema())
@@ -682,6 +691,14 @@ def config_hash(config: Config) -> str:
     for where in WHERE:
         values.pop(where)
     return digest(values)
+
+
+def without_terms(config: Config) -> Config:
+    """The same for all sites of a run, whatever each of them may cost: what a model is built by."""
+    privacy = replace(config.privacy, epsilon=1.0, noise_multiplier=None, site_epsilons=[])
+    return replace(
+        config, privacy=privacy, federation=replace(config.federation, asked_rounds=None)
+    )
 
 
 def differences(config: Config, other: Config) -> list[str]:
@@ -901,7 +918,16 @@ def _broken_of_faults(config: Config) -> Iterator[str]:
 def _broken_of_strategy(config: Config) -> Iterator[str]:
     """Held against a federation that can be one: what is wrong with that is said already."""
     federation = config.federation
-    possible = federation.training_sites >= 1 and 0 < federation.quorum <= 1
+    possible = (
+        federation.training_sites >= 1
+        and 0 < federation.quorum <= 1
+        and 0 < federation.participation <= 1
+    )
+    if federation.weighting is not Weighting.equal and not config.strategy.is_mean:
+        yield (
+            f"federation.weighting={federation.weighting.name}: must be equal with "
+            f"strategy={config.strategy.name.name}, which takes no mean"
+        )
     yield from faults(config.strategy, federation.quorum_sites if possible else None)
 
 

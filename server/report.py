@@ -182,6 +182,7 @@ def _site_section(
         "rounds": rounds,
         "repeated": attempts - rounds,
         "steps": attempts * run_plan.event.steps,
+        "noise_multiplier": run_plan.of(name).event.noise_multiplier,
         "ledger_head": books["head"] if books else "",
         "not_answered": {
             **{str(line.round): line.refused[name] for line in lines if name in line.refused},

@@ -8,7 +8,6 @@ What the schedule gives is that this number of rounds is known before the first 
 import csv
 import hashlib
 import io
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import Config, FederationConfig
+from common.config import Config, FederationConfig, share_of
 from common.errors import ConfigError
 
-ROUNDING = 1e-9
-"""So that 0.28 of 25 sites is 7, and not a little more."""
 LABEL = 0x5C4ED
 """Keeps these coins apart from those that deal records by the same seed."""
 COLUMNS = (("site", "round"), ("site", "from", "to"))
@@ -87,15 +84,6 @@ def draw_schedule(config: Config) -> Schedule:
             asked[name] += 1
         cohorts.append(tuple(name for name in there if name in chosen))
     return Schedule(tuple(cohorts))
-
-
-def share_of(sites: int, share: float) -> int:
-    """So many of these sites, rounded up; at least one.
-
-    >>> share_of(25, 0.28), share_of(5, 0.5), share_of(5, 0.01)
-    (7, 3, 1)
-    """
-    return max(1, math.ceil(share * sites - ROUNDING))
 
 
 def digest_of(path: Path) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from common.config import Config, config_hash
 from common.durable import write_atomic
-from common.privacy.accounting import Event, epsilon_pld, number, shown
+from common.privacy.accounting import LIVE_INTERVAL, Event, epsilon_pld, number, shown
 from common.privacy.mechanism import count_event
 from common.tasks import TASKS
 from server.left_out import UNPROTECTED
@@ -124,11 +124,13 @@ def _price(alike: Sequence[list[Finished]]) -> float:
 
 
 def _most_charged(runs: list[Finished]) -> list[Event]:
-    """What runs on the same deal charged the site that they asked most; all by one mechanism."""
+    """What runs on the same deal charged the site that they charged most."""
     charged: dict[str, list[Event]] = {}
     for run in runs:
         mechanism, count = run.report["privacy"]["mechanism"], count_event(run.config)
         for site in run.report["sites"]:
-            steps = Event(**{**mechanism, "steps": site["steps"]})
+            own = {"noise_multiplier": site["noise_multiplier"], "steps": site["steps"]}
+            steps = Event(**{**mechanism, **own})
             charged.setdefault(site["name"], []).extend([steps, *([count] if count else [])])
-    return max(charged.values(), key=lambda events: sum(event.steps for event in events))
+    delta = max(run.config.privacy.delta for run in runs)
+    return max(charged.values(), key=lambda events: epsilon_pld(events, delta, LIVE_INTERVAL))

@@ -44,6 +44,7 @@ from server.app import CONFIG_KEY, Sections, Watch, server_app
 from server.groups import check_groups
 from server.plan import (
     NOT_PRIVATE,
+    epsilon_of,
     estimate_seconds,
     is_private,
     make_plan,
@@ -54,6 +55,7 @@ from server.plan import (
 from server.record import RoundLine
 from server.report import read_report, show_report
 from server.resume import has_begun, is_finished
+from server.schedule import draw_schedule
 from simulations.faults import FaultyGrid, FaultySites, faults_section
 from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid
 from simulations.interrupted import as_begun, occupied
@@ -268,9 +270,11 @@ def _ledgers(
                 ledger.bind(commitments[name])
             return ledgers
         officer = public_hex(generate_key(store.path.with_name("officer.key")))
-        source, cap, delta = config.data.source.name, config.privacy.epsilon, config.privacy.delta
+        source, delta = config.data.source.name, config.privacy.delta
         return {
-            name: store.open(name, Terms(source, cap, delta, officer, unit), commitment)
+            name: store.open(
+                name, Terms(source, epsilon_of(config, name), delta, officer, unit), commitment
+            )
             for name, commitment in commitments.items()
         }
 
@@ -352,7 +356,7 @@ def _telling(console: Console) -> Iterator[Told]:
 @contextmanager
 def _progress(config: Config, console: Console) -> Iterator[Watch]:
     """A live bar on a terminal, a line per round elsewhere."""
-    total = config.federation.rounds * config.federation.training_sites
+    total = draw_schedule(config).questions
     progress = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),

@@ -107,7 +107,8 @@ class RunPlan:
     @cached_property
     def is_uniform(self) -> bool:
         """Whether all sites are on the same terms, in all rounds: then names do not matter."""
-        everybody = len(self.sites) * self.config.federation.rounds
+        federation = self.config.federation
+        everybody = federation.training_sites * federation.rounds
         alike = len({id(each) for each in self.sites.values()}) == 1
         return alike and self.schedule.questions == everybody
 
@@ -521,7 +522,9 @@ def _with_sigma(config: Config, schedule: Schedule) -> Config:
     terms = _terms(config, schedule)
     sigmas = {each: _sigma(config, each) for each in dict.fromkeys(terms.values())}
     (sigma, *others) = dict.fromkeys(sigmas.values())
-    uniform = not others and schedule.questions == len(terms) * config.federation.rounds
+    federation = config.federation
+    everybody = federation.training_sites * federation.rounds
+    uniform = not others and schedule.questions == everybody
     if not uniform:
         sigma = _equivalent(config, schedule, {name: sigmas[each] for name, each in terms.items()})
     raised = with_raised_rate(

@@ -307,6 +307,7 @@ def run(coterie, tiny_overrides, tmp_path):
             answer=answer,
             code=0,
             report=answer.json,
+            page=(folder / "report.html").read_text(),
             sites={site["name"]: site for site in answer.json["sites"]},
             injected=answer.json.get("faults", {}).get("injected"),
             kinds=lambda name: Counter(entries(coterie, folder, name, tmp_path)),
@@ -355,6 +356,7 @@ def test_a_spare_round_repeats_what_a_crash_took(kind, run):
     one = run("faults.sites=[site-2]", f"faults.{kind}=1", "privacy.spare_rounds=2")
     assert one.code == 0, one.answer.err
     assert [hit["outcome"] for hit in one.injected] == ["repeated", "repeated"]
+    assert f"<td>{kind}</td><td>repeated</td>" in one.page
     assert one.sites["site-2"]["repeated"] == 2
     assert one.sites["site-1"]["repeated"] == 0
     kinds = one.kinds("site-2")

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from client.clipping.engines import FILLER, ClippingEngine, LossOf, Sums, completed
 from client.measurements import Measurements
 from client.meters import Meters, NoiseMeter
+from client.proximal import ProximalSGD
 from common.errors import PrivacyRefusedError
 from common.privacy.mechanism import Mechanism
 from common.privacy.noise import Randomness
@@ -46,11 +47,15 @@ class ParameterGroup:
     learning_rate: float
 
 
-def sgd(groups: list[ParameterGroup]) -> Optimizer:
-    """Gradient descent with the groups' step sizes, and no state from one step to the next."""
-    return torch.optim.SGD(
-        [{"params": list(g.parameters), "lr": g.learning_rate} for g in groups], lr=0.0
-    )
+def sgd(groups: list[ParameterGroup], *, proximal_mu: float | None = None) -> Optimizer:
+    """Gradient descent with the groups' step sizes, and no state from one step to the next.
+
+    Args: proximal_mu: of a pull towards the parameters as they are now; see `client.proximal`.
+    """
+    settings = [{"params": list(g.parameters), "lr": g.learning_rate} for g in groups]
+    if proximal_mu is None:
+        return torch.optim.SGD(settings, lr=0.0)
+    return ProximalSGD(settings, mu=proximal_mu)
 
 
 def private_steps(

@@ -195,7 +195,7 @@ class Trainer:
         assert self._engine is not None
         return private_steps(
             self._engine,
-            sgd(groups),
+            sgd(groups, proximal_mu=self._config.strategy.proximal_mu),
             loss_of,
             mechanism=mechanism,
             randomness=randomness,
@@ -218,7 +218,7 @@ class Trainer:
     def _plain_steps(self, loss_of: LossOf, randomness: Randomness, records: int) -> None:
         self._model.eval()
         plain_steps(
-            sgd(self._groups),
+            sgd(self._groups, proximal_mu=self._config.strategy.proximal_mu),
             loss_of,
             mechanism=mechanism_of(self._config),
             randomness=randomness,

@@ -20,7 +20,7 @@ ROOM = 49
 """Bits for number of vectors and fraction together: 2^63 holds 2^49 times `MAX_MAGNITUDE`."""
 MOST = 1 << 17
 """Vectors one sum may hold."""
-CHUNK = 1 << 14
+CHUNK = 1 << 15
 """Values converted at a time: they stay in the processor's cache."""
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from common.canonical import canonical_json
 from common.durable import write_atomic
 from common.errors import VerificationError
 from common.parameters import Vector
@@ -53,8 +54,8 @@ def write_checkpoint(folder: Path, state: RunState, *, private: bool) -> Path:
         "private": private,
         "spares": dict(state.spares),
         "resumed_after": list(state.resumed_after),
-        "digest": _digest(tensors),
     }
+    facts |= {"digest": _digest(facts, tensors)}
     write_atomic(path, save(tensors, metadata={HEADER: json.dumps(facts)}))
     return path
 
@@ -81,7 +82,8 @@ def read_checkpoint(folder: Path, number: int) -> RunState:
             spares={str(site): int(left) for site, left in facts["spares"].items()},
             resumed_after=tuple(map(int, facts["resumed_after"])),
         )
-        whole = facts["digest"] == _digest(tensors) and state.round == number
+        told = facts.pop("digest")
+        whole = told == _digest(facts, tensors) and state.round == number
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise VerificationError(_damaged(path)) from error
     if not whole:
@@ -113,8 +115,9 @@ def _read(path: Path) -> tuple[dict[str, Vector], dict[str, Any]]:
             facts = json.loads((file.metadata() or {})[HEADER])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise VerificationError(_damaged(path)) from error
-    vectors = all(each.dtype == np.float32 and each.ndim == 1 for each in tensors.values())
-    if VECTOR not in tensors or not vectors or not isinstance(facts, dict):
+    kinds = {(each.dtype, each.ndim, each.size) for each in tensors.values()}
+    of_one = len(kinds) == 1 and all(kind[:2] == (np.float32, 1) for kind in kinds)
+    if VECTOR not in tensors or not of_one or not isinstance(facts, dict):
         raise VerificationError(_damaged(path))
     return tensors, facts
 
@@ -123,9 +126,9 @@ def _damaged(path: Path) -> str:
     return f"{path}: not a checkpoint of a round, or damaged"
 
 
-def _digest(tensors: Mapping[str, Vector]) -> str:
-    """SHA-256 of all vectors with their names: a checkpoint format knows no checksum."""
-    sha = hashlib.sha256()
+def _digest(facts: Mapping[str, Any], tensors: Mapping[str, Vector]) -> str:
+    """SHA-256 of all that a checkpoint says: its format knows no checksum."""
+    sha = hashlib.sha256(canonical_json(facts).encode())
     for name, vector in sorted(tensors.items()):
         sha.update(f"{name} {vector.size}\n".encode())
         sha.update(np.ascontiguousarray(vector).data)

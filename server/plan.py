@@ -40,6 +40,7 @@ from common.privacy.accounting import (
     within,
 )
 from common.privacy.mechanism import count_event, round_event, run_events
+from common.strategies import StrategyConfig
 from common.tasks import TASKS, build_model
 from server.rates import with_raised_rate
 from server.schedule import Schedule, digest_of, draw_schedule, training_names
@@ -115,6 +116,12 @@ class RunPlan:
     def of(self, name: str) -> SitePlan:
         """The terms of a site that was asked, by the name that it has on the grid."""
         return self.worst if self.is_uniform else self.sites[name]
+
+    def turn(self, name: str, number: int) -> int:
+        """How many rounds have asked a site when this one has."""
+        if self.is_uniform:
+            return number
+        return sum(name in cohort for cohort in self.schedule.cohorts[:number])
 
     def seated(self, nodes: Mapping[int, str]) -> dict[int, SitePlan]:
         """The terms of each node that the run may ask.
@@ -354,6 +361,8 @@ def plan_object(run_plan: RunPlan, size: ModelSize, seconds: float | None) -> di
             "epsilon_by_round": [number(epsilon) for epsilon in run_plan.epsilon_by_round],
             "private": is_private(config),
         },
+        "strategy": config.strategy.name.name,
+        "tolerated_sites": config.strategy.tolerated(config.federation.quorum_sites),
         "noise_multiplier": event.noise_multiplier,
         "sample_rate": event.sample_rate,
         "clip_norm": config.privacy.clip_norm,
@@ -429,12 +438,15 @@ def show_plan(run_plan: RunPlan, size: ModelSize, seconds: float | None, console
         "federation": f"{_who_trains(federation)}, {federation.rounds} rounds of "
         f"{federation.local_steps} step{'s' if federation.local_steps > 1 else ''}, "
         f"{federation.partition.name}{_who_is_asked(run_plan)}",
+        "strategy": _what_it_tolerates(config),
         "spare rounds": f"{privacy.spare_rounds}, to repeat what a crash lost; paid for already",
         "each step": f"Poisson rate {event.sample_rate:g}{_drawn(privacy)}, clip "
         f"{privacy.clip_norm:g}, sigma {_sigmas(run_plan)}, noise from {privacy.noise.name}",
         "each site pays" if run_plan.is_uniform else "the worst site pays": _price(run_plan),
         "traffic": f"{size.bytes_per_message / 1e6:.2f} MB each way per site and round",
     }
+    if config.strategy == StrategyConfig():
+        del rows["strategy"]
     if not privacy.spare_rounds:
         del rows["spare rounds"]
     if privacy.count_noise is not None:
@@ -485,6 +497,13 @@ def _rows_of_sites(run_plan: RunPlan) -> Iterator[tuple[str, str]]:
             f"epsilon {shown(terms.epsilon)} in {terms.config.asked_rounds} rounds, "
             f"sigma {terms.event.noise_multiplier:g}",
         )
+
+
+def _what_it_tolerates(config: Config) -> str:
+    updates, strategy = config.federation.quorum_sites, config.strategy
+    tolerated = strategy.tolerated(updates)
+    bounds = f"; of {updates} updates {tolerated} may be anything" if tolerated else ""
+    return f"{strategy.name.name}{bounds}"
 
 
 def _drawn(privacy: PrivacyConfig) -> str:

@@ -6,17 +6,19 @@ charged nothing; the others charge a new attempt, with fresh noise, where a spar
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.config import Config, Resume, config_hash, differences, from_yaml, setting, to_yaml
 from common.durable import write_atomic
 from common.errors import ConfigError
-from common.messages import NO_SPARE_ROUND, REFUSALS
+from common.messages import NO_SPARE_ROUND, REFUSALS, SiteBooks
 from common.parameters import Layout, Vector, check_vector
+from common.privacy.accounting import Event
 from server.aggregate import Verdicts
 from server.checkpoint import RunState, has_checkpoints, read_checkpoint, write_checkpoint
-from server.plan import is_private, not_private_reason
+from server.plan import RunPlan, is_private, not_private_reason
 from server.record import FILE, RoundLine, whole_lines, write_lines
 
 CONFIG, CHECKPOINTS, REPORT = "config.yaml", "checkpoints", "report.json"
@@ -93,8 +95,7 @@ def _taken_up(run_dir: Path, config: Config, layout: Layout) -> Beginning:
         check_same(config, stored, run_dir)
     lines = whole_lines(run_dir)
     state = read_checkpoint(run_dir / CHECKPOINTS, len(lines))
-    for vector in (state.vector, *state.memory.values()):
-        check_vector(vector, layout)
+    check_vector(state.vector, layout)
     state = replace(state, resumed_after=(*state.resumed_after, state.round))
     write_checkpoint(run_dir / CHECKPOINTS, state, private=is_private(config))
     write_lines(run_dir, lines)
@@ -115,17 +116,35 @@ def without_spare(state: RunState, number: int, verdicts: Verdicts) -> set[int]:
 
 
 def asked_before(
-    state: RunState, number: int, verdicts: Verdicts, spares: dict[int, int]
+    state: RunState,
+    number: int,
+    verdicts: Verdicts,
+    spares: dict[int, int],
+    *,
+    run_plan: RunPlan,
+    nodes: Mapping[int, str],
 ) -> list[int]:
     """Sites that may have been charged for an attempt of before the interruption, too.
 
     Those that answered tell it in their books. Of the others each is taken to have used a spare
-    round, where it had one left; without one it cannot have been charged twice.
+    round, where it had one left; without one it cannot have been charged twice. In `spares`
+    what was used is taken off.
     """
     if not _was_under_way(state, number):
         return []
+    if not run_plan.config.ledger:
+        for node, books in verdicts.books.items():
+            name = nodes[node]
+            used = attempts_told(books, run_plan.of(name).event) - run_plan.turn(name, number)
+            spares[node] = max(0, min(spares[node], run_plan.config.privacy.spare_rounds - used))
     unknown = {*verdicts.refused} - without_spare(state, number, verdicts)
-    used = [node for node in sorted(unknown) if spares[node] > 0]
-    for node in used:
+    used_by = [node for node in sorted(unknown) if spares[node] > 0]
+    for node in used_by:
         spares[node] -= 1
-    return used
+    return used_by
+
+
+def attempts_told(books: SiteBooks, event: Event) -> int:
+    """Rounds of `event` each that a site's ledger holds; of other runs, too, where it lasts."""
+    alike = (each for each in books.charged if replace(each, steps=event.steps) == event)
+    return sum(each.steps for each in alike) // event.steps

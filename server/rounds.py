@@ -119,7 +119,7 @@ def run_rounds(
         if heads is not None:
             heads.countersign({site: each.head for site, each in books.items()})
         # What sites were asked before the run was interrupted: no checkpoint tells, their books do.
-        again = asked_before(state, number, verdicts, spares)
+        again = asked_before(state, number, verdicts, spares, run_plan=run_plan, nodes=nodes)
         excused = without_spare(state, number, verdicts)
         _check_quorum(verdicts, config, number, asked=len(cohort), excused=excused)
         # 9. Aggregate.

@@ -18,6 +18,7 @@ from common.privacy.accounting import (
 )
 from server.plan import RunPlan, SitePlan, is_private
 from server.record import RoundLine, SiteLine, site_lines
+from server.resume import attempts_told
 from server.rounds import RoundOutcome
 
 
@@ -101,29 +102,28 @@ def _untold(outcome: RoundOutcome, before: list[RoundLine], run_plan: RunPlan) -
         return []
     seen = Counter(name for line in before for name in line.asked) + Counter(outcome.asked)
     extra = {
-        name: _attempts(run_plan.of(name), books.charged) - seen[name]
+        name: min(attempts_told(books, terms.event), terms.config.charged_rounds) - seen[name]
         for name, books in outcome.books.items()
+        for terms in [run_plan.of(name)]
     }
     return [name for name, attempts in extra.items() for _ in range(attempts)]
-
-
-def _attempts(terms: SitePlan, charged: Iterable[Event]) -> int:
-    """How many rounds of its plan a ledger tells of."""
-    event, most = terms.event, terms.config.charged_rounds
-    steps = sum(each.steps for each in charged if replace(each, steps=event.steps) == event)
-    return min(steps // event.steps, most)
 
 
 def _epsilons_so_far(run_plan: RunPlan, lines: list[RoundLine]) -> dict[str, float]:
     """Of each site that was asked, answered or not."""
     asked, delta = rounds_asked(run_plan, lines), run_plan.config.privacy.delta
     times = Counter(name for each in asked for name in each.names)
-    spent = {name: run_plan.of(name).epsilon_by_round[n - 1] for name, n in times.items()}
+    spent = {name: _planned(run_plan.of(name), n) for name, n in times.items()}
     if run_plan.config.ledger:  # other runs are in its books, too
         for name in times:
             priced = epsilon_pld(_told(asked, name), delta, LIVE_INTERVAL)
             spent[name] = max(spent[name], priced, _said(asked, name, delta))
     return dict(sorted(spent.items(), key=lambda each: _natural(each[0])))
+
+
+def _planned(terms: SitePlan, attempts: int) -> float:
+    """Spent after so many attempts; its plan allows a site no more, however often asked."""
+    return terms.epsilon_by_round[min(attempts, len(terms.epsilon_by_round)) - 1]
 
 
 def spendings(run_plan: RunPlan, asked: Iterable[Asked]) -> dict[str, Spending]:

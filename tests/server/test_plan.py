@@ -44,6 +44,8 @@ def test_plan_has_every_field_of_the_contract(default):
     assert set(default) == {
         "privacy",
         "noise_multiplier",
+        "strategy",
+        "tolerated_sites",
         "sample_rate",
         "clip_norm",
         "sites",

@@ -16,6 +16,7 @@ from common.messages import SiteBooks, Update
 from common.parameters import Layout
 from common.privacy.accounting import Event
 from common.privacy.chain import Head
+from common.strategies import StrategyName
 from server.checkpoint import RunState
 from server.heads import HeadBook
 from server.plan import make_plan
@@ -25,6 +26,9 @@ from .fake_grid import FakeGrid
 
 LAYOUT = Layout(("weight",), ((4,),))
 START = np.zeros(4, dtype=np.float32)
+BEGIN = RunState("run", 0, START)
+RESUMED = RunState("run", 1, START, spares={}, resumed_after=(1,))
+"""The first round is over; while the second was under way the run was interrupted."""
 
 
 def update(node, message):
@@ -85,11 +89,11 @@ def planned(tiny_config):
 def go(tmp_path):
     """Starts the rounds; what they saw of replies is in `go.seen`."""
 
-    def started(grid, plan):
+    def started(grid, plan, state=BEGIN):
         return run_rounds(
             grid,
             plan,
-            RunState("run", 0, START),
+            state,
             layout=LAYOUT,
             heads=None,
             checkpoints=tmp_path / "checkpoints",
@@ -191,7 +195,7 @@ def test_an_update_that_came_is_countersigned_though_the_round_fails(planned, tm
     grid = FakeGrid(named(3), nodes_that(n2=refuse))
     settings = {"layout": LAYOUT, "checkpoints": tmp_path, "on_reply": print}
     with pytest.raises(FederationError):
-        next(run_rounds(grid, planned(), RunState("run", 0, START), heads=heads, **settings))
+        next(run_rounds(grid, planned(), BEGIN, heads=heads, **settings))
     assert {*heads.receipts()} == {"site-1", "site-3"}
 
 
@@ -385,3 +389,103 @@ def test_nodes_of_one_name_are_told_apart(go, planned):
     """Names come from peers: two of a kind would be charged as one and hide each other's fault."""
     first = next(go(FakeGrid({1: "hospital", 2: "hospital", 3: "clinic"}, update), planned()))
     assert len(set(first.asked)) == 3
+
+
+def no_spare(_, message):
+    return Message(Error(messages.NO_SPARE_ROUND, "free text"), reply_to=message)
+
+
+def test_a_resumed_run_asks_for_the_rounds_that_are_left(go, planned):
+    (outcome,) = go(FakeGrid(named(3), update), planned(), RESUMED)
+    assert outcome.round == 2
+    assert outcome.state.run_id == "run"
+    assert outcome.state.resumed_after == (1,)
+    assert [path.name for path in go.checkpoints.iterdir()] == ["round-0002.safetensors"]
+
+
+def test_no_quorum_waits_for_sites_that_lost_the_round_in_the_interruption(go, planned):
+    """They could answer it never more, and so no resumption would ever get past it."""
+    grid = FakeGrid(named(3), nodes_that(n2=no_spare))
+    (outcome,) = go(grid, planned(), RESUMED)
+    assert outcome.refused == {"site-2": messages.REFUSALS[messages.NO_SPARE_ROUND]}
+    assert outcome.vector == pytest.approx(np.full(4, 2))
+    assert outcome.asked == ("site-1", "site-2", "site-3")
+
+
+@pytest.mark.parametrize(
+    ("answers", "state"),
+    [
+        ({"n2": no_spare}, BEGIN),
+        ({"n2": no_spare}, RunState("run", 1, START)),
+        ({"n2": no_spare, "n3": refuse}, RESUMED),
+    ],
+)
+def test_the_quorum_waits_for_all_others(answers, state, go, planned):
+    with pytest.raises(FederationError, match=r"asks for more"):
+        next(go(FakeGrid(named(3), nodes_that(**answers)), planned(), state))
+
+
+def test_a_round_that_all_lost_changes_nothing_and_is_over(go, planned):
+    everybody = nodes_that(n1=no_spare, n2=no_spare, n3=no_spare)
+    (outcome,) = go(FakeGrid(named(3), everybody), planned(), RESUMED)
+    assert np.array_equal(outcome.vector, START)
+    assert len(outcome.refused) == 3
+
+
+def test_a_robust_strategy_rather_skips_a_round_than_break_its_promise(go, planned, compose_config):
+    plan = planned(sites=3)
+    strategy = compose_config("strategy=fedmedian").strategy
+    plan = replace(plan, config=replace(plan.config, strategy=strategy))
+    (outcome,) = go(FakeGrid(named(3), nodes_that(n2=no_spare)), plan, RESUMED)
+    assert np.array_equal(outcome.vector, START)
+    first = next(go(FakeGrid(named(3), update), plan))
+    assert first.vector == pytest.approx(np.full(4, 2))
+
+
+def test_of_silent_sites_an_attempt_before_the_interruption_is_counted(go, planned):
+    """It may have been charged then, and its spare round be used by now."""
+    plan = with_spares(planned(quorum=0.6, round_timeout_s=0.3), 2)
+    state = replace(RESUMED, spares={"site-1": 2, "site-2": 2, "site-3": 1})
+    (outcome,) = go(FakeGrid(named(3), nodes_that(n2=silent)), plan, state)
+    assert outcome.asked == ("site-1", "site-2", "site-3", "site-2")
+    assert outcome.state.spares == {"site-1": 2, "site-2": 1, "site-3": 1}
+    without = replace(RESUMED, spares=dict.fromkeys(named(3).values(), 0))
+    (outcome,) = go(FakeGrid(named(3), nodes_that(n2=silent)), plan, without)
+    assert outcome.asked == ("site-1", "site-2", "site-3")
+
+
+def test_spare_rounds_that_were_used_are_used_after_a_resumption(go, planned):
+    grid = FakeGrid(named(3), nodes_that(n2=LosesFirst(1)))
+    rounds = go(grid, with_spares(planned(quorum=0.6), 1))
+    state = next(rounds).state
+    assert state.spares == {"site-1": 1, "site-2": 0, "site-3": 1}
+    grid = FakeGrid(named(3), nodes_that(n2=LosesFirst(1)))
+    (outcome,) = go(grid, with_spares(planned(quorum=0.6), 1), state)
+    assert outcome.asked.count("site-2") == 1
+    assert outcome.refused == {"site-2": "local failure"}
+
+
+def test_spare_rounds_that_books_tell_of_are_used(go, planned):
+    def retried(node, message):
+        reply = messages.read_update(update(node, message))
+        charged = tuple(replace(each, steps=3 * each.steps) for each in reply.books.charged)
+        books = replace(reply.books, charged=charged)
+        return Message(messages.pack_update(replace(reply, books=books)), reply_to=message)
+
+    (outcome,) = go(FakeGrid(named(3), nodes_that(n2=retried)), with_spares(planned(), 2), RESUMED)
+    assert outcome.state.spares == {"site-1": 2, "site-2": 1, "site-3": 2}
+
+
+@pytest.mark.parametrize("name", [each.name for each in StrategyName])
+def test_rounds_go_on_under_every_strategy(name, go, planned, compose_config):
+    """Over the real messages; what each makes of them is tests/server/test_strategy.py's."""
+    plan = planned(sites=5)
+    strategy = compose_config(f"strategy={name}").strategy
+    plan = replace(plan, config=replace(plan.config, strategy=strategy))
+    first, second = go(FakeGrid(named(5), update), plan)
+    assert not np.array_equal(first.vector, START)
+    assert not np.array_equal(second.vector, first.vector)
+    forwards = second.state
+    *_, last = go(FakeGrid(dict(reversed(named(5).items())), update), plan)
+    assert np.array_equal(last.vector, forwards.vector)
+    assert {*last.state.memory} == {*forwards.memory}

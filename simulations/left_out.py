@@ -129,7 +129,7 @@ def _most_charged(runs: list[Finished]) -> list[Event]:
     for run in runs:
         mechanism, count = run.report["privacy"]["mechanism"], count_event(run.config)
         for site in run.report["sites"]:
-            own = {"noise_multiplier": site["noise_multiplier"], "steps": site["steps"]}
+            own = {name: site[name] for name in ("noise_multiplier", "steps") if name in site}
             steps = Event(**{**mechanism, **own})
             charged.setdefault(site["name"], []).extend([steps, *([count] if count else [])])
     delta = max(run.config.privacy.delta for run in runs)

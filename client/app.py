@@ -19,7 +19,14 @@ from client.refusals import BooksBehindError, BudgetExhaustedError, RoundLostErr
 from client.site import Site
 from client.train import Trainer, randomness_of
 from common import messages
-from common.config import Config, NoiseSource, PrivacyMode, check_delta, config_hash
+from common.config import (
+    Config,
+    NoiseSource,
+    PrivacyMode,
+    check_delta,
+    config_hash,
+    without_terms,
+)
 from common.errors import PrivacyRefusedError, VerificationError
 from common.messages import Count, Instruction, SiteBooks, Update
 from common.parameters import Vector
@@ -234,7 +241,7 @@ def _commit(ledger: Ledger, instruction: Instruction) -> None:
     commit(
         instruction.run_id,
         round_event(config),
-        rounds=config.federation.rounds,
+        rounds=config.asked_rounds,
         spare_rounds=config.privacy.spare_rounds,
     )
     count = count_event(config)
@@ -250,11 +257,13 @@ def ledger_of(site: Site) -> Ledger:
 
 
 def warm_trainer(trainers: dict[str, Trainer], config: Config) -> Trainer:
-    """One trainer per configuration and process: the model is loaded once."""
-    key = config_hash(config)
+    """One trainer per configuration and process: the model is loaded once, and sites that differ
+    in their terms alone take turns on it.
+    """
+    key = config_hash(without_terms(config))
     if key not in trainers:
         trainer = Trainer(config)
         trainer.rehearse()
         trainers.clear()
         trainers[key] = trainer
-    return trainers[key]
+    return trainers[key].under(config)

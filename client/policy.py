@@ -21,7 +21,7 @@ def check_policy(policy: NodeConfig, config: Config) -> None:
 
 
 def _broken(policy: NodeConfig, config: Config) -> Iterator[str]:
-    mechanism, rounds, steps = mechanism_of(config), config.federation.rounds, config.charged_steps
+    mechanism, rounds, steps = mechanism_of(config), config.asked_rounds, config.charged_steps
     for event in run_events(config):
         if event.noise_multiplier < policy.min_noise_multiplier:
             yield f"sigma {event.noise_multiplier:g} is below {policy.min_noise_multiplier:g}"

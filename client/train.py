@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -27,7 +28,7 @@ from client.private_step import ParameterGroup, batch_rows, plain_steps, private
 from client.site import Site
 from client.stacked_step import Seat, Stack, plain_steps_together, private_steps_together
 from common import parameters
-from common.config import Config, NoiseSource, PrivacyMode
+from common.config import Config, NoiseSource, PrivacyMode, config_hash
 from common.model import filled, read_of, targets_of
 from common.parameters import Layout, Vector
 from common.prefix import Inputs
@@ -85,12 +86,23 @@ class Trainer:
         self._checked: Vector | None = None
         """The last vector that was found to be one of this model; kept, so that it stays it."""
         self._engine: ClippingEngine | None = None
-        self._meters: dict[str, Meters] = {}
+        self._meters: dict[tuple[str, Mechanism], Meters] = {}
         """What each site drew and added so far; private, and stays in this process."""
         self._held: dict[str, Held] = {}
         """What is prepared, by site: a trainer is one per config, as what is prepared must be."""
         self._stacks: list[Stack | None] = []
         """What trains several sites at once, once it was tried."""
+
+    def under(self, config: Config) -> "Trainer":
+        """The same warm model, and all that is kept of sites, for one on these terms.
+
+        Args: config: as the trainer's own but for epsilon, sigma and number of rounds.
+        """
+        if config_hash(config) == config_hash(self._config):
+            return self
+        twin = copy(self)
+        twin._config = config
+        return twin
 
     def check(self, vector: Vector) -> None:
         """Refuses a vector that is not one of this model. Raises: VerificationError.
@@ -305,9 +317,10 @@ class Trainer:
         )
 
     def _meters_of(self, site: Site, mechanism: Mechanism) -> Meters:
-        if site.name not in self._meters:
-            self._meters[site.name] = Meters(mechanism)
-        return self._meters[site.name]
+        known = site.name, mechanism
+        if known not in self._meters:
+            self._meters[known] = Meters(mechanism)
+        return self._meters[known]
 
     @property
     def _stack(self) -> Stack | None:

@@ -8,7 +8,7 @@ fields that change only speed stand in `EngineConfig`.
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import cached_property, reduce
 from typing import Any
@@ -133,6 +133,13 @@ class Partition(Enum):
     pathological = "pathological"
     quantity = "quantity"
     natural = "natural"
+
+
+class Weighting(Enum):
+    """What an accepted update counts in the mean of a round."""
+
+    equal = "equal"
+    inverse_variance = "inverse_variance"
 
 
 class EngineName(Enum):
@@ -301,6 +308,9 @@ class PrivacyConfig:
     """
     epsilon: float = MISSING
     """Bound of the whole run, over all rounds, per site. Dimensionless."""
+    site_epsilons: list[float] = field(default_factory=list)
+    """Bounds of the first, second, ... site, where they differ, and from the start again where
+    there are more sites; `epsilon` is then their largest. Empty: `epsilon` is every site's."""
     delta: float = MISSING
     """Probability the bound may fail; below one over the records of a site."""
     clip_norm: float = MISSING
@@ -313,7 +323,7 @@ class PrivacyConfig:
     """`entropy` (private) or `seeded` (reproducible, NOT PRIVATE)."""
     noise_multiplier: float | None = None
     """Sigma, in units of what one record (C) or one person (k C) can do to a sum. None: solved
-    from epsilon, delta, q and the number of steps.
+    from epsilon, delta, q and the number of steps, for each site from its own.
     """
     max_records_per_person: int | None = None
     """k: a site uses at most so many records of a person, in `person` mode only."""
@@ -352,8 +362,24 @@ class FederationConfig:
     leave_out: str = ""
     """A site, as `site-3`, that does not train: the report measures the final model on its records,
     WITHOUT any protection of these, which a simulation alone can do. Empty: all sites train."""
+    participation: float = 1.0
+    """Share of the sites that a round asks, in (0, 1], rounded up: a public schedule, drawn from
+    `seed`, in which all sites take turns. A site is charged for its own rounds only."""
+    availability: str = ""
+    """CSV file, public, of when sites are there: columns site and round, or site, from and to
+    (rounds, both included). A round asks nobody else of the sites that it names; a site that it
+    does not name is always there. Empty: all are."""
+    availability_digest: str = ""
+    """Set by the plan: SHA-256 of that file, so that the schedule stays that of the run."""
+    asked_rounds: int | None = None
+    """Set by the plan in what it tells a site: in how many of the rounds that site is asked. None:
+    in all of them."""
+    weighting: Weighting = Weighting.equal
+    """What an update counts in the mean: `equal`; or `inverse_variance`, in proportion to one over
+    the variance of the noise that its site adds, which is public, unlike a number of records. Then
+    the mean has the least noise, and sites of small epsilon have little say."""
     quorum: float = 1.0
-    """Share of the sites whose valid update a round needs, in (0, 1]."""
+    """Share of the sites asked whose valid update a round needs, in (0, 1]."""
     round_timeout_s: float = 3600.0
     """Seconds after which a round closes with the replies it has."""
 
@@ -369,8 +395,8 @@ class FederationConfig:
 
     @property
     def quorum_sites(self) -> int:
-        """Valid updates that a round needs."""
-        return max(1, math.ceil(self.quorum * self.training_sites - ROUNDING))
+        """Valid updates that a round needs, where all sites are there."""
+        return share_of(share_of(self.training_sites, self.participation), self.quorum)
 
 
 @dataclass(frozen=True)
@@ -394,6 +420,78 @@ class EngineConfig:
     together: int = 0
     """Sites of one process that train in one computation, at most, where what is trained is small;
     0: as many as are quicker so; 1: each by itself."""
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """What goes wrong on purpose, in simulations only.
+
+    A rate is the share of pairs of a round and a site that the fault hits. Whether it hits follows
+    from `seed`, the fault, the round and the site's name and from nothing else; where several hit,
+    the first in this order happens.
+    """
+
+    seed: int = 0
+    """Of the faults, apart from the run's own."""
+    sites: list[str] = field(default_factory=list)
+    """Sites that faults may befall, as `[site-2]`. Empty: all."""
+    crash: float = 0.0
+    """The site dies after it charged the round and before its update is prepared: the round is
+    lost, and stays charged."""
+    crash_prepared: float = 0.0
+    """The site dies after its update is prepared: asked again, it sends the same bytes."""
+    dropout: float = 0.0
+    """The site is gone for the round: the instruction never reaches it."""
+    straggler: float = 0.0
+    """The site takes `slowdown` times as long."""
+    not_finite: float = 0.0
+    """A value of the update is no number."""
+    wrong_length: float = 0.0
+    """The update lacks its last value."""
+    wrong_layout: float = 0.0
+    """The update is of other parameters, by its own word."""
+    oversized: float = 0.0
+    """The update is larger than a parameter may be."""
+    other_round: float = 0.0
+    """The update is that of the round before, by its own word."""
+    other_site: float = 0.0
+    """The reply is that of the next site asked in the round."""
+    extreme: float = 0.0
+    """Each value of the update is as large as is accepted, its sign reversed."""
+    flipped: float = 0.0
+    """The update goes as far, the other way: a Byzantine site, which nothing tells from others."""
+    scaled: float = 0.0
+    """The update goes `scale` times as far."""
+    scale: float = 10.0
+    """Factor of `scaled`; below zero also the other way."""
+    slowdown: float = 10.0
+    """Factor of `straggler`, at least 1."""
+    speeds: list[float] = field(default_factory=list)
+    """How fast the first, second, ... site is, 1 being usual, and from the start again where there
+    are more sites. Empty: all are usual."""
+    round_s: float = 60.0
+    """Seconds of the simulated clock that a site of usual speed takes for a round."""
+    deadline_s: float | None = None
+    """Seconds of the simulated clock after which a round is closed: who is later was charged, and
+    is not heard. Nobody waits for them in fact. None: `federation.round_timeout_s`."""
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The rate of each fault, in the order in which they go first."""
+        return {name: getattr(self, name) for name in FAULTS}
+
+    @property
+    def active(self) -> bool:
+        """Whether anything differs from a run in which nothing goes wrong."""
+        return any(self.rates.values()) or bool(self.speeds)
+
+
+FAULTS = (
+    *("crash", "crash_prepared", "dropout", "straggler"),
+    *("not_finite", "wrong_length", "wrong_layout", "oversized", "other_round", "other_site"),
+    *("extreme", "flipped", "scaled"),
+)
+"""Names of the rates, in the order in which faults go first."""
 
 
 @dataclass(frozen=True)
@@ -448,6 +546,7 @@ class Config:
     engine: EngineConfig = MISSING
     evaluation: EvaluationConfig = MISSING
     node: NodeConfig = MISSING
+    faults: FaultsConfig = MISSING
     seed: int = 0
     """Seed of public things only: partition, initialisation, cohort. Never of noise or coins."""
     run_dir: str = ""
@@ -470,19 +569,34 @@ class Config:
         return digest(values)
 
     @property
+    def asked_rounds(self) -> int:
+        """Rounds in which a site is asked: all, where the config is not one site's own."""
+        asked = self.federation.asked_rounds
+        return self.federation.rounds if asked is None else asked
+
+    @property
     def total_steps(self) -> int:
         """Private steps of the whole run at one site."""
-        return self.federation.rounds * self.federation.local_steps
+        return self.asked_rounds * self.federation.local_steps
 
     @property
     def charged_rounds(self) -> int:
-        """Rounds that a site may be charged: those of the run, and its spares."""
-        return self.federation.rounds + self.privacy.spare_rounds
+        """Rounds that a site may be charged: those in which it is asked, and its spares."""
+        return self.asked_rounds + self.privacy.spare_rounds
 
     @property
     def charged_steps(self) -> int:
         """Private steps the guarantee is solved for."""
         return self.charged_rounds * self.federation.local_steps
+
+
+def share_of(sites: int, share: float) -> int:
+    """So many of these sites, rounded up; at least one.
+
+    >>> share_of(25, 0.28), share_of(5, 0.5), share_of(5, 0.01)
+    (7, 3, 1)
+    """
+    return max(1, math.ceil(share * sites - ROUNDING))
 
 
 def register_schemas() -> None:
@@ -504,6 +618,7 @@ def _open_schema() -> DictConfig:
             EngineConfig(),
             EvaluationConfig(),
             NodeConfig(),
+            FaultsConfig(),
         )
     )
     nodes = [schema]
@@ -600,6 +715,14 @@ def _refuse_interpolation(value: Any) -> None:
 def config_hash(config: Config) -> str:
     """SHA-256 that two runs share if they were asked for the same thing, wherever they write."""
     return config.digest
+
+
+def without_terms(config: Config) -> Config:
+    """The same for all sites of a run, whatever each of them may cost: what a model is built by."""
+    privacy = replace(config.privacy, epsilon=1.0, noise_multiplier=None, site_epsilons=[])
+    return replace(
+        config, privacy=privacy, federation=replace(config.federation, asked_rounds=None)
+    )
 
 
 def differences(config: Config, other: Config) -> list[str]:
@@ -701,6 +824,8 @@ def _broken(config: Config) -> Iterator[str]:
     yield from _broken_of_contents(config)
     yield from _broken_of_groups(config)
     yield from _broken_of_left_out(config.federation)
+    yield from _broken_of_participation(config)
+    yield from _broken_of_faults(config)
     yield from _broken_of_strategy(config)
     yield from _broken_of_sources(config)
     sites, declared = config.federation.sites, config.data.declared_records
@@ -793,10 +918,46 @@ def _broken_of_left_out(federation: FederationConfig) -> Iterator[str]:
         yield f"federation.leave_out={left_out}: must be one of site-1 to site-{sites}, or empty"
 
 
+def _broken_of_participation(config: Config) -> Iterator[str]:
+    """What cannot be scheduled."""
+    federation = config.federation
+    asked, digest_ = federation.asked_rounds, federation.availability_digest
+    if asked is not None and not 1 <= asked <= federation.rounds:
+        yield f"federation.asked_rounds={asked}: must be between 1 and federation.rounds, or null"
+    if digest_ and not federation.availability:
+        yield (
+            f"federation.availability_digest={digest_}: must be left out without "
+            "federation.availability; the plan sets it"
+        )
+    if len(config.privacy.site_epsilons) > federation.sites:
+        yield (
+            f"privacy.site_epsilons={config.privacy.site_epsilons}: must be no more than the "
+            f"{federation.sites} sites"
+        )
+
+
+def _broken_of_faults(config: Config) -> Iterator[str]:
+    """Faults of sites that are none; more speeds than sites."""
+    faults, sites = config.faults, config.federation.sites
+    if unknown := [name for name in faults.sites if not _is_site(name, sites)]:
+        yield f"faults.sites={unknown}: must be some of site-1 to site-{sites}, or empty"
+    if len(faults.speeds) > sites:
+        yield f"faults.speeds={faults.speeds}: must be no more than the {sites} sites"
+
+
 def _broken_of_strategy(config: Config) -> Iterator[str]:
     """Held against a federation that can be one: what is wrong with that is said already."""
     federation = config.federation
-    possible = federation.training_sites >= 1 and 0 < federation.quorum <= 1
+    possible = (
+        federation.training_sites >= 1
+        and 0 < federation.quorum <= 1
+        and 0 < federation.participation <= 1
+    )
+    if federation.weighting is not Weighting.equal and not config.strategy.is_mean:
+        yield (
+            f"federation.weighting={federation.weighting.name}: must be equal with "
+            f"strategy={config.strategy.name.name}, which takes no mean"
+        )
     yield from faults(config.strategy, federation.quorum_sites if possible else None)
 
 
@@ -818,6 +979,10 @@ def _distinct_or_none(labels: list[str]) -> bool:
 
 def _positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 _NO_PERSONS = (DataSource.bbc_news, DataSource.digits, *FOLDERS)
@@ -857,13 +1022,21 @@ _LIMIT: _Rule = ("above 0, or null for no limit", lambda value: value is None or
 _OPEN_SHARE: _Rule = ("above 0 and at most 1", lambda value: bool(0 < value <= 1))
 _PUBLIC_SHARE: _Rule = ("at least 0 and below 1", lambda value: bool(0 <= value < 1))
 
+_SEED: _Rule = ("at least 0 and below 2**32", lambda value: bool(0 <= value < 2**32))
+_SHARE: _Rule = ("between 0 and 1", lambda value: bool(0 <= value <= 1))
+_ALL_POSITIVE: _Rule = (
+    "finite numbers above 0",
+    lambda values: all(_is_number(value) and _positive(value) for value in values),
+)
+
 _RULES: dict[str, _Rule] = {
-    "seed": ("at least 0 and below 2**32", lambda value: bool(0 <= value < 2**32)),
+    "seed": _SEED,
     "task.max_tokens": _up_to(MAX_TOKENS),
     "task.max_target_tokens": _up_to(MAX_TOKENS),
     "task.max_seconds": ("above 0 and at most 3600", lambda value: bool(0 < value <= MAX_SECONDS)),
     "model.feature_scale": _POSITIVE,
     "privacy.epsilon": _POSITIVE,
+    "privacy.site_epsilons": _ALL_POSITIVE,
     "privacy.delta": ("between 0 and 1, both excluded", lambda value: bool(0 < value < 1)),
     "privacy.clip_norm": _STEP_SIZE,
     "privacy.sample_rate": (
@@ -887,6 +1060,7 @@ _RULES: dict[str, _Rule] = {
     "federation.dirichlet_alpha": _POSITIVE,
     "federation.classes_per_site": _COUNT,
     "federation.quorum": _OPEN_SHARE,
+    "federation.participation": _OPEN_SHARE,
     "federation.round_timeout_s": _POSITIVE,
     "evaluation.every": ("0 or more", lambda value: bool(value >= 0)),
     "engine.threads": ("between 0 and 1024", lambda value: bool(0 <= value <= MAX_THREADS)),
@@ -905,6 +1079,13 @@ _RULES: dict[str, _Rule] = {
         "at least 1, or null to count",
         lambda value: value is None or value >= 1,
     ),
+    **{f"faults.{name}": _SHARE for name in FAULTS},
+    "faults.seed": _SEED,
+    "faults.scale": ("a finite number", math.isfinite),
+    "faults.slowdown": ("a finite number, 1 or more", lambda value: 1 <= value < math.inf),
+    "faults.speeds": _ALL_POSITIVE,
+    "faults.round_s": _POSITIVE,
+    "faults.deadline_s": _LIMIT,
 }
 _LORA_RULES: dict[str, _Rule] = {
     "tuning.rank": _up_to(MAX_RANK),

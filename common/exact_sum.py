@@ -8,6 +8,8 @@ Source: the idea of reproducible summation by pre-rounding, Demmel & Nguyen (201
 bound on each value is known beforehand, so one word does.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,6 +50,7 @@ class ExactSum:
             raise VerificationError(f"sum: of {capacity} vectors, must be of 1 to {MOST}")
         self.count, self._capacity = 0, capacity
         """Vectors added so far."""
+        self._weights: list[float] = []
         self._fraction = ROOM - (capacity - 1).bit_length()
         self.total: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
         """(P,) the sum, in multiples of `resolution`."""
@@ -57,10 +60,11 @@ class ExactSum:
         """2^-F, of which every summed value is a multiple."""
         return float(2.0**-self._fraction)
 
-    def add(self, vector: Vector) -> None:
+    def add(self, vector: Vector, weight: float = 1.0) -> None:
         """Adds one vector.
 
-        Args: vector: (P,) float32, of values whose size is at most `MAX_MAGNITUDE`.
+        Args: vector: (P,) float32, of values whose size is at most `MAX_MAGNITUDE`; weight: what it
+        counts in the mean, above 0 and at most 1.
         Raises: VerificationError if it is another one, or one more than fit; nothing was added.
         """
         self._check_room(1)
@@ -69,7 +73,9 @@ class ExactSum:
         # An extreme per chunk, and no copy of all magnitudes. Of NaN neither holds.
         if vector.size and not (vector.min() >= -MAX_MAGNITUDE and vector.max() <= MAX_MAGNITUDE):
             raise VerificationError(f"sum: a value is not within {MAX_MAGNITUDE:g}")
-        scale = 2.0**self._fraction
+        if not 0 < weight <= 1:
+            raise VerificationError(f"sum: a weight of {weight} is not above 0 and at most 1")
+        scale = 2.0**self._fraction * weight
         scaled, whole = np.empty(CHUNK), np.empty(CHUNK, dtype=np.int64)
         for start in range(0, len(vector), CHUNK):
             part, target = vector[start : start + CHUNK], self.total[start : start + CHUNK]
@@ -79,6 +85,7 @@ class ExactSum:
             np.copyto(units, real, casting="unsafe")
             target += units
         self.count += 1
+        self._weights.append(weight)
 
     def merge(self, other: "ExactSum") -> None:
         """Adds what another sum holds, as if its vectors had been added here.
@@ -90,6 +97,7 @@ class ExactSum:
         self._check_room(other.count)
         self.total += other.total
         self.count += other.count
+        self._weights += other._weights
 
     def mean(self) -> Vector:
         """(P,) float32: the mean of what was added, rounded once beside the values' own rounding.
@@ -100,10 +108,10 @@ class ExactSum:
         """
         if not self.count:
             raise VerificationError("sum: of no vectors has no mean")
-        mean = np.empty(len(self.total), dtype=np.float32)
+        mean, weight = np.empty(len(self.total), dtype=np.float32), math.fsum(self._weights)
         for start in range(0, len(mean), CHUNK):
             part = self.total[start : start + CHUNK].astype(np.float64)
-            mean[start : start + CHUNK] = part / self.count * self.resolution
+            mean[start : start + CHUNK] = part / weight * self.resolution
         return mean
 
     def _check_room(self, more: int) -> None:

@@ -133,9 +133,8 @@ def pack_instruction(instruction: Instruction) -> RecordDict:
         {
             "run-id": instruction.run_id,
             "round": instruction.round,
-            "config": to_canonical(instruction.config),
-            "config-hash": config_hash(instruction.config),
             "layout-digest": instruction.layout_digest,
+            **_pack_config(instruction.config),
             **_pack_receipt(instruction.receipt),
         }
     )
@@ -150,6 +149,16 @@ def addressed(content: RecordDict, receipt: Receipt | None) -> RecordDict:
     facts = known.copy()
     facts.update(_pack_receipt(receipt))
     return RecordDict({VECTOR: content[VECTOR], FACTS: facts})
+
+
+def on_terms(content: RecordDict, config: Config) -> RecordDict:
+    """The same instruction for sites on other terms, and the one vector shared."""
+    facts = {**_config_record(content), **_pack_config(config)}
+    return RecordDict({VECTOR: content[VECTOR], FACTS: ConfigRecord(facts)})
+
+
+def _pack_config(config: Config) -> dict[str, str]:
+    return {"config": to_canonical(config), "config-hash": config_hash(config)}
 
 
 def _pack_receipt(receipt: Receipt | None) -> dict[str, str]:

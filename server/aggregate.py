@@ -6,8 +6,10 @@ let go: for strategies on the mean, memory does not grow with the number of site
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 
 from common import messages
 from common.config import PrivacyMode
@@ -20,6 +22,12 @@ from server.heads import check_continuation
 from server.strategy import Gathered
 
 SILENT = "no reply before the deadline"
+UNHEARD = (
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+)
+"""What Flower answers itself, in the place of a node that it never heard of again."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +57,18 @@ class Judge:
         sent: Mapping[str, int],
         instruction: Instruction,
         layout: Layout,
-        charge: Event,
+        charges: Mapping[int, Event],
         receipts: Mapping[int, Receipt],
+        weights: Mapping[int, float] = MappingProxyType({}),
     ) -> None:
         """Args: gathered: where accepted updates go; sent: node id by message id, which may grow
-        while replies come; charge: what the instruction costs; receipts: the head of its ledger
-        that each node was sent, from which that ledger must go on.
+        while replies come; by node id: charges: what the instruction costs there; receipts: the
+        head of its ledger that it was sent, from which that ledger must go on; weights: what its
+        update counts, 1 where it is not named.
         """
         self._gathered, self._sent, self._receipts = gathered, sent, receipts
-        self._instruction, self._layout, self._charge = instruction, layout, charge
+        self._weights = weights
+        self._instruction, self._layout, self._charges = instruction, layout, charges
         self._accepted: set[int] = set()
         self._refused: dict[int, str] = {}
         self._books: dict[int, SiteBooks] = {}
@@ -74,7 +85,7 @@ class Judge:
             return
         try:
             update = messages.read_update(reply)
-            _check(update, self._instruction, self._layout, self._charge)
+            _check(update, self._instruction, self._layout, self._charges[node])
             if update.books is not None:
                 check_continuation(self._receipts.get(node), update.books)
         except VerificationError as error:
@@ -89,7 +100,7 @@ class Judge:
         return Verdicts(frozenset(self._accepted), refused, dict(self._books), self._bytes_up)
 
     def _accept(self, node: int, update: Update, size: int) -> None:
-        self._gathered.add(node, update.vector)
+        self._gathered.add(node, update.vector, weight=self._weights.get(node, 1.0))
         self._refused.pop(node, None)
         self._accepted.add(node)
         self._bytes_up += size
@@ -113,4 +124,6 @@ def _check(update: Update, instruction: Instruction, layout: Layout, charge: Eve
 
 def reason_of(reply: Message) -> str:
     """A fixed text for a known code; whatever else a peer writes is not repeated."""
+    if reply.error.code in UNHEARD:
+        return SILENT
     return messages.REFUSALS.get(reply.error.code, f"error {reply.error.code}")

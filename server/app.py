@@ -1,9 +1,10 @@
 """The ServerApp: reads the resolved config, runs the rounds, writes everything a run leaves."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -33,6 +34,10 @@ CONFIG_KEY = "config"
 """Key of the resolved config, one canonical string, in Flower's run config."""
 
 
+Sections = Callable[[list[RoundLine]], Mapping[str, Any]]
+"""From the rounds of a run, more sections of its report: of what a simulation did to it."""
+
+
 @dataclass(frozen=True)
 class Watch:
     """What a person may see while a run goes on."""
@@ -44,12 +49,15 @@ class Watch:
 
 
 def server_app(
-    public: Callable[[Config], Records], watch: Watch, left_out: Records | None = None
+    public: Callable[[Config], Records],
+    watch: Watch,
+    left_out: Records | None = None,
+    sections: Sections = lambda _: {},
 ) -> ServerApp:
     """The ServerApp of one run.
 
     Args: public: reads the split the config evaluates on; left_out: in simulations only, the
-    records of the site that does not train.
+    records of the site that does not train, and more sections of the report.
     """
     app = ServerApp()
 
@@ -60,13 +68,19 @@ def server_app(
             raise VerificationError("run config: holds no configuration")
         config = from_canonical(text)
         check_left_out(config, left_out)
-        _run(grid, make_plan(config), public(config), watch, left_out)
+        _run(grid, make_plan(config), public(config), watch, left_out, sections=sections)
 
     return app
 
 
 def _run(
-    grid: Grid, run_plan: RunPlan, public: Records, watch: Watch, left_out: Records | None
+    grid: Grid,
+    run_plan: RunPlan,
+    public: Records,
+    watch: Watch,
+    left_out: Records | None,
+    *,
+    sections: Sections,
 ) -> None:
     config, started = run_plan.config, time.perf_counter()
     run_dir = Path(config.run_dir)
@@ -106,7 +120,14 @@ def _run(
     elsewhere = measure_left_out(config, model, state.vector, left_out)
     spent_s = before_s + time.perf_counter() - started
     facts = RunFacts(
-        state.run_id, spent_s, len(public), key, detail, elsewhere, state.resumed_after
+        state.run_id,
+        spent_s,
+        len(public),
+        key,
+        detail,
+        elsewhere,
+        resumed_after=state.resumed_after,
+        sections=sections(lines),
     )
     report = build_report(run_plan, lines, facts, counted)
     write_model(run_dir / "model", model, state.vector, config, report)

@@ -27,11 +27,11 @@ def wait_for_sites(grid: Grid, *, sites: int, timeout_s: float) -> dict[int, str
     return nodes
 
 
-def sample_cohort(nodes: Mapping[int, str]) -> tuple[int, ...]:
-    """The nodes of one round, in an order that does not depend on when they came: all of them.
+def in_order(nodes: Mapping[int, str]) -> tuple[int, ...]:
+    """The nodes of one round, in an order that does not depend on when they came.
 
-    A sampled cohort would change no charge: the coordinator sees who takes part, so client
-    sampling amplifies nothing against it.
+    Who is among them says the schedule of the plan, before the run: the coordinator sees who takes
+    part, so drawing sites amplifies nothing against it.
     """
     return tuple(sorted(nodes))
 

@@ -15,7 +15,7 @@ from common.privacy.accounting import Event
 from common.privacy.chain import Receipt
 from common.privacy.mechanism import count_event, count_std
 from server.aggregate import reason_of
-from server.cohort import sample_cohort
+from server.cohort import in_order
 from server.exchange import Exchange
 from server.heads import HeadBook, check_continuation, receipts_of
 from server.plan import RunPlan
@@ -60,7 +60,7 @@ def count_correct(
     heads: HeadBook | None,
     nodes: Mapping[int, str],
 ) -> Counted | None:
-    """Asks every site once how many of its records the final model gets right.
+    """Asks every site that had a round once how many of its records the final model gets right.
 
     Guarantee: waits no longer than a round; a site that does not answer is left out and named.
     Args: final: the last round's instruction, with the final parameters; nodes: of the rounds,
@@ -70,9 +70,17 @@ def count_correct(
     config, event = run_plan.config, count_event(run_plan.config)
     if event is None:
         return None
-    receipts, timeout_s = receipts_of(nodes, heads), config.federation.round_timeout_s
-    exchange = Exchange(grid, final, timeout_s=timeout_s, receipts=receipts, spares={})
-    exchange.send(sample_cohort(nodes), kind=MessageType.EVALUATE)
+    terms = run_plan.seated(nodes)
+    nodes = {node: name for node, name in nodes.items() if node in terms}
+    exchange = Exchange(
+        grid,
+        final,
+        timeout_s=config.federation.round_timeout_s,
+        receipts=(receipts := receipts_of(nodes, heads)),
+        spares={},
+        configs={node: own.config for node, own in terms.items()},
+    )
+    exchange.send(in_order(nodes), kind=MessageType.EVALUATE)
     accepted: dict[str, Count] = {}
     refused = dict.fromkeys(nodes.values(), "no reply before the deadline")
     for reply in exchange.replies():

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from time import monotonic, sleep
+from types import MappingProxyType
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common import messages
+from common.config import Config
 from common.messages import Instruction
 from common.privacy.chain import Receipt
 from server.cohort import POLL_S
@@ -27,15 +29,19 @@ class Exchange:
         timeout_s: float,
         receipts: Mapping[int, Receipt],
         spares: dict[int, int],
+        configs: Mapping[int, Config] = MappingProxyType({}),
     ) -> None:
-        """Args: receipts, spares: by node id; a repeated attempt is
-        taken from `spares`, which outlives the round.
+        """Args: receipts, spares, configs: by node id; a repeated attempt is taken from `spares`,
+        which outlives the round; a node is told its own config, where it has one, in the place of
+        the instruction's.
         """
         self.sent: dict[str, int] = {}
         """Node id by message id, repeated attempts included."""
         self.bytes_down = 0
         self._grid, self._group = grid, str(instruction.round)
-        self._content = messages.pack_instruction(instruction)
+        self._content, self._configs = messages.pack_instruction(instruction), configs
+        self._on_terms: dict[int, RecordDict] = {}
+        """By the identity of a config, which many nodes share."""
         self._bytes = messages.content_bytes(self._content)
         self._receipts, self._spares = receipts, spares
         self._deadline = monotonic() + timeout_s
@@ -75,8 +81,16 @@ class Exchange:
         self._spares[node] -= 1
         return self.send((node,))
 
+    def _told(self, node: int) -> RecordDict:
+        config = self._configs.get(node)
+        if config is None:
+            return self._content
+        if id(config) not in self._on_terms:
+            self._on_terms[id(config)] = messages.on_terms(self._content, config)
+        return self._on_terms[id(config)]
+
     def _addressed(self, node: int, kind: str) -> Message:
-        content: RecordDict = messages.addressed(self._content, self._receipts.get(node))
+        content: RecordDict = messages.addressed(self._told(node), self._receipts.get(node))
         return Message(
             content,
             dst_node_id=node,

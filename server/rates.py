@@ -2,7 +2,8 @@
 
 The noise that a weight of the head has gathered at the end is in proportion to step size, clip
 bound and sigma, and to one over the number of records. What a step size may be is thus known before
-any record is read: nothing here looks at more than declared constants.
+any record is read: nothing here looks at more than declared constants. Where sites differ in sigma,
+or in rounds, the plan gives the sigma that would leave as much noise if all had it in every round.
 """
 
 import math

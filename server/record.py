@@ -43,6 +43,8 @@ class RoundLine:
     """What each site that answered says of its ledger."""
     elapsed_s: float = 0.0
     """Seconds since the run began, without what an interruption lost."""
+    epsilons: dict[str, float | str] = field(default_factory=dict)
+    """Of each site that was asked so far, where sites are on different terms."""
 
 
 def append_line(run_dir: Path, line: RoundLine) -> None:

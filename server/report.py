@@ -75,6 +75,8 @@ class RunFacts:
     """What the metrics of the public records do not say: by class, by group, texts written."""
     left_out: Mapping[str, Any] | None = None
     """How the model does at the site that did not train, if one was left out."""
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    """What a simulation knows of the run beside, by section."""
     resumed_after: tuple[int, ...] = ()
     """Rounds after which the run was interrupted and taken up again."""
 
@@ -110,6 +112,7 @@ def build_report(
         "evaluation_detail": dict(facts.detail),
         **({"evaluation_left_out": dict(facts.left_out)} if facts.left_out else {}),
         **({"evaluation_private": counted.section()} if counted and counted.books else {}),
+        **facts.sections,
         **_cost_sections(lines, facts),
         "config_hash": config_hash(config),
         "seed": config.seed,
@@ -179,6 +182,7 @@ def _site_section(
         "rounds": rounds,
         "repeated": attempts - rounds,
         "steps": attempts * run_plan.event.steps,
+        "noise_multiplier": run_plan.of(name).event.noise_multiplier,
         "ledger_head": books["head"] if books else "",
         "not_answered": {
             **{str(line.round): line.refused[name] for line in lines if name in line.refused},
@@ -251,6 +255,8 @@ def show_report(content: dict[str, Any], run_dir: Path, console: Console) -> Non
     for site in content["sites"]:
         for reason, count in Counter(site.get("not_answered", {}).values()).items():
             console.print(f"{site['name']}: {reason} ({count} times)", highlight=False)
+    if "faults" in content:
+        console.print(_faults_sentence(content["faults"]), highlight=False)
     metrics = _metrics(content["evaluation"])
     console.print(f"{metrics} on {content['evaluation_records']} public records", highlight=False)
     if "evaluation_private" in content:
@@ -290,6 +296,20 @@ def _left_out_sentence(found: dict[str, Any]) -> str:
     return (
         f"{_metrics(found['metrics'])} on {found['records']} records of {found['site']} "
         f"({NOT_PRIVATE}: {found['reason']})"
+    )
+
+
+def _faults_sentence(faults: dict[str, Any]) -> str:
+    """What went wrong on purpose, and what that came to."""
+    kinds = ", ".join(f"{name} {count}" for name, count in faults["counts"].items())
+    heard = Counter(
+        hit["outcome"] if hit["outcome"] in ("accepted", "repeated") else "not in its round"
+        for hit in faults["injected"]
+    )
+    came = ", ".join(f"{count} {outcome}" for outcome, count in sorted(heard.items()))
+    return (
+        f"faults injected: {kinds or 'none'}{f' ({came})' if came else ''}; "
+        f"{faults['clock_s']:.0f} s by the simulated clock"
     )
 
 

@@ -6,6 +6,7 @@ charged nothing; the others charge a new attempt, with fresh noise, where a spar
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,7 +116,13 @@ def without_spare(state: RunState, number: int, verdicts: Verdicts) -> set[int]:
 
 
 def asked_before(
-    state: RunState, number: int, verdicts: Verdicts, spares: dict[int, int], run_plan: RunPlan
+    state: RunState,
+    number: int,
+    verdicts: Verdicts,
+    spares: dict[int, int],
+    *,
+    run_plan: RunPlan,
+    nodes: Mapping[int, str],
 ) -> list[int]:
     """Sites that may have been charged for an attempt of before the interruption, too.
 
@@ -127,7 +134,8 @@ def asked_before(
         return []
     if not run_plan.config.ledger:
         for node, books in verdicts.books.items():
-            used = attempts_told(books, run_plan.event) - number
+            name = nodes[node]
+            used = attempts_told(books, run_plan.of(name).event) - run_plan.turn(name, number)
             spares[node] = max(0, min(spares[node], run_plan.config.privacy.spare_rounds - used))
     unknown = {*verdicts.refused} - without_spare(state, number, verdicts)
     used_by = [node for node in sorted(unknown) if spares[node] > 0]

@@ -11,12 +11,13 @@ from time import perf_counter
 
 from flwr.serverapp import Grid
 
+from common.config import Config, share_of
 from common.errors import FederationError
 from common.messages import Instruction, SiteBooks
 from common.parameters import Layout, Vector
 from server.aggregate import Judge, Verdicts
 from server.checkpoint import RunState, write_checkpoint
-from server.cohort import sample_cohort, wait_for_sites
+from server.cohort import in_order, wait_for_sites
 from server.exchange import Exchange
 from server.heads import HeadBook, receipts_of
 from server.plan import RunPlan, is_private
@@ -78,28 +79,36 @@ def run_rounds(
     config = run_plan.config
     timeout_s = config.federation.round_timeout_s
     nodes = wait_for_sites(grid, sites=config.federation.training_sites, timeout_s=timeout_s)
+    terms = run_plan.seated(nodes)
     spares = {n: state.spares.get(name, config.privacy.spare_rounds) for n, name in nodes.items()}
     for number in range(state.round + 1, config.federation.rounds + 1):
-        # 1. Sample the cohort.
-        cohort = sample_cohort(nodes)
-        # 2. Send the instruction, to each site with the last head of its ledger that we signed.
+        # 1. Sample the cohort: the plan did, from public coins.
+        cohort = in_order(run_plan.cohort(number, nodes))
+        # 2. Send the instruction, to each site with its own terms, and with the last head of its
+        # ledger that we signed.
         instruction = Instruction(state.run_id, number, config, layout.digest, state.vector)
         receipts = receipts_of(nodes, heads)
         started = perf_counter()
         exchange = Exchange(
-            grid, instruction, timeout_s=timeout_s, receipts=receipts, spares=spares
+            grid,
+            instruction,
+            timeout_s=timeout_s,
+            receipts=receipts,
+            spares=spares,
+            configs={node: own.config for node, own in terms.items()},
         )
         exchange.send(cohort)
         # 8. Collect replies until all have come, or the deadline; 9. validate each by itself, and
         # gather its update.
-        gathered = gathering(config.strategy, layout.size, capacity=len(nodes))
+        gathered = gathering(config.strategy, layout.size, capacity=len(cohort))
         judge = Judge(
             gathered,
             sent=exchange.sent,
             instruction=instruction,
             layout=layout,
-            charge=run_plan.event,
+            charges={node: terms[node].event for node in cohort},
             receipts=receipts,
+            weights={node: run_plan.weight_of(nodes[node]) for node in cohort},
         )
         for reply in exchange.replies():
             judge.read(reply)
@@ -110,8 +119,9 @@ def run_rounds(
         if heads is not None:
             heads.countersign({site: each.head for site, each in books.items()})
         # What sites were asked before the run was interrupted: no checkpoint tells, their books do.
-        again = asked_before(state, number, verdicts, spares, run_plan)
-        _check_quorum(verdicts, run_plan, number, excused=without_spare(state, number, verdicts))
+        again = asked_before(state, number, verdicts, spares, run_plan=run_plan, nodes=nodes)
+        excused = without_spare(state, number, verdicts)
+        _check_quorum(verdicts, config, number, asked=len(cohort), excused=excused)
         # 9. Aggregate.
         made = aggregate(
             config.strategy,
@@ -138,11 +148,14 @@ def run_rounds(
         )
 
 
-def _check_quorum(verdicts: Verdicts, run_plan: RunPlan, number: int, *, excused: set[int]) -> None:
-    """Args: excused: nodes that cannot answer any more, whom no quorum waits for."""
-    federation = run_plan.config.federation
-    sites, quorum = federation.training_sites, federation.quorum
-    if len(verdicts.accepted) < min(federation.quorum_sites, sites - len(excused)):
+def _check_quorum(
+    verdicts: Verdicts, config: Config, number: int, *, asked: int, excused: set[int]
+) -> None:
+    """Args: asked: how many sites were; excused: nodes that cannot answer any more, whom no quorum
+    waits for.
+    """
+    sites, quorum = asked, config.federation.quorum
+    if len(verdicts.accepted) < min(share_of(sites, quorum), sites - len(excused)):
         reasons = sorted(set(verdicts.refused.values()))
         raise FederationError(
             f"round {number}: {len(verdicts.accepted)} of {sites} sites answered, "

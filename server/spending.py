@@ -16,7 +16,7 @@ from common.privacy.accounting import (
     epsilons,
     number,
 )
-from server.plan import RunPlan, is_private
+from server.plan import RunPlan, SitePlan, is_private
 from server.record import RoundLine, SiteLine, site_lines
 from server.resume import attempts_told
 from server.rounds import RoundOutcome
@@ -27,16 +27,25 @@ class Asked:
     """One thing that was asked of sites: a round, or a count."""
 
     event: Event
-    """What it costs whoever answers."""
+    """What it costs a site that has no other price in `own`."""
     names: tuple[str, ...]
     """Whom it was asked of; a name stands twice if it was asked twice."""
     books: Mapping[str, SiteLine] = field(default_factory=dict)
     """What those that answered said of their ledgers."""
+    own: Mapping[str, Event] = field(default_factory=dict)
+    """What it costs sites that are on terms of their own."""
+
+    def event_of(self, name: str) -> Event:
+        """What it costs a site, whether it answers or not."""
+        return self.own.get(name, self.event)
 
 
 def rounds_asked(run_plan: RunPlan, lines: Iterable[RoundLine]) -> list[Asked]:
     """The rounds of a run, as questions that cost something."""
-    return [Asked(run_plan.event, line.asked, line.books) for line in lines]
+    if run_plan.is_uniform:
+        return [Asked(run_plan.event, line.asked, line.books) for line in lines]
+    own = {name: each.event for name, each in run_plan.sites.items()}
+    return [Asked(run_plan.event, line.asked, line.books, own) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,9 @@ def round_line(
         books=site_lines(outcome.books),
         elapsed_s=round(elapsed_s, 3),
     )
-    return replace(line, epsilon=number(_epsilon_so_far(run_plan, [*before, line])))
+    spent = _epsilons_so_far(run_plan, [*before, line])
+    each = {} if run_plan.is_uniform else {name: number(spent[name]) for name in spent}
+    return replace(line, epsilon=number(max(spent.values())), epsilons=each)
 
 
 def _untold(outcome: RoundOutcome, before: list[RoundLine], run_plan: RunPlan) -> list[str]:
@@ -89,24 +100,30 @@ def _untold(outcome: RoundOutcome, before: list[RoundLine], run_plan: RunPlan) -
     """
     if not outcome.state.resumed_after or run_plan.config.ledger:
         return []
-    event, most = run_plan.event, run_plan.config.charged_rounds
     seen = Counter(name for line in before for name in line.asked) + Counter(outcome.asked)
-    told = {name: attempts_told(books, event) for name, books in outcome.books.items()}
-    extra = {name: min(attempts, most) - seen[name] for name, attempts in told.items()}
+    extra = {
+        name: min(attempts_told(books, terms.event), terms.config.charged_rounds) - seen[name]
+        for name, books in outcome.books.items()
+        for terms in [run_plan.of(name)]
+    }
     return [name for name, attempts in extra.items() for _ in range(attempts)]
 
 
-def _epsilon_so_far(run_plan: RunPlan, lines: list[RoundLine]) -> float:
-    """Of the site that was charged most, answered or not."""
+def _epsilons_so_far(run_plan: RunPlan, lines: list[RoundLine]) -> dict[str, float]:
+    """Of each site that was asked, answered or not."""
     asked, delta = rounds_asked(run_plan, lines), run_plan.config.privacy.delta
     times = Counter(name for each in asked for name in each.names)
-    most = len(run_plan.epsilon_by_round)  # its plan allows a site no more, however often asked
-    epsilon = run_plan.epsilon_by_round[min(max(times.values()), most) - 1]
+    spent = {name: _planned(run_plan.of(name), n) for name, n in times.items()}
     if run_plan.config.ledger:  # other runs are in its books, too
         for name in times:
             priced = epsilon_pld(_told(asked, name), delta, LIVE_INTERVAL)
-            epsilon = max(epsilon, priced, _said(asked, name, delta))
-    return epsilon
+            spent[name] = max(spent[name], priced, _said(asked, name, delta))
+    return dict(sorted(spent.items(), key=lambda each: _natural(each[0])))
+
+
+def _planned(terms: SitePlan, attempts: int) -> float:
+    """Spent after so many attempts; its plan allows a site no more, however often asked."""
+    return terms.epsilon_by_round[min(attempts, len(terms.epsilon_by_round)) - 1]
 
 
 def spendings(run_plan: RunPlan, asked: Iterable[Asked]) -> dict[str, Spending]:
@@ -123,7 +140,7 @@ def spendings(run_plan: RunPlan, asked: Iterable[Asked]) -> dict[str, Spending]:
 
 def _spending(run_plan: RunPlan, asked: list[Asked], name: str) -> Spending:
     books = _last(asked, name)
-    here = tuple(each.event for each in asked for one in each.names if one == name)
+    here = tuple(each.event_of(name) for each in asked for one in each.names if one == name)
     if not is_private(run_plan.config):
         return Spending(here, Epsilons(math.inf, math.inf, math.inf), books, math.inf)
     told = _told(asked, name)
@@ -169,7 +186,7 @@ def _told(asked: list[Asked], name: str) -> tuple[Event, ...]:
         if name in each.books:
             history = _charged(each.books[name])
         else:  # it may have answered, and paid, all the same
-            history += (each.event,) * each.names.count(name)
+            history += (each.event_of(name),) * each.names.count(name)
     return history
 
 

@@ -44,8 +44,11 @@ class Gathered(Protocol):
     def count(self) -> int:
         """How many there are."""
 
-    def add(self, node: int, vector: Vector) -> None:
-        """One more update, of `node`; a view of a message need not outlive the call."""
+    def add(self, node: int, vector: Vector, *, weight: float = 1.0) -> None:
+        """One more update, of `node`; a view of a message need not outlive the call.
+
+        Args: weight: what it counts where a mean is taken.
+        """
 
 
 class Summed:
@@ -59,9 +62,9 @@ class Summed:
         """How many there are."""
         return self.sum.count
 
-    def add(self, node: int, vector: Vector) -> None:
+    def add(self, node: int, vector: Vector, *, weight: float = 1.0) -> None:
         """One more update."""
-        self.sum.add(vector)
+        self.sum.add(vector, weight)
 
 
 class Kept:
@@ -75,7 +78,7 @@ class Kept:
         """How many there are."""
         return len(self._vectors)
 
-    def add(self, node: int, vector: Vector) -> None:
+    def add(self, node: int, vector: Vector, *, weight: float = 1.0) -> None:
         """One more update."""
         self._vectors[node] = vector
 
@@ -110,7 +113,7 @@ def aggregate(
     """The next global parameters, from those `before` and the updates of a round.
 
     Guarantee: a function of its arguments, where the order in which updates came changes no bit;
-    every update has the same weight, as one by number of records would release that number. With
+    no weight follows a number of records, as that would release it. With
     fewer updates than the strategy needs for what it promises, nothing changes.
     Raises: FederationError if the result is none that sites accept.
     """

@@ -71,7 +71,9 @@ def _worst_charged(runs: Sequence[Finished], delta: float) -> list[Event]:
     for run in runs:
         mechanism, count = run.report["privacy"]["mechanism"], count_event(run.config)
         for site in run.report["sites"]:
-            steps = Event(**{**mechanism, "steps": site["steps"]})
+            # A site on terms of its own has its own sigma.
+            own = {name: site[name] for name in ("noise_multiplier", "steps") if name in site}
+            steps = Event(**{**mechanism, **own})
             charged.setdefault(site["name"], []).extend([steps, *([count] if count else [])])
     distinct = {coalesce(events): events for events in charged.values()}
     return max(distinct.values(), key=lambda events: epsilon_pld(events, delta))

@@ -50,10 +50,11 @@ from common.privacy.mechanism import counting
 from common.progress import Told
 from common.records import Records
 from common.tasks import TASKS, build_model, reader_of
-from server.app import CONFIG_KEY, Watch, server_app
+from server.app import CONFIG_KEY, Sections, Watch, server_app
 from server.groups import check_groups
 from server.plan import (
     NOT_PRIVATE,
+    epsilon_of,
     estimate_seconds,
     is_private,
     make_plan,
@@ -64,8 +65,10 @@ from server.plan import (
 from server.record import RoundLine
 from server.report import read_report, show_report
 from server.resume import has_begun, is_finished
+from server.schedule import draw_schedule
 from simulations.answer import partition_of
 from simulations.cluster import OnRay, check_installed
+from simulations.faults import FaultyGrid, faults_section, may_crash
 from simulations.finished import Finished
 from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid, ThisProcess
 from simulations.interrupted import as_begun, occupied
@@ -173,11 +176,12 @@ def _run(config: Config, run_dir: Path, console: Console) -> None:
             tuple(config.data.labels),
             config.node,
             books,
-            sites_together(config, model),
+            1 if may_crash(config.faults) else sites_together(config, model),
+            config.faults,
         )
         with _grid(config, opened, store, ledgers) as grid, _progress(config, console) as watch:
-            app = server_app(lambda _: _public(config, splits), watch, left_out)
-            app(grid, _server_context(config))
+            app = server_app(lambda _: _public(config, splits), watch, left_out, _sections(config))
+            app(FaultyGrid(grid, config) if config.faults.active else grid, _server_context(config))
 
 
 def _grid(
@@ -325,11 +329,18 @@ def _ledgers(
                 ledger.bind(commitments[name])
             return ledgers
         officer = public_hex(generate_key(store.path.with_name("officer.key")))
-        source, cap, delta = config.data.source.name, config.privacy.epsilon, config.privacy.delta
+        source, delta = config.data.source.name, config.privacy.delta
         return {
-            name: store.open(name, Terms(source, cap, delta, officer, unit), commitment)
+            name: store.open(
+                name, Terms(source, epsilon_of(config, name), delta, officer, unit), commitment
+            )
             for name, commitment in commitments.items()
         }
+
+
+def _sections(config: Config) -> Sections:
+    """What a report says beside what a coordinator knows: what went wrong on purpose."""
+    return lambda lines: {"faults": faults_section(config, lines)} if config.faults.active else {}
 
 
 def _public(config: Config, splits: Splits) -> Records:
@@ -412,7 +423,7 @@ def _telling(console: Console) -> Iterator[Told]:
 @contextmanager
 def _progress(config: Config, console: Console) -> Iterator[Watch]:
     """A live bar on a terminal, a line per round elsewhere."""
-    total = config.federation.rounds * config.federation.training_sites
+    total = draw_schedule(config).questions
     progress = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),

@@ -11,9 +11,10 @@ from client.app import OpenSite, client_app
 from client.cohort import TOGETHER, Cohort
 from client.ledger import Store
 from client.site import Site
-from common.config import NodeConfig
+from common.config import FaultsConfig, NodeConfig
 from common.records import Records
 from simulations.answer import Answer
+from simulations.faults import FaultySites
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Sites:
     """The one file that all of their ledgers are in; None without privacy."""
     most: int = 1
     """How many may be answered at once; see `client.agreement.sites_together`."""
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    """What befalls them on purpose."""
 
     def app(self, store: Store | None) -> ClientApp:
         """The ClientApp of them all. Args: store: `books`, as this process has opened it."""
@@ -49,7 +52,7 @@ class Sites:
                 opened[name] = Site(name, self.records[name], self.classes, ledger, self.policy)
             return opened[name]
 
-        return open_site
+        return FaultySites(open_site, self.faults)
 
     def size(self, message: Message) -> int:
         """How many sites may be answered by one call, where the first is sent this message."""

@@ -292,7 +292,7 @@ def epsilon_by_round(event: Event, rounds: int, delta: float) -> tuple[float, ..
     return tuple(prices)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def solve_noise_multiplier(
     epsilon: float, delta: float, sample_rate: float, steps: int, beside: tuple[Event, ...] = ()
 ) -> float:

@@ -36,7 +36,9 @@ class NoSpareRoundError(PrivacyRefusedError):
 
 @dataclass
 class Plan:
-    """A committed run: at most `rounds + spare_rounds` reservations of one event."""
+    """A committed run: at most `rounds + spare_rounds` reservations of one event, for at most
+    `rounds` different rounds, whatever their numbers: a site may be asked in some of a run only.
+    """
 
     run: str
     event: Event
@@ -265,7 +267,9 @@ def _take_reserve(books: Books, entry: Entry) -> None:
         _fault(entry, "charges another event than its plan; an under-count, or another run's")
     attempts = books.attempts.get((plan.run, body["round"]), [])
     earlier = [books.reservations[seq] for seq in attempts]
-    if not 1 <= body["round"] <= plan.rounds or body["attempt"] != len(earlier) + 1:
+    first = plan.reserved - plan.retries
+    beyond = not earlier and first >= plan.rounds  # rounds are paid for by number, not by name
+    if body["round"] < 1 or beyond or body["attempt"] != len(earlier) + 1:
         _fault(entry, f"round {body['round']}, attempt {body['attempt']}, is not next in its plan")
     if any(r.state != "lost" for r in earlier):
         raise PrivacyRefusedError(f"round {body['round']} of run {plan.run} was already answered")

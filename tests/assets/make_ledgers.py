@@ -381,7 +381,7 @@ RULES = {
     "answered-twice": lambda: made(half, ("answer", 1, {"attempt": 2})),
     "same-round-side-by-side": lambda: made(begun, ("reserve", 1), ("reserve", 1, {"attempt": 2})),
     "no-spare-left": retries,
-    "round-not-planned": lambda: made(half, ("answer", 3)),
+    "round-not-planned": lambda: made(half, ("answer", 2), ("answer", 3)),
     "round-zero": lambda: made(half, ("answer", 0)),
     "attempt-left-out": lambda: made(lost, ("answer", 1, {"attempt": 3})),
     "attempt-again-the-first": lambda: made(lost, ("answer", 1)),

@@ -125,3 +125,34 @@ def test_a_sum_of_none_or_of_too_many_is_refused(capacity):
 def test_nothing_has_no_mean():
     with pytest.raises(VerificationError, match="no mean"):
         ExactSum(3, capacity=1).mean()
+
+
+@given(VECTORS, st.randoms(use_true_random=False))
+def test_a_weighted_mean_is_the_true_one_in_any_order(vectors, draw):
+    weights = [draw.choice([1.0, 0.5, 0.3, 2.0**-10]) for _ in vectors]
+    pairs = [*zip(vectors, weights, strict=True)]
+    means = set()
+    for _ in range(2):
+        total = ExactSum(vectors.shape[1], capacity=len(vectors))
+        draw.shuffle(pairs)
+        for vector, weight in pairs:
+            total.add(vector, weight)
+        means.add(total.mean().tobytes())
+    assert len(means) == 1
+    whole = sum(map(Fraction, weights))
+    for at, mean in enumerate(total.mean()):
+        true = sum(Fraction(float(v[at])) * Fraction(w) for v, w in pairs) / whole
+        step = Fraction(float(np.spacing(np.abs(np.float32(mean)))))
+        rounding = Fraction(total.resolution) * len(vectors) / 2 / whole
+        # A product of 24 and 53 bits is rounded to a float64 before it is put into fixed point.
+        product = Fraction(2**-52) * int(MAX_MAGNITUDE) * len(vectors) / whole
+        assert abs(Fraction(float(mean)) - true) <= step + rounding + product
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1.5, float("nan")])
+def test_a_weight_that_is_none_is_refused_and_nothing_is_added(weight):
+    total = ExactSum(1, capacity=2)
+    with pytest.raises(VerificationError, match="is not above 0 and at most 1"):
+        total.add(np.float32([1.0]), weight)
+    assert total.count == 0
+    assert total.total.tolist() == [0]

@@ -264,6 +264,26 @@ def test_a_run_may_be_interrupted_again_and_again(interrupted, coterie, tmp_path
     assert "after round 1, 1, 2;" in coterie("report", run_dir).out
 
 
+def test_sites_on_their_own_terms_go_on_with_them(interrupted, coterie, tiny_overrides, tmp_path):
+    """Schedule, epsilons and faults are those of the settings: nothing of them is remembered."""
+    more = [
+        *("federation.participation=0.5", "privacy.site_epsilons=[4,8]"),
+        *("faults.flipped=1", "faults.sites=[site-2]", "federation.local_steps=1"),
+    ]
+    whole = tmp_path / "whole"
+    settings = settings_of(tiny_overrides, *more)
+    assert coterie("simulate", *settings, f"run_dir={whole}").code == 0
+    run_dir = interrupted(lambda patched: stop_after(patched, 1), tmp_path / "run", *more)
+    answer = resume(coterie, run_dir)
+    assert answer.code == 0, answer.err
+    assert final_vector(run_dir).tobytes() == final_vector(whole).tobytes()
+    reports = [json.loads((each / "report.json").read_text()) for each in (run_dir, whole)]
+    for name in ("rounds", "repeated", "steps", "noise_multiplier", "epsilon"):
+        sites = [[site[name] for site in report["sites"]] for report in reports]
+        assert sites[0] == sites[1], name
+    assert reports[0]["faults"] == reports[1]["faults"]
+
+
 @pytest.mark.slow  # three runs each
 @pytest.mark.parametrize("strategy", ["fedadam", "fedavgm"])
 def test_what_a_strategy_remembers_is_resumed_with_it(

@@ -69,7 +69,7 @@ def judged(replies, instruction):
         sent=NODES,
         instruction=instruction,
         layout=LAYOUT,
-        charge=round_event(instruction.config),
+        charges=dict.fromkeys(NODES.values(), round_event(instruction.config)),
         receipts={},
     )
     for reply in replies:
@@ -243,7 +243,7 @@ def test_updates_are_let_go_as_they_come(instruction):
         sent=sent,
         instruction=instruction,
         layout=wide,
-        charge=round_event(instruction.config),
+        charges=dict.fromkeys(sent.values(), round_event(instruction.config)),
         receipts={},
     )
     peaks = []

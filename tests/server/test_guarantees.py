@@ -178,3 +178,47 @@ def test_by_person_every_row_is_about_persons(person_config):
     assert rows[0]["epsilon"] == pytest.approx(epsilon_pld([four], DELTA), abs=1e-6)
     assert "is an assumption" in rows[-1]["sentence"]
     assert rows[-1]["epsilon"] > rows[0]["epsilon"]
+
+
+def test_where_updates_are_compared_no_noise_of_others_is_claimed(plan):
+    """Krum's new model is one site's update."""
+    config = plan.config
+    krum = replace(config.strategy, name=type(config.strategy.name).krum, faulty_sites=1)
+    compared = replace(plan, config=replace(config, strategy=krum))
+    row = rows_of(compared, LINES)[1]
+    assert row["epsilon"] >= epsilon_pld([Event(2.0, 0.5, 3)], DELTA) - 1e-9
+    assert "compared and not averaged" in row["sentence"]
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_config):
+    """Three sites of epsilons 2, 8 and 2, one step a round."""
+    privacy = replace(tiny_config.privacy, noise_multiplier=None, site_epsilons=[2.0, 8.0])
+    return planned(replace(tiny_config, privacy=privacy), sites=3, rounds=3, local_steps=1)
+
+
+@pytest.mark.parametrize("weighting", ["equal", "inverse_variance"])
+def test_whoever_sees_models_faces_the_noise_of_all_as_the_mean_weighs_it(mixed, weighting):
+    """Each site by itself, by the weights and sigmas of the mean: the row is none of them below."""
+    federation = mixed.config.federation
+    chosen = replace(federation, weighting=type(federation.weighting)[weighting])
+    plan = replace(mixed, config=replace(mixed.config, federation=chosen))
+    sigmas = {name: plan.of(name).event.noise_multiplier for name in ALL}
+    weights = {name: s**-2 if weighting != "equal" else 1.0 for name, s in sigmas.items()}
+    noise = math.sqrt(sum((weights[name] * sigmas[name]) ** 2 for name in ALL))
+    lines = [line(1, ALL), line(2, ALL), line(3, ALL)]
+    row = rows_of(plan, lines)[1]
+    worst = max(epsilon_pld([Event(noise / w, 0.5, 3)], DELTA) for w in weights.values())
+    assert row["epsilon"] == pytest.approx(worst, abs=0.01)
+    assert row["epsilon"] >= worst - 1e-3
+
+
+def test_any_two_sites_on_different_terms_are_priced_as_a_pair(mixed):
+    lines = [line(1, ALL), line(2, ALL)]
+    row = rows_of(mixed, lines)[3]
+    events = {name: replace(mixed.of(name).event, steps=2) for name in ALL}
+    worst = max(
+        epsilon_pld([events[one], events[other]], DELTA, LIVE_INTERVAL)
+        for one, other in itertools.combinations(ALL, 2)
+    )
+    assert row["epsilon"] == pytest.approx(worst, abs=1e-6)

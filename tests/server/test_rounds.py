@@ -73,13 +73,11 @@ def named(count):
 @pytest.fixture(scope="module")
 def planned(tiny_config):
     """The plan of a tiny run with some federation settings changed."""
-    base = make_plan(tiny_config)
 
     def changed(**settings):
-        config = base.config
         settings = {"sites": 3, "round_timeout_s": 5.0, **settings}
-        return replace(
-            base, config=replace(config, federation=replace(config.federation, **settings))
+        return make_plan(
+            replace(tiny_config, federation=replace(tiny_config.federation, **settings))
         )
 
     return changed
@@ -489,3 +487,65 @@ def test_rounds_go_on_under_every_strategy(name, go, planned, compose_config):
     *_, last = go(FakeGrid(dict(reversed(named(5).items())), update), plan)
     assert np.array_equal(last.vector, forwards.vector)
     assert {*last.state.memory} == {*forwards.memory}
+
+
+# ---- rounds that ask some sites, on terms of their own
+
+
+@pytest.fixture(scope="module")
+def half(tiny_config):
+    """A plan of four sites, two of which a round asks."""
+    federation = replace(
+        tiny_config.federation, sites=4, participation=0.5, round_timeout_s=5.0, rounds=2
+    )
+    return make_plan(replace(tiny_config, federation=federation))
+
+
+def test_a_round_asks_its_cohort_and_nobody_else(go, half):
+    grid = FakeGrid(named(4), update)
+    outcomes = list(go(grid, half))
+    assert [outcome.asked for outcome in outcomes] == [*half.schedule.cohorts]
+    assert len(grid.pushed) == 4
+    assert {name for outcome in outcomes for name in outcome.asked} == {*named(4).values()}
+    told = [messages.read_instruction(message).config for message in grid.pushed.values()]
+    assert {config.asked_rounds for config in told} == {1}
+
+
+def test_the_quorum_is_a_share_of_the_sites_asked(go, half):
+    first, second = half.schedule.cohort(1)
+    refusing = {f"n{second.removeprefix('site-')}": refuse}
+    with pytest.raises(FederationError, match=r"1 of 2 sites .*quorum=1 asks for more"):
+        next(go(FakeGrid(named(4), nodes_that(**refusing)), half))
+    federation = replace(half.config.federation, quorum=0.5)
+    lower = replace(half, config=replace(half.config, federation=federation))
+    outcome = next(go(FakeGrid(named(4), nodes_that(**refusing)), lower))
+    assert outcome.asked == (first, second)
+    assert set(outcome.refused) == {second}
+
+
+def test_sites_on_terms_of_their_own_need_the_names_of_the_plan(go, half):
+    names = {**named(4), 3: "clinic"}
+    with pytest.raises(FederationError, match=r"1 of 4 sites are not in the plan.*site-1 to"):
+        next(go(FakeGrid(names, update), half))
+
+
+def test_a_site_that_charges_the_price_of_another_is_refused(go, tiny_config):
+    """Each is judged by what it was told; the cheaper price would be an under-count."""
+    privacy = replace(
+        tiny_config.privacy, noise_multiplier=None, site_epsilons=[4.0, 8.0], epsilon=8.0
+    )
+    federation = replace(tiny_config.federation, quorum=0.5, round_timeout_s=5.0)
+    plan = make_plan(replace(tiny_config, privacy=privacy, federation=federation))
+
+    def as_the_other(node, message):
+        instruction = messages.read_instruction(message)
+        other = plan.of("site-2").event
+        released = Update(
+            *(instruction.run_id, instruction.round, instruction.layout_digest, other),
+            instruction.vector,
+            SiteBooks(Head(5, "a" * 64), 8.0, 2.5, (other,)),
+        )
+        return Message(messages.pack_update(released), reply_to=message)
+
+    outcome = next(go(FakeGrid(named(2), as_the_other), plan))
+    assert outcome.refused == {"site-1": "update: charged something else than the plan"}

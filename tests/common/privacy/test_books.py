@@ -521,10 +521,26 @@ def test_spare_rounds_are_shared_by_all_rounds_and_rounds_by_none():
     assert site.books.remaining_rounds("a") == 0
 
 
+@pytest.mark.parametrize("numbers", [(1, 2), (2, 9), (2**53 - 1, 1)])
+def test_as_many_rounds_as_planned_are_paid_for_whatever_their_numbers(numbers):
+    """A site may be asked in some rounds of a run only; one more than planned is refused."""
+    site = Site()
+    site.plan(rounds=2, spares=1)
+    for number in numbers:
+        site.lose(site.reserve(number)) if number == 1 else site.answer(number)
+    refuses(site.reserve, 5, error=VerificationError, match="is not next in its plan")
+    if 1 in numbers:  # a spare pays for the same round once more, and for no other
+        site.lose(site.reserve(1, attempt=2))
+    refuses(site.reserve, 5, error=VerificationError, match="is not next in its plan")
+
+
 @pytest.mark.parametrize("number", [0, 3, 2**53 - 1])
 def test_a_round_that_is_not_planned_is_refused(number):
     site = Site()
     site.plan()
+    if number:
+        site.answer(1)
+        site.answer(2)
     refuses(site.reserve, number, error=VerificationError, match="is not next in its plan")
 
 

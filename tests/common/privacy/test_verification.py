@@ -143,7 +143,7 @@ FAULTS = {
     "reserve-without-plan": "entry 2 (RESERVE): run a has no open plan",
     "rotation-not-proved": f"entry 6 (KEY_ROTATE): {NO_CONSENT}",
     "rotation-proved-for-another-key": f"entry 6 (KEY_ROTATE): {NO_CONSENT}",
-    "round-not-planned": "entry 6 (RESERVE): round 3, attempt 1, is not next in its plan",
+    "round-not-planned": "entry 9 (RESERVE): round 3, attempt 1, is not next in its plan",
     "round-zero": "entry 6 (RESERVE): round 0, attempt 1, is not next in its plan",
     "run-planned-twice": "entry 3 (PLAN): run a is already planned",
     "same-round-side-by-side": "entry 4 (RESERVE): round 1 of run a was already answered",

@@ -182,6 +182,7 @@ def test_a_worker_that_hangs_is_replaced_when_its_deadline_has_passed(started, t
     assert len(asked(grid, timeout=1.5, ttl=1.5)) < 4
     assert time.monotonic() - before < 4
     assert [reply.has_content() for reply in asked(grid)] == [True] * 4
+    assert not is_alive(int((tmp_path / "hung").read_text()))
 
 
 def test_a_pull_does_not_wait_for_ever(started):

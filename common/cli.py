@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from common.errors import ConfigError, CoterieError
 
@@ -51,7 +51,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"coterie {metadata.version('coterie')}")
         return 0
     name, rest = arguments[0], arguments[1:]
-    return _dispatch(_invocation(name, rest), commands)
+    code = _dispatch(_invocation(name, rest), commands)
+    if code == INTERRUPTED and argv is None:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once: to take torch's modules apart can take it seconds, and whoever
+    pressed Ctrl-C waits. Everything on disk is whole by now.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _dispatch(invocation: Invocation, commands: dict[str, metadata.EntryPoint]) -> int:

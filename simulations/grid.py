@@ -60,7 +60,7 @@ class ThisProcess:
             del self._waiting[identity]
         self._waiting |= {message.metadata.message_id: message for message in outgoing}
 
-    def pull(self, wanted: Collection[str], timeout_s: float) -> list[Message]:  # noqa: ARG002 - nothing is waited for
+    def pull(self, wanted: Collection[str], timeout_s: float) -> list[Message]:
         """See `Crew`."""
         job: list[Message] = []
         most = 1
@@ -145,7 +145,7 @@ class LocalGrid(Grid):
         return [message.metadata.message_id for message in named]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Some replies to these messages, each once. Returns none after `PATIENCE_S` without any."""
+        """Some replies to these messages, each once; none after `PATIENCE_S` without any."""
         wanted = message_ids if isinstance(message_ids, Set) else {*message_ids}
         return self._crew.pull(wanted, PATIENCE_S) if wanted else []
 

@@ -101,7 +101,7 @@ class Parcel:
 
 
 class Link:
-    """One end. Any thread may send; one receives. Raises: EOFError, OSError if the other is gone."""
+    """One end: any thread sends, one receives. Raises: EOFError, OSError if the other is gone."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection

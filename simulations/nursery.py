@@ -1,4 +1,4 @@
-"""Nursery: a process that has imported what workers need, and makes each worker by a fork of itself.
+"""Nursery: a process that has imported what workers need, and makes each by a fork of itself.
 
 It starts as soon as workers are asked for, and imports beside this process's own imports. It has
 run nothing: no torch thread is there that a fork could lose. A worker, and one that takes the
@@ -136,7 +136,7 @@ def _become(serve: Callable[[int], None], handle: int, life: int) -> NoReturn:
     _end_with(life)  # threads do not survive a fork
     try:
         serve(handle)
-    except BaseException:  # noqa: BLE001 - nothing may unwind into the nursery's own loop
+    except BaseException:
         sys.excepthook(*sys.exc_info())
         os._exit(1)
     os._exit(0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from time import monotonic
 
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -34,8 +34,10 @@ from common.config import Config, PrivacyMode, Split, check_delta, to_canonical
 from common.data import Splits, check_files, load_splits
 from common.errors import ConfigError, PrivacyRefusedError
 from common.keys import generate_key
+from common.messages import read_instruction
 from common.privacy.accounting import shown
 from common.privacy.chain import public_hex
+from common.privacy.mechanism import counting
 from common.progress import Told
 from common.records import Records
 from common.tasks import TASKS, build_model, reader_of
@@ -52,6 +54,7 @@ from server.plan import (
 )
 from server.record import RoundLine
 from server.report import read_report, show_report
+from simulations.answer import partition_of
 from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid, ThisProcess
 from simulations.left_out import Finished, show_summary, summary, write_summary
 from simulations.nursery import nursery
@@ -154,9 +157,12 @@ def _grid(
         cohort = sites.answer(store)
         return LocalGrid(ThisProcess(cohort, len(names), cohort.size), names)
 
-    def lost(partition: int) -> bool:
-        ledger = ledgers.get(names[partition])
-        return ledger is not None and ledger.lose_unfinished()
+    def lost(message: Message) -> bool:
+        ledger = ledgers.get(names[partition_of(message)])
+        if ledger is None:
+            return False
+        run_id = read_instruction(message).run_id
+        return ledger.lose_unfinished(run_id, counting(run_id))
 
     crew = Workers(
         sites.answer_of_worker,

@@ -101,9 +101,7 @@ def jobs():
     """Says of each site with how many others it was answered."""
 
     def answer(messages, contexts):
-        assert [partition(c) for c in contexts] == [
-            m.metadata.dst_node_id - 2 for m in messages
-        ]
+        assert [partition(c) for c in contexts] == [m.metadata.dst_node_id - 2 for m in messages]
         return [reply(m, together=len(messages)) for m in messages]
 
     return answer
@@ -120,5 +118,3 @@ def looking():
         return Message(RecordDict(content), reply_to=message)
 
     return trained_by(train)
-
-

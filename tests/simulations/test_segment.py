@@ -18,7 +18,9 @@ def test_parts_are_found_where_they_are_said_to_be():
     parts = [b"abc", b"", bytes(range(200)), memoryview(np.arange(5.0)).cast("B")]
     made, places = Segment.of(parts)
     view = made.view()
-    assert [bytes(view[start : start + size]) for start, size in places] == [bytes(p) for p in parts]
+    assert [bytes(view[start : start + size]) for start, size in places] == [
+        bytes(p) for p in parts
+    ]
     assert all(start % ALIGNED == 0 for start, _ in places)
     made.close()
 

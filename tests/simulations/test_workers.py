@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import FedAvg
 from client.ledger import Store
 from common.config import EngineConfig
 from common.messages import LOCAL_FAILURE
+from simulations.answer import partition_of
 from simulations.grid import LocalGrid
 from simulations.workers import MOST_DEATHS, Workers, homes, threads_of, workers_of
 from tests.simulations import apps
@@ -158,9 +159,9 @@ def test_a_killed_workers_message_is_answered_by_another(started, tmp_path):
 def test_an_attempt_that_was_charged_is_lost_with_its_worker_and_no_other(started, tmp_path):
     told = []
 
-    def lost(partition):
-        told.append(partition)
-        return partition == 0
+    def lost(message):
+        told.append(partition_of(message))
+        return told[-1] == 0
 
     replies = asked(started(partial(apps.dying, tmp_path), sites=6, lost=lost))
     assert replies[0].error.code == LOCAL_FAILURE
@@ -220,21 +221,23 @@ def test_homes_are_dealt_longest_first():
 
 
 @pytest.mark.parametrize(
-    ("engine", "sites", "cores", "workers", "threads"),
+    ("engine", "sites", "workers", "threads"),
     [
-        (EngineConfig(), 1000, 8, 1, 8),
-        (EngineConfig(threads=1), 1000, 8, 8, 1),
-        (EngineConfig(threads=1), 3, 8, 3, 1),
-        (EngineConfig(threads=3), 1000, 8, 2, 3),
-        (EngineConfig(workers=4), 1000, 8, 4, 2),
-        (EngineConfig(workers=4), 2, 8, 2, 4),
-        (EngineConfig(workers=1, threads=1), 1000, 8, 1, 1),
-        (EngineConfig(workers=16), 1000, 8, 16, 1),
-        (EngineConfig(threads=16), 1000, 8, 1, 16),
+        (EngineConfig(), 1000, 1, 8),
+        (EngineConfig(threads=1), 1000, 8, 1),
+        (EngineConfig(threads=1), 3, 3, 1),
+        (EngineConfig(threads=3), 1000, 2, 3),
+        (EngineConfig(workers=4), 1000, 4, 2),
+        (EngineConfig(workers=4), 2, 2, 4),
+        (EngineConfig(workers=1, threads=1), 1000, 1, 1),
+        (EngineConfig(workers=16), 1000, 16, 1),
+        (EngineConfig(threads=16), 1000, 1, 16),
     ],
 )
-def test_how_many_processes_and_threads(monkeypatch, engine, sites, cores, workers, threads):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+def test_how_many_processes_and_threads_of_eight_cores(
+    monkeypatch, engine, sites, workers, threads
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert workers_of(engine, sites) == workers
     assert threads_of(engine, workers) == threads
 
@@ -278,15 +281,17 @@ class Running:
 
     def __init__(self, folder, overrides):
         self.run_dir = folder / "run"
+        self.stderr = folder / "stderr"
         command = [*COTERIE, "simulate", *overrides, f"run_dir={self.run_dir}"]
+        stderr = self.stderr.open("w")
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
-            stderr=(folder / "stderr").open("w"),
+            stderr=stderr,
             text=True,
             process_group=0,
         )
-        self.stderr = folder / "stderr"
+        stderr.close()
 
     def wait_for(self, text):
         for line in self.process.stdout:
@@ -336,7 +341,7 @@ def running(tiny_overrides, tmp_path):
     made = []
 
     def start(*overrides):
-        long = ["federation.rounds=2000", "federation.sites=4", "evaluation.every=0"]
+        long = ["federation.rounds=40", "federation.local_steps=100", "federation.sites=4"]
         made.append(Running(tmp_path, [*tiny_overrides, *long, "engine.workers=2", *overrides]))
         return made[-1]
 
@@ -390,7 +395,7 @@ def test_workers_do_not_outlive_a_simulation_that_is_killed(running):
 @pytest.mark.slow  # real processes
 def test_a_worker_that_is_killed_does_not_end_the_run(running):
     """What it was at is repeated within the plan's spare rounds, and the books know of it."""
-    run = running("federation.rounds=60", "privacy.spare_rounds=5", "federation.local_steps=4")
+    run = running("federation.rounds=12", "federation.local_steps=10", "privacy.spare_rounds=5")
     run.wait_for("round 2/")
     nursery = {pid for pid in run.others() if descendants(pid)}
     for _ in range(3):
@@ -400,8 +405,8 @@ def test_a_worker_that_is_killed_does_not_end_the_run(running):
     run.process.stdout.read()
     assert run.process.wait(60) == 0, run.stderr.read_text()
     report = json.loads((run.run_dir / "report.json").read_text())
-    assert {site["rounds"] for site in report["sites"]} <= {*range(60, 66)}
+    assert {site["rounds"] for site in report["sites"]} <= {*range(12, 18)}
     for books in books_of(run):
         states = [r.state for r in books.reservations.values()]
-        assert states.count("released") == 60
+        assert states.count("released") == 12
         assert {*states} <= {"released", "lost"}

@@ -525,6 +525,21 @@ def test_a_run_together_is_the_run_one_by_one(coterie, tiny_overrides, tmp_path,
     assert len(books[0]) == 6
 
 
+@pytest.mark.slow
+def test_workers_that_divide_the_sites_change_no_bit(coterie, tiny_overrides, tmp_path):
+    kept = [
+        o for o in tiny_overrides if not o.startswith(("federation.sites", "federation.rounds"))
+    ]
+    vectors = []
+    for workers in (1, 2):
+        folder = tmp_path / f"run-{workers}"
+        settings = [f"engine.workers={workers}", "engine.threads=1", f"run_dir={folder}"]
+        done = coterie("simulate", *kept, *RUN, *settings, "--json")
+        assert done.code == 0, done.err
+        vectors.append(vector_of(folder).tobytes())
+    assert vectors[0] == vectors[1]
+
+
 def vector_of(folder):
     (last,) = sorted((folder / "checkpoints").glob("*2*"))
     (vector,) = load_file(last).values()

@@ -409,7 +409,8 @@ def test_an_alarm_of_one_site_loses_its_round_alone(instruction, store, monkeypa
     cohort = cohort_of(sites)
     answers(cohort, asked(instruction))
     (trainer,) = cohort._trainers.values()
-    monkeypatch.setattr(trainer._meters["site-4"].noise, "_noise_std", 1e-4)
+    (meters,) = (each for (name, _), each in trainer._meters.items() if name == "site-4")
+    monkeypatch.setattr(meters.noise, "_noise_std", 1e-4)
     replies = answers(cohort, asked(replace(instruction, round=2)))
     assert codes(replies) == [*[None] * 4, messages.LOCAL_FAILURE]
     assert kinds(sites[4])[-2:] == [Kind.RESERVE, Kind.LOST]
@@ -523,6 +524,21 @@ def test_a_run_together_is_the_run_one_by_one(coterie, tiny_overrides, tmp_path,
     assert np.abs(vectors[0] - vectors[1]).max() <= 1e-6
     assert books[0] == books[1]
     assert len(books[0]) == 6
+
+
+@pytest.mark.slow
+def test_workers_that_divide_the_sites_change_no_bit(coterie, tiny_overrides, tmp_path):
+    kept = [
+        o for o in tiny_overrides if not o.startswith(("federation.sites", "federation.rounds"))
+    ]
+    vectors = []
+    for workers in (1, 2):
+        folder = tmp_path / f"run-{workers}"
+        settings = [f"engine.workers={workers}", "engine.threads=1", f"run_dir={folder}"]
+        done = coterie("simulate", *kept, *RUN, *settings, "--json")
+        assert done.code == 0, done.err
+        vectors.append(vector_of(folder).tobytes())
+    assert vectors[0] == vectors[1]
 
 
 def vector_of(folder):

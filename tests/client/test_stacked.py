@@ -179,7 +179,8 @@ def test_a_meter_that_alarms_stops_its_site_alone(head, monkeypatch):
     trainer, start = head
     trainer._meters.clear()
     trainer.train_together(SITES, start, round_number=1)
-    monkeypatch.setattr(trainer._meters["site-3"].noise, "_noise_std", 1e-3)
+    (meters,) = (each for (name, _), each in trainer._meters.items() if name == "site-3")
+    monkeypatch.setattr(meters.noise, "_noise_std", 1e-3)
     found = trainer.train_together(SITES, start, round_number=2)
     assert [isinstance(each, Exception) for each in found] == [n == 3 for n in range(6)]
     assert str(found[3]).startswith("noise-scale:")

@@ -44,7 +44,9 @@ def test_help_lists_every_command_with_a_summary_and_imports_none_of_them():
     assert "common.cli" in modules
     assert not {"torch", "hydra", "flwr", "transformers"} & set(modules)
     assert not {point.module for point in ENTRY_POINTS.values()} & set(modules)
-    listed = dict(re.match(r"  ([\w-]+) +(.*)$", line).groups() for line in lines if line[:2] == "  ")
+    listed = dict(
+        re.match(r"  ([\w-]+) +(.*)$", line).groups() for line in lines if line[:2] == "  "
+    )
     assert set(listed) == set(ENTRY_POINTS)
     assert len(listed) >= 5
     for name, summary in listed.items():

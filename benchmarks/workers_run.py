@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from common.cli import Invocation
 from common.tasks.text_classification import FILLING, TOPICS
 from server.app import Watch
 from simulations.answer import Answer
+from simulations.nursery import _NURSERY
 from simulations.sites import Sites
 
 WIDTH = 1204
@@ -46,7 +47,7 @@ def echo_here() -> None:
 
 
 def echo(sites: str, workers: str) -> Mark:
-    """What a site costs the coordinator's process, and all processes in time, without training."""
+    """What a site costs all processes together, without training."""
     echo_here()
     simulation.Sites = Echoing  # type: ignore[misc]
     marks = run(*toy(made_model(WIDTH), int(sites), 6, int(workers)), "tuning=head", "privacy=none")
@@ -156,7 +157,7 @@ def run(*overrides: str, note: Callable[[], Mark] = dict) -> list[Mark]:
     marks: list[Mark] = []
 
     def on_round(_: object) -> None:
-        now = {"at": time.perf_counter(), "cpu_s": time.process_time(), "rss_mb": rss_mb()}
+        now = {"at": time.perf_counter(), "cpu_s": cpu_s(), "rss_mb": rss_mb()}
         marks.append({**now, "handles": len(os.listdir("/proc/self/fd")), **note()})
 
     @contextmanager
@@ -169,6 +170,17 @@ def run(*overrides: str, note: Callable[[], Mark] = dict) -> list[Mark]:
         with redirect_stdout(nowhere):
             simulation.simulate(invocation)
     return marks
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process and of its workers."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # of a process that has just ended
+            fields = path.read_text().rpartition(") ")[2].split()
+            if _NURSERY and int(fields[1]) == _NURSERY[0].pid:
+                ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def rss_mb() -> float:

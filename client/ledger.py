@@ -549,13 +549,19 @@ class Ledger:
         """Gives up a round that failed; its charge stays."""
         self.append(Kind.LOST, {"reservation": reservation, "reason": "failure"})
 
-    def lose_unfinished(self) -> bool:
+    def lose_unfinished(self, *runs: str) -> bool:
         """Declares lost what was reserved by a process that is dead; its charge stays.
 
+        Args: runs: whose reservations; none: of all, for who knows that no other process is alive.
         Returns: whether there was any. What was prepared may still be sent, and is not lost.
         """
         with self._store.together():
-            unfinished = self.books.open_reservations("reserved")
+            books = self.books
+            unfinished = [
+                seq
+                for seq in books.open_reservations("reserved")
+                if not runs or books.reservations[seq].run in runs
+            ]
             for reservation in unfinished:
                 self.append(Kind.LOST, {"reservation": reservation, "reason": "crash"})
         return bool(unfinished)

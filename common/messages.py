@@ -185,9 +185,9 @@ def read_instruction(message: Message) -> Instruction:
     )
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)
 def _read_config(text: str) -> tuple[Config, str]:
-    """A config and its hash. A process with many sites reads the same text for each of them."""
+    """A config and its hash. A process with many sites reads the same few texts for all of them."""
     config = from_canonical(text)
     return config, config_hash(config)
 

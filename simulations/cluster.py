@@ -128,7 +128,7 @@ class OnRay:
             return Message(reply.content, reply_to=message)
         code = reply.error.code
         if code not in messages.REFUSALS:  # of Flower's: the process died, or the app raised
-            self._lost(partition_of(message))
+            self._lost(message)
             code = messages.LOCAL_FAILURE
         return Message(Error(code, messages.REFUSALS[code]), reply_to=message)
 

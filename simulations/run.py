@@ -12,7 +12,7 @@ from pathlib import Path
 from time import monotonic
 
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -42,8 +42,10 @@ from common.config import (
 from common.data import Splits, check_files, load_splits
 from common.errors import ConfigError, PrivacyRefusedError
 from common.keys import generate_key
+from common.messages import read_instruction
 from common.privacy.accounting import shown
 from common.privacy.chain import public_hex
+from common.privacy.mechanism import counting
 from common.progress import Told
 from common.records import Records
 from common.tasks import TASKS, build_model, reader_of
@@ -61,6 +63,7 @@ from server.plan import (
 from server.record import RoundLine
 from server.report import read_report, show_report
 from server.resume import has_begun, is_finished
+from simulations.answer import partition_of
 from simulations.cluster import OnRay, check_installed
 from simulations.finished import Finished
 from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid, ThisProcess
@@ -179,9 +182,12 @@ def _grid(
     if workers == 1 and config.engine.name is EngineName.local:
         return LocalGrid(ThisProcess(sites.answer(store), len(names)), names)
 
-    def lost(partition: int) -> bool:
-        ledger = ledgers.get(names[partition])
-        return ledger is not None and ledger.lose_unfinished()
+    def lost(message: Message) -> bool:
+        ledger = ledgers.get(names[partition_of(message)])
+        if ledger is None:
+            return False
+        run_id = read_instruction(message).run_id
+        return ledger.lose_unfinished(run_id, counting(run_id))
 
     if config.engine.name is EngineName.ray:
         return LocalGrid(OnRay(sites, config.engine, lost), names)

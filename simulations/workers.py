@@ -36,8 +36,8 @@ MOST_DEATHS = 2
 END_S = 2.0
 """How long the end of a killed worker is waited for."""
 
-Lost = Callable[[int], bool]
-"""Told a site, by its partition, whose worker died: whether an attempt that was charged is lost."""
+Lost = Callable[[Message], bool]
+"""Told what a worker that died had to answer: whether an attempt that was charged is lost."""
 
 
 def workers_of(engine: EngineConfig, sites: int) -> int:
@@ -254,7 +254,7 @@ class Workers:
                 self._again(task, new)
 
     def _again(self, task: Task, worker: Worker) -> None:
-        charged = self._lost(task.partition)
+        charged = self._lost(task.message)
         if is_late(task.message):
             return
         if charged or task.deaths > MOST_DEATHS:

@@ -229,6 +229,18 @@ def test_a_lost_round_is_charged_again_when_it_is_taken_again(ledger):
     assert coalesce(ledger.books.charges()) == (Event(50.0, 0.01, 4),)
 
 
+def test_of_a_dead_process_only_what_its_run_left_unfinished_is_lost(ledger):
+    """Another run may be alive on the same books, and what was prepared may still be sent."""
+    commit(ledger, "other")
+    ledger.reserve("other", 1, CHEAP)
+    prepare(ledger, ledger.reserve(RUN, 1, CHEAP))
+    ledger.reserve(RUN, 2, CHEAP)
+    assert ledger.lose_unfinished(RUN)
+    assert states(ledger) == ["reserved", "prepared", "lost"]
+    assert not ledger.lose_unfinished(RUN)
+    assert coalesce(ledger.books.charges()) == (replace(CHEAP, steps=3 * CHEAP.steps),)
+
+
 @pytest.mark.parametrize("statement", range(14))
 def test_a_killed_creation_never_leaves_a_ledger_without_its_rules(tmp_path, statement):
     path = tmp_path / "ledger"

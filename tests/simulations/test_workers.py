@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import FedAvg
 from client.ledger import Store
 from common.config import EngineConfig
 from common.messages import LOCAL_FAILURE
+from simulations.answer import partition_of
 from simulations.grid import LocalGrid
 from simulations.workers import MOST_DEATHS, Workers, homes, threads_of, workers_of
 from tests.simulations import apps
@@ -158,9 +159,9 @@ def test_a_killed_workers_message_is_answered_by_another(started, tmp_path):
 def test_an_attempt_that_was_charged_is_lost_with_its_worker_and_no_other(started, tmp_path):
     told = []
 
-    def lost(partition):
-        told.append(partition)
-        return partition == 0
+    def lost(message):
+        told.append(partition_of(message))
+        return told[-1] == 0
 
     replies = asked(started(partial(apps.dying, tmp_path), sites=6, lost=lost))
     assert replies[0].error.code == LOCAL_FAILURE
@@ -394,7 +395,7 @@ def test_workers_do_not_outlive_a_simulation_that_is_killed(running):
 @pytest.mark.slow  # real processes
 def test_a_worker_that_is_killed_does_not_end_the_run(running):
     """What it was at is repeated within the plan's spare rounds, and the books know of it."""
-    run = running("federation.rounds=12", "privacy.spare_rounds=5")
+    run = running("federation.rounds=12", "federation.local_steps=10", "privacy.spare_rounds=5")
     run.wait_for("round 2/")
     nursery = {pid for pid in run.others() if descendants(pid)}
     for _ in range(3):

@@ -6,7 +6,7 @@ a run is computed the same way however its sites are divided among processes.
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -76,8 +76,8 @@ def sites_together(config: Config, model: FineTuned) -> int:
 
 
 def rows_of_slot(config: Config, fillers: int) -> int:
-    """R, from declared constants alone."""
-    mechanism = mechanism_of(config)
+    """R, from declared constants alone; sigma, which sites may differ in, plays no part."""
+    mechanism = mechanism_of(replace(config, privacy=replace(config.privacy, noise_multiplier=1.0)))
     return batch_rows(mechanism.divisor, mechanism.sample_rate, MOST_ROWS, fillers=fillers)
 
 

@@ -347,7 +347,7 @@ class Trainer:
         engine = stacked_engine(trial, sites=most)
         if engine is None:
             return None
-        pull = getattr(getattr(self._config, "strategy", None), "proximal_mu", None)
+        pull = self._config.strategy.proximal_mu
         stack = Stack(engine, trial.filler, fillers, self._groups, pull)
         if private:
             self._rehearse_together(stack)

@@ -73,7 +73,7 @@ def test_report_has_every_field_of_the_contract(finished):
     assert {"bytes_up", "bytes_down"} == set(report["communication"])
     for site in report["sites"]:
         told = {"name", "epsilon", "cap", "rounds", "repeated", "steps", "ledger_head"}
-        assert told | {"not_answered"} == set(site)
+        assert told | {"not_answered", "noise_multiplier"} == set(site)
         assert site["not_answered"] == {}
         assert site["cap"] == 8.0
         assert (

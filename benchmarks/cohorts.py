@@ -184,7 +184,7 @@ def federated(config: Config, images: list[Records], together: int) -> list[floa
     """CPU seconds of each round but the first, by the real apps; `together` 1: one by one."""
     config = replace(config, engine=replace(config.engine, together=together))
     stamps: list[float] = []
-    watch = Watch(lambda *_: None, lambda _: stamps.append(time.process_time()))
+    watch = Watch(lambda *_: None, lambda _: stamps.append(time.process_time()), lambda _: None)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         config = replace(config, run_dir=name)

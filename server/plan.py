@@ -68,7 +68,7 @@ class SitePlan:
     epsilon: float
     """What the whole run may cost it."""
 
-    @property
+    @cached_property
     def event(self) -> Event:
         """The charge of one round."""
         return round_event(self.config)

@@ -134,13 +134,21 @@ def spendings(run_plan: RunPlan, asked: Iterable[Asked]) -> dict[str, Spending]:
     VerificationError if they do not.
     """
     questions = list(asked)
-    names = {name for question in questions for name in question.names}
-    return {name: _spending(run_plan, questions, name) for name in sorted(names, key=_natural)}
+    here: dict[str, list[Event]] = {}
+    for question in questions:
+        for name in question.names:
+            here.setdefault(name, []).append(question.event_of(name))
+    return {
+        name: _spending(run_plan, questions, name, tuple(here[name]))
+        for name in sorted(here, key=_natural)
+    }
 
 
-def _spending(run_plan: RunPlan, asked: list[Asked], name: str) -> Spending:
+def _spending(
+    run_plan: RunPlan, asked: list[Asked], name: str, here: tuple[Event, ...]
+) -> Spending:
+    """Args: here: what each attempt of this run cost."""
     books = _last(asked, name)
-    here = tuple(each.event_of(name) for each in asked for one in each.names if one == name)
     if not is_private(run_plan.config):
         return Spending(here, Epsilons(math.inf, math.inf, math.inf), books, math.inf)
     told = _told(asked, name)

@@ -40,7 +40,7 @@ RUN = (sys.executable, "-c", "import sys; from common.cli import main; sys.exit(
 NONE = "none"
 WITHOUT_PRIVACY: dict[str, tuple[str, ...]] = {
     "bbc_news": (),
-    "bbc_lm": ("tuning.adapter_learning_rate=0.5",),
+    "bbc_lm": (),
     "digits": ("tuning.head_learning_rate=1", "tuning.adapter_learning_rate=0.1"),
     "questions": (),
     "summaries": ("tuning.adapter_learning_rate=0.5",),

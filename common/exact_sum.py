@@ -69,12 +69,13 @@ class ExactSum:
         # An extreme per chunk, and no copy of all magnitudes. Of NaN neither holds.
         if vector.size and not (vector.min() >= -MAX_MAGNITUDE and vector.max() <= MAX_MAGNITUDE):
             raise VerificationError(f"sum: a value is not within {MAX_MAGNITUDE:g}")
-        scale = 2.0**self._fraction
-        scaled, whole = np.empty(CHUNK), np.empty(CHUNK, dtype=np.int64)
+        # By a power of two, so that no bit is lost in float32 either.
+        scale = np.float32(2.0**self._fraction)
+        scaled, whole = np.empty(CHUNK, dtype=np.float32), np.empty(CHUNK, dtype=np.int64)
         for start in range(0, len(vector), CHUNK):
             part, target = vector[start : start + CHUNK], self.total[start : start + CHUNK]
             real, units = scaled[: len(part)], whole[: len(part)]
-            np.multiply(part, scale, out=real, dtype=np.float64)
+            np.multiply(part, scale, out=real)
             np.rint(real, out=real)
             np.copyto(units, real, casting="unsafe")
             target += units

@@ -44,10 +44,10 @@ def started():
         crew.close()
 
 
-def outgoing(grid, values=None, **more):
+def outgoing(grid, values=None, kind="train", **more):
     arrays = ArrayRecord({"w": Array(np.zeros(3) if values is None else values)})
     content = RecordDict({"arrays": arrays})
-    return [Message(content, node, "train", **more) for node in grid.get_node_ids()]
+    return [Message(content, node, kind, **more) for node in grid.get_node_ids()]
 
 
 def asked(grid, *, timeout=30, **more):
@@ -178,10 +178,12 @@ def test_a_message_costs_so_many_workers_and_no_more(started, tmp_path):
 
 def test_a_worker_that_hangs_is_replaced_when_its_deadline_has_passed(started, tmp_path):
     grid = started(partial(apps.hanging, tmp_path), sites=4)
+    assert len(asked(grid, kind="evaluate")) == 4  # all are there
     before = time.monotonic()
     assert len(asked(grid, timeout=1.5, ttl=1.5)) < 4
     assert time.monotonic() - before < 4
     assert [reply.has_content() for reply in asked(grid)] == [True] * 4
+    assert not is_alive(int((tmp_path / "hung").read_text()))
 
 
 def test_a_pull_does_not_wait_for_ever(started):

@@ -84,11 +84,9 @@ PLANS = {
     "echo-lora-100": Plan(Case("echo", 100, LORA), (ALONE, BOTH, ("ray", 2)), 2, 5),
     "echo-large-10": Plan(Case("echo", 10, LARGE), (ALONE, BOTH, ("ray", 2)), 1, 5),
     "mlp-small-10": Plan(
-        Case("mlp", 10, SMALL_MLP),
-        (("loop", 1), ALONE, ("pfl", 1), ("ray", 2), ("flare", 10)),
-        10,
-        5,
+        Case("mlp", 10, SMALL_MLP), (("loop", 1), ALONE, BOTH, ("pfl", 1), ("ray", 2)), 20, 5
     ),
+    "mlp-flare-10": Plan(Case("mlp", 10, SMALL_MLP), (("loop", 1), ALONE, ("flare", 10)), 2, 3),
     "mlp-small-100": Plan(
         Case("mlp", 100, SMALL_MLP), (("loop", 1), ALONE, BOTH, ("pfl", 1), ("ray", 2)), 5, 5
     ),

@@ -75,12 +75,14 @@ class ExactSum:
             raise VerificationError(f"sum: a value is not within {MAX_MAGNITUDE:g}")
         if not 0 < weight <= 1:
             raise VerificationError(f"sum: a weight of {weight} is not above 0 and at most 1")
-        scale = 2.0**self._fraction * weight
-        scaled, whole = np.empty(CHUNK), np.empty(CHUNK, dtype=np.int64)
+        # By a power of two no bit is lost in float32 either; by another factor some would be.
+        kind = np.float32 if weight == 1 else np.float64
+        scale = kind(2.0**self._fraction * weight)
+        scaled, whole = np.empty(CHUNK, dtype=kind), np.empty(CHUNK, dtype=np.int64)
         for start in range(0, len(vector), CHUNK):
             part, target = vector[start : start + CHUNK], self.total[start : start + CHUNK]
             real, units = scaled[: len(part)], whole[: len(part)]
-            np.multiply(part, scale, out=real, dtype=np.float64)
+            np.multiply(part, scale, out=real)
             np.rint(real, out=real)
             np.copyto(units, real, casting="unsafe")
             target += units

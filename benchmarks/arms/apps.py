@@ -128,7 +128,7 @@ def _trained_app(values: int) -> ClientApp:
             instruction.round,
             instruction.layout_digest,
             round_event(instruction.config),
-            whole.copy(),
+            whole,  # packing copies it
         )
         return Message(messages.pack_update(update), reply_to=message)
 

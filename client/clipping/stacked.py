@@ -81,7 +81,7 @@ class StackedEngine(ABC):
 
     def _losses(self, parameters: dict[str, Tensor], rows: Inputs) -> Tensor:
         """(C, R)."""
-        losses: Tensor = vmap(lambda p, r: functional_call(self._whole, p, (r,)))(parameters, rows)
+        losses: Tensor = vmap(self._whole.under)(parameters, rows)
         return _checked(losses, (self.slots, self.rows))
 
 
@@ -101,7 +101,7 @@ class LinearLayers(StackedEngine):
             given = {n: p.detach() for n, p in zip(self._names, self.parameters, strict=True)}
             watch = _Watch(given)
             with watch:
-                functional_call(self._whole, given, (made,))
+                self._whole.under(given, made)
         used = [name for use in watch.uses for name in (use.weight, use.bias) if name]
         if sorted(used) != sorted(self._names):
             raise UncoveredError("what is trained is not linear layers, each used once")
@@ -138,7 +138,7 @@ class LinearLayers(StackedEngine):
         def run(p: dict[str, Tensor], r: Inputs, offsets: list[Tensor]) -> Any:
             watch = _Watch(p, offsets)
             with watch:
-                losses = functional_call(self._whole, p, (r,))
+                losses = self._whole.under(p, r)
             return losses, [use.read for use in watch.uses]
 
         with torch.enable_grad(), _batchable():
@@ -198,7 +198,7 @@ class WholeGradients(StackedEngine):
     def _loss(self, parameters: dict[str, Tensor], row: Inputs) -> Tensor:
         """Of one record."""
         alone = {name: tensor.unsqueeze(0) for name, tensor in row.items()}
-        loss: Tensor = functional_call(self._whole, parameters, (alone,)).squeeze(0)
+        loss: Tensor = self._whole.under(parameters, alone).squeeze(0)
         return loss
 
 
@@ -208,10 +208,26 @@ class _Losses(nn.Module):
     def __init__(self, model: nn.Module, losses: RowLosses) -> None:
         super().__init__()
         self.model, self._of = model, losses
+        self._places: dict[str, list[str]] = {}
+        """By name of a trained parameter, every place in a module that holds it, each once."""
+        names = {p: name for name, p in self.named_parameters() if p.requires_grad}
+        for path, module in self.named_modules():
+            for local, parameter in module.named_parameters(recurse=False):
+                if parameter in names:
+                    self._places.setdefault(names[parameter], []).append(f"{path}.{local}")
 
     def forward(self, rows: Inputs) -> Tensor:
         """(R,)."""
         return self._of(rows)
+
+    def under(self, parameters: dict[str, Tensor], rows: Inputs) -> Tensor:
+        """(R,) losses with other values for the trained parameters, by name; the model stays as it
+        is. Torch's own way with tied weights would leave one of ours behind in a module that hangs
+        in two places, as an encoder beside the native model it is a part of.
+        """
+        given = {place: tensor for n, tensor in parameters.items() for place in self._places[n]}
+        found: Tensor = functional_call(self, given, (rows,), tie_weights=False)
+        return found
 
 
 @dataclass(frozen=True)

@@ -371,7 +371,8 @@ REFUSED = {
     "no spare left": ({}, PrivacyRefusedError, "no spare round left"),
     "not planned": ({"run": "other"}, VerificationError, "no open plan"),
     "not its event": ({"round_number": 2, "event": DEAR}, VerificationError, "another event"),
-    "not its round": ({"round_number": 3}, VerificationError, "not next in its plan"),
+    "not its round": ({"round_number": 0}, VerificationError, "not next in its plan"),
+    "a round too many": ({"round_number": 3}, VerificationError, "not next in its plan"),
 }
 
 
@@ -385,6 +386,8 @@ def test_a_round_is_refused_before_data_are_touched(tmp_path, name):
             ledger.lose(ledger.reserve(RUN, 1, CHEAP))
         else:
             take_one(ledger)
+        if name == "a round too many":  # rounds are paid for by their number, whichever they are
+            take_one(ledger, round_number=7)
         head = ledger.head
         with pytest.raises(error, match=text):
             round_on(ledger, Untouchable(), **asked)

@@ -647,7 +647,7 @@ def private_configs(compose_config, tiny_overrides, tiny_csv, models):
     units = [path.stem for path in files if path.parent.name == "privacy"]
     base = [o for o in tiny_overrides if not o.startswith(("data", "federation.sites"))]
     own = [f"data.path={tiny_csv}", "data.labels=[sport,money]"]
-    few = ["federation.sites=2", "data.declared_records=84", "privacy.noise_multiplier=2"]
+    few = ["federation.sites=8", "data.declared_records=84", "privacy.noise_multiplier=2"]
     for unit, path in itertools.product(units, files):
         group, choice = path.parent.name, path.stem
         if group in {"privacy", "experiment"}:

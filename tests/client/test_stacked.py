@@ -14,7 +14,7 @@ from torch.nn import functional
 from client import agreement
 from client.agreement import Trial, fillers_of, sites_together, stacked_engine
 from client.clipping.engines import FILLER, Loop, completed
-from client.clipping.stacked import LinearLayers, WholeGradients
+from client.clipping.stacked import LinearLayers, WholeGradients, _Losses
 from client.measurements import Measurements
 from client.site import Site
 from client.train import Trainer
@@ -416,3 +416,18 @@ def test_noise_from_entropy_differs_from_site_to_site_and_time_to_time(head):
         for vector, _ in trainer.train_together(empty, head[1], round_number=number)
     ]
     assert len(set(vectors)) == 6
+
+
+def test_a_trial_leaves_a_model_whose_encoder_hangs_in_two_places_as_it_was():
+    """As that of a native head does: torch's own way with tied weights leaves a stranger there."""
+    inner = torch.nn.Linear(4, 3)
+    outer = torch.nn.Module()
+    outer.inner, outer.body = inner, torch.nn.Sequential(inner)
+    rows = {"x": torch.ones(2, 4)}
+    losses = _Losses(outer, lambda given: outer.body(given["x"]).sum(1))
+    names = {name: p for name, p in losses.named_parameters() if p.requires_grad}
+    before = list(outer.parameters())
+    other = {name: torch.zeros_like(p) for name, p in names.items()}
+    assert torch.equal(losses.under(other, rows), torch.zeros(2))
+    assert [id(p) for p in outer.parameters()] == [id(p) for p in before]
+    assert inner.weight is before[0]

@@ -86,5 +86,5 @@ def test_the_fewest_updates_are_the_first_of_which_any_is_trimmed(fraction, comp
 
 
 def test_what_is_wrong_with_the_federation_is_said_once(compose_config):
-    with pytest.raises(ConfigError, match=r"^federation\.sites=0: must be at least 1$"):
+    with pytest.raises(ConfigError, match=r"^federation\.sites=0: must be between 1 and 100,000$"):
         compose_config("strategy=krum", "federation.sites=0")

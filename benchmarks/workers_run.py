@@ -162,7 +162,7 @@ def run(*overrides: str, note: Callable[[], Mark] = dict) -> list[Mark]:
 
     @contextmanager
     def watching(*_: object) -> Iterator[Watch]:
-        yield Watch(lambda *_: None, on_round)
+        yield Watch(lambda *_: None, on_round, lambda _: None)
 
     simulation._progress = watching  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:

@@ -159,7 +159,7 @@ def _mlp_rounds(grid: Grid, nodes: list[int], case: Case, pace: Pace) -> Round:
         exchange = Exchange(grid, instruction, timeout_s=PATIENCE_S, receipts={}, spares={})
         gathered = gathering(config.strategy, layout.size, capacity=len(nodes))
         asked = {"sent": exchange.sent, "instruction": instruction, "receipts": {}}
-        judge = Judge(gathered, layout=layout, charge=charge, **asked)
+        judge = Judge(gathered, layout=layout, charges=dict.fromkeys(nodes, charge), **asked)
         exchange.send(tuple(nodes))
         for reply in exchange.replies():
             pace.answered()

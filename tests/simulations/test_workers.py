@@ -24,7 +24,12 @@ from simulations.workers import MOST_DEATHS, Workers, homes, threads_of, workers
 from tests.simulations import apps
 
 NEVER = lambda _: False  # noqa: E731
-COTERIE = [sys.executable, "-c", "import sys; from common.cli import main; sys.exit(main())"]
+COTERIE = [
+    *(sys.executable, "-c"),
+    # Where this suite runs in the background, a shell has it ignore what Ctrl-C sends.
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from common.cli import main; sys.exit(main())",
+]
 
 
 @pytest.fixture

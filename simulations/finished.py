@@ -44,7 +44,8 @@ def price_together(finished: Sequence[Finished]) -> float:
 
     Guarantee: an upper bound, if the runs' settings were fixed before the first of them, as those
     of a sweep are, and the records did not change between them. Runs that deal records alike
-    charge a record's one site; between others it may have moved, and their worst sites add up.
+    charge a record's one site. Between others it may have moved: what covers every site of one
+    deal adds up with that of the others.
     """
     if not all(is_private(run.config) for run in finished):
         return math.inf
@@ -52,9 +53,13 @@ def price_together(finished: Sequence[Finished]) -> float:
     dealt: dict[str, list[Finished]] = {}
     for run in finished:
         dealt.setdefault(_deal(run.config), []).append(run)
-    events = [event for runs in dealt.values() for event in _worst_charged(runs, delta)]
+    charged = [_charged(runs) for runs in dealt.values()]
+    if len(charged) == 1:
+        price = max(epsilon_pld(events, delta) for events in charged[0])
+    else:
+        price = epsilon_pld([e for sites in charged for e in _covering(sites)], delta)
     told = max(float(run.report["privacy"]["bound"]) for run in finished)  # of lasting books
-    return max(epsilon_pld(events, delta), told)
+    return max(price, told)
 
 
 def _deal(config: Config) -> str:
@@ -65,8 +70,8 @@ def _deal(config: Config) -> str:
     return digest([values["seed"], read, [federation[name] for name in DEALING]])
 
 
-def _worst_charged(runs: Sequence[Finished], delta: float) -> list[Event]:
-    """What runs on the same deal charged the site that they charged most."""
+def _charged(runs: Sequence[Finished]) -> set[tuple[Event, ...]]:
+    """What runs on the same deal charged their sites; equal ones once."""
     charged: dict[str, list[Event]] = {}
     for run in runs:
         mechanism, count = run.report["privacy"]["mechanism"], count_event(run.config)
@@ -75,5 +80,17 @@ def _worst_charged(runs: Sequence[Finished], delta: float) -> list[Event]:
             own = {name: site[name] for name in ("noise_multiplier", "steps") if name in site}
             steps = Event(**{**mechanism, **own})
             charged.setdefault(site["name"], []).extend([steps, *([count] if count else [])])
-    distinct = {coalesce(events): events for events in charged.values()}
-    return max(distinct.values(), key=lambda events: epsilon_pld(events, delta))
+    return {coalesce(events) for events in charged.values()}
+
+
+def _covering(sites: set[tuple[Event, ...]]) -> list[Event]:
+    """Of each mechanism as many steps as any site had: every site's charges are among them.
+
+    Which of several sites is the worst can turn when more is composed on top: the one with the
+    larger epsilon alone need not be it.
+    """
+    most: dict[tuple[float, float], int] = {}
+    for event in (event for events in sites for event in events):
+        key = event.noise_multiplier, event.sample_rate
+        most[key] = max(most.get(key, 0), event.steps)
+    return [Event(sigma, rate, steps) for (sigma, rate), steps in most.items()]

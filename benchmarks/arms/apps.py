@@ -29,7 +29,7 @@ def client_app(case: Case) -> ClientApp:
 
 def answer_of(case: Case) -> Callable[..., list[Message]]:
     """What answers for the sites in a process of Coterie's."""
-    from simulations.answer import one_by_one  # noqa: PLC0415 - Flower's own has no use for it
+    from simulations.answer import one_by_one
 
     return one_by_one(_trained_app(case.values) if case.work == "mlp" else client_app(case))
 
@@ -80,10 +80,10 @@ def _echo_rounds(grid: Grid, nodes: list[int], case: Case, pace: Pace) -> Round:
 
 @cache
 def _config() -> Any:
-    from hydra import compose, initialize_config_dir  # noqa: PLC0415 - echo does not need it
+    from hydra import compose, initialize_config_dir
 
-    from common.composition import CONF  # noqa: PLC0415
-    from common.config import from_composed, register_schemas  # noqa: PLC0415
+    from common.composition import CONF
+    from common.config import from_composed, register_schemas
 
     register_schemas()
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -103,10 +103,10 @@ def _mlp_app(values: int) -> ClientApp:
 
 @cache
 def _trained_app(values: int) -> ClientApp:
-    from benchmarks.arms import mlp  # noqa: PLC0415
-    from client.egress import egress  # noqa: PLC0415
-    from common import messages, parameters  # noqa: PLC0415
-    from common.privacy.mechanism import round_event  # noqa: PLC0415
+    from benchmarks.arms import mlp
+    from client.egress import egress
+    from common import messages, parameters
+    from common.privacy.mechanism import round_event
 
     model, optimizer = mlp.trained_model(values)
     layout, whole = parameters.Layout.of(model), mlp.as_one(model)
@@ -141,13 +141,13 @@ def trained(values: int, message: Message, context: Context) -> Message:
 
 
 def _mlp_rounds(grid: Grid, nodes: list[int], case: Case, pace: Pace) -> Round:
-    from benchmarks.arms import mlp  # noqa: PLC0415 - torch: echo does not need it
-    from common import parameters  # noqa: PLC0415
-    from common.messages import Instruction  # noqa: PLC0415
-    from common.privacy.mechanism import round_event  # noqa: PLC0415
-    from server.aggregate import Judge  # noqa: PLC0415
-    from server.exchange import Exchange  # noqa: PLC0415
-    from server.strategy import aggregate, gathering  # noqa: PLC0415
+    from benchmarks.arms import mlp
+    from common import parameters
+    from common.messages import Instruction
+    from common.privacy.mechanism import round_event
+    from server.aggregate import Judge
+    from server.exchange import Exchange
+    from server.strategy import aggregate, gathering
 
     config, model = _config(), mlp.model_of(case.values)
     layout, charge = parameters.Layout.of(model), round_event(config)

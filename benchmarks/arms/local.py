@@ -18,10 +18,10 @@ def crew_of(case: Case) -> Crew:
     """Who answers."""
     if case.workers == 1:
         return ThisProcess(answer_of(case), case.sites)
-    from simulations.nursery import nursery  # noqa: PLC0415 - as a run does: first of all
+    from simulations.nursery import nursery
 
     nursery()
-    from simulations.workers import Workers  # noqa: PLC0415
+    from simulations.workers import Workers
 
     return Workers(
         partial(answer_of, case),

@@ -160,3 +160,16 @@ def test_the_picture_has_a_bar_a_point_and_a_line_for_no_privacy():
     picture = frontier_of([Curve("tuning.method=head", points)], "accuracy")
     assert picture.count("<svg") == 1
     assert "without privacy" in picture
+
+
+def test_over_two_deals_no_site_pays_more_than_is_told(tiny_config):
+    """In each deal one site had much noise for long, another little for a short time."""
+    runs = [finished(tiny_config, epsilon=1.0, seed=seed) for seed in (0, 1)]
+    for run in runs:
+        run.report["privacy"]["bound"] = 0.0
+        few = {"name": "site-1", "steps": 1, "noise_multiplier": 1.0}
+        run.report["sites"] = [few, {"name": "site-2", "steps": 60, "noise_multiplier": 6.0}]
+    loud, long = Event(1.0, RATE, 1), Event(6.0, RATE, 60)
+    together = price_together(runs)
+    for one, other in ((loud, loud), (loud, long), (long, long)):
+        assert epsilon_pld([one, other], DELTA) <= together

@@ -1,4 +1,4 @@
-"""A simulation that was interrupted: who may go on with it, as what, and what is left before."""
+"""A run that was interrupted: who may go on with it, as what, and what is left before."""
 
 import fcntl
 import os
@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic, sleep
 
 from common.composition import given_settings, sweep_index
 from common.config import Config, Resume
 from common.errors import ConfigError
+from server.cohort import POLL_S
 from server.plan import solved
 from server.resume import CHECKPOINTS, CONFIG, check_same, has_begun, stored_config
 
@@ -39,22 +41,23 @@ def as_begun(config: Config) -> Config:
 
 
 @contextmanager
-def occupied(run_dir: Path) -> Iterator[None]:
+def occupied(run_dir: Path, *, patience_s: float = 0.0) -> Iterator[None]:
     """Makes the folder of a run, and keeps other processes from writing into it.
 
     Guarantee: a run that ended before it had begun leaves the disk as it was.
+    Args: patience_s: how long to wait for a process that is writing, and may be ending.
     Raises: ConfigError if another process is writing; KeyboardInterrupt with how to go on.
     """
     made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
     handle = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _lock(handle, run_dir)
+        _lock(handle, run_dir, patience_s)
         try:
             _clear(run_dir)
             yield
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(_how_to_go_on(run_dir)) from stop
+            raise KeyboardInterrupt(how_to_go_on(run_dir)) from stop
         finally:
             _clear(run_dir)
     finally:
@@ -83,14 +86,34 @@ def _resolved(path: str) -> Path | None:
     return Path(path).expanduser().resolve() if path else None
 
 
-def _lock(handle: int, run_dir: Path) -> None:
+def is_occupied(run_dir: Path) -> bool:
+    """Whether a process is writing into the folder of a run."""
+    if not run_dir.is_dir():
+        return False
+    handle = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return not _locked(handle)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, run_dir: Path, patience_s: float) -> None:
     """Held until the handle is closed, or the process ends, however it ends."""
+    deadline = monotonic() + patience_s
+    while not _locked(handle):
+        if monotonic() >= deadline:
+            raise ConfigError(
+                f"run_dir={run_dir}: another process is writing into it; wait for it, or stop it"
+            )
+        sleep(POLL_S)
+
+
+def _locked(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(
-            f"run_dir={run_dir}: another process is writing into it; wait for it, or stop it"
-        ) from error
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _clear(run_dir: Path) -> None:
@@ -112,11 +135,12 @@ def _remove_empty(folders: list[Path]) -> None:
             return
 
 
-def _how_to_go_on(run_dir: Path) -> str:
+def how_to_go_on(run_dir: Path, command: str = "simulate") -> str:
+    """What to type after an interruption. Args: command: the one that began the run."""
     if not has_begun(run_dir):
         return "interrupted before the first round; nothing was charged, and nothing is left"
     if sweep_index() is not None:
         return "interrupted; go on by the same command with run_dir=PATH and resume=auto"
     plain = re.fullmatch(r"[\w./~-]+", str(run_dir))
     setting = f"run_dir={run_dir}" if plain else f"run_dir='{run_dir}'"
-    return f"interrupted; go on by: coterie simulate resume=auto {shlex.quote(setting)}"
+    return f"interrupted; go on by: coterie {command} resume=auto {shlex.quote(setting)}"

@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,20 +24,23 @@ LEDGERS = "ledgers"
 """Where a run folder holds the sites' books."""
 
 
-def as_begun(config: Config) -> Config:
+def as_begun(config: Config, beside: Set[str] = frozenset()) -> Config:
     """The resolved settings of the run in `run_dir`, where one is to go on; else `config`.
 
+    Args: beside: more settings, or groups of them, that say nothing of what the run computes.
     Raises: ConfigError if the folder holds no run, or the command line names other settings.
     """
     run_dir = Path(config.run_dir)
     if config.resume is Resume.off or not run_dir.exists() or not any(run_dir.iterdir()):
         return config
     stored, given = stored_config(run_dir), given_settings()
-    if given is None or not given <= ENOUGH:
+    if given is None or any(
+        {name, name.split(".")[0]}.isdisjoint(ENOUGH | beside) for name in given
+    ):
         check_same(solved(_filled(config, stored)), stored, run_dir)
         for name in ("ledger", "heads"):
             _check_same_file(name, getattr(config, name), getattr(stored, name))
-    return replace(stored, run_dir=config.run_dir, resume=config.resume)
+    return replace(stored, run_dir=config.run_dir, resume=config.resume, superlink=config.superlink)
 
 
 @contextmanager

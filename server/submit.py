@@ -18,13 +18,14 @@ from common.errors import ConfigError
 from common.tasks import build_model
 from server.app import CONFIG_KEY
 from server.bundled import HASH_KEY
-from server.control import Address
+from server.control import Address, Link
 from server.following import follow
 from server.interrupted import as_begun, is_occupied
 from server.plan import make_plan, show_plan, size_of
 from server.report import read_report, show_report
 from server.resume import has_begun, is_finished
-from server.submission import OURS, Submission, write_submission
+from server.submission import FILE as SUBMITTED
+from server.submission import OURS, Submission, read_submission, write_submission
 
 ENGINE = "engine="
 
@@ -56,42 +57,49 @@ def submit_run(config: Config, console: Console) -> Path:
     Raises: CoterieError of any kind, as the ServerApp met it; KeyboardInterrupt, after which the
     run goes on.
     """
+    if sweep_index() is not None:
+        raise ConfigError("-m: sites are asked for one run at a time; submit without it")
+    run_dir = _run_dir(config)
+    address = _address(config.superlink, run_dir)
+    config = _with_paths(config, run_dir)
+    if config.resume is Resume.auto and _begun(run_dir):
+        config = as_begun(config, {"engine", "superlink"})
     if not config.is_deployed:
         raise ConfigError(
             f"engine={config.engine.name.name}: must be superlink, or left out, with coterie submit"
         )
-    if sweep_index() is not None:
-        raise ConfigError("-m: sites are asked for one run at a time; submit without it")
-    address = Address.checked(config.superlink.address, config.superlink.ca)
-    run_dir = _run_dir(config)
-    if _begun(run_dir) and config.resume is Resume.auto:
-        config = as_begun(replace(config, run_dir=str(run_dir)))
-        if is_finished(run_dir):
-            console.print(f"{run_dir}: is finished already; nothing was run", highlight=False)
-            return run_dir
+    if config.resume is Resume.auto and is_finished(run_dir):
+        console.print(f"{run_dir}: is finished already; nothing was run", highlight=False)
+        return run_dir
     if is_occupied(run_dir):
         raise ConfigError(
             f"run_dir={run_dir}: its run goes on; coterie status {run_dir} says how far it is"
         )
-    config = _told(config, run_dir)
     check_files(config.data)
     run_plan = make_plan(config)
     show_plan(run_plan, size_of(build_model(config)), None, console)
     # The plan's own config: sigma, once solved, is what a resumed run goes on with.
-    told = run_plan.config
-    started = Submission(address, 0).link.start(
-        {CONFIG_KEY: to_canonical(told), HASH_KEY: config_hash(told)}
-    )
+    told = replace(run_plan.config, superlink=SuperlinkConfig())
+    run_config = {CONFIG_KEY: to_canonical(told), HASH_KEY: config_hash(told)}
+    submission = Submission(address, Link(address).start(run_config))
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_submission(run_dir, Submission(address, started))
-    console.print(f"Flower's run {started}; everything is in {run_dir}", highlight=False)
+    write_submission(run_dir, submission)
+    text = f"Flower's run {submission.flower_run}; everything is in {run_dir}"
+    console.print(text, highlight=False)
     if not config.superlink.detach:
-        follow(run_dir, Submission(address, started), console)
+        follow(run_dir, submission, console)
     return run_dir
 
 
-def _told(config: Config, run_dir: Path) -> Config:
-    """What the ServerApp is told: files by where they are, as its own folder is another one."""
+def _address(given: SuperlinkConfig, run_dir: Path) -> Address:
+    """Of the SuperLink: where nothing is given, that which the run in this folder began on."""
+    if given.ca or not (run_dir / SUBMITTED).exists():
+        return Address.checked(given.address, given.ca)
+    return read_submission(run_dir).address
+
+
+def _with_paths(config: Config, run_dir: Path) -> Config:
+    """Files by where they are: the ServerApp's working folder is another one."""
     data, federation = config.data, config.federation
     return replace(
         config,
@@ -99,7 +107,6 @@ def _told(config: Config, run_dir: Path) -> Config:
         heads=_absolute(config.heads),
         data=replace(data, test_path=_absolute(data.test_path)),
         federation=replace(federation, availability=_absolute(federation.availability)),
-        superlink=SuperlinkConfig(),
     )
 
 

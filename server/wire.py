@@ -18,11 +18,14 @@ from flwr.supercore.run import Run
 log = logging.getLogger(__name__)
 
 
+OnNodes = Callable[[dict[int, str]], None]
+
+
 class WireGrid(Grid):
     """A grid of Flower's, and what it cannot read is a reply with an error."""
 
-    def __init__(self, grid: Grid, on_nodes: Callable[[dict[int, str]], None]) -> None:
-        """Args: on_nodes: called with the nodes that are there, by number, whenever they are asked for."""
+    def __init__(self, grid: Grid, on_nodes: OnNodes) -> None:
+        """Args: on_nodes: called with the nodes that are there, whenever they are asked for."""
         self._grid, self._on_nodes = grid, on_nodes
         self._sent: dict[str, Message] = {}
         """By id, without its content, until it is answered."""

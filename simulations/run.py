@@ -126,11 +126,11 @@ def run_simulation(config: Config, console: Console) -> Path:
     had begun can be resumed, and leaves nothing behind before.
     Raises: CoterieError of any kind; KeyboardInterrupt, which says how to go on.
     """
-    if config.is_deployed:
-        raise ConfigError("engine=superlink: sites are elsewhere; give it to coterie submit")
     check_installed(config.engine)
     run_dir = _run_dir(config)
     config = as_begun(replace(config, run_dir=str(run_dir)))
+    if config.is_deployed:
+        raise ConfigError("engine=superlink: its sites are elsewhere; give it to coterie submit")
     if config.resume is Resume.auto and is_finished(run_dir):
         console.print(f"{run_dir}: is finished already; nothing was run", highlight=False)
         return run_dir

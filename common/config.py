@@ -666,11 +666,11 @@ def from_composed(composed: DictConfig) -> Config:
 
     Raises: ConfigError naming every missing value or broken rule.
     """
+    _leave_out_path(composed)
     unknown = sorted(set(_leaf_names(composed)) - set(field_names()))
     if unknown:  # Hydra's +NAME=VALUE forces keys in that no schema knows
         raise ConfigError(f"{', '.join(unknown)}: no such setting")
     _leave_out_labels(composed)
-    _leave_out_path(composed)
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"no value for {', '.join(missing)}: give each as NAME=VALUE")
@@ -759,6 +759,15 @@ def without_terms(config: Config) -> Config:
     privacy = replace(config.privacy, epsilon=1.0, noise_multiplier=None, site_epsilons=[])
     return replace(
         config, privacy=privacy, federation=replace(config.federation, asked_rounds=None)
+    )
+
+
+def as_told(config: Config) -> Config:
+    """What a site of its own machine is told: nothing of where the coordinator keeps its files."""
+    if not config.is_deployed:
+        return config
+    return replace(
+        config, run_dir="", ledger="", heads="", resume=Resume.off, superlink=SuperlinkConfig()
     )
 
 

@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("common", "server", "client")
 NAME = "coterie"
 """Of the connection, in a configuration that is made for each call."""
-FINISHED = "finished"
-"""How the status of a run that is over begins."""
+FINISHED, STOPPED = "finished", ":stopped"
+"""How the status of a run that is over begins; and ends, if somebody stopped it."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ class Link:
         """Status of each registered node ("online", "offline", "registered"), by its number."""
         answer = self._asked("supernode", "list", NAME, doing="list nodes")
         return {int(node["node-id"]): str(node["status"]) for node in answer["nodes"]}
+
+    def register(self, public_key: Path, name: str) -> int:
+        """Lets in whoever has the private half of a node's key; returns the node's number."""
+        arguments = ("supernode", "register", str(public_key), NAME, "--name", name)
+        return int(self._asked(*arguments, doing="register a node")["node-id"])
 
     def stop(self, flower_run: int) -> None:
         """Ends a run, wherever it is."""

@@ -18,7 +18,7 @@ from common.errors import (
     VerificationError,
 )
 from common.privacy.accounting import shown
-from server.control import FINISHED
+from server.control import FINISHED, STOPPED
 from server.interrupted import how_to_go_on, is_occupied
 from server.record import FILE as LINES
 from server.record import RoundLine, whole_lines
@@ -241,6 +241,8 @@ def _check_alive(run_dir: Path, submission: Submission) -> None:
         now = _standing(run_dir, submission)
         if now is not None and now.is_over:
             return
+        if told.endswith(STOPPED):
+            raise FederationError(f"the run was stopped; {how_to_go_on(run_dir, 'submit')}")
         raise FederationError(
             f"the run ended without a word ({told}); coterie logs {run_dir} may say why; "
             f"{how_to_go_on(run_dir, 'submit')}"

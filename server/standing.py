@@ -105,11 +105,13 @@ class Standings:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Writes the first standing, and how it ends; an error goes on upwards."""
+        """Writes the first standing, and how it ends; an error goes on upwards. Of one that is
+        stopped from outside nothing more is written: the lock of its folder tells.
+        """
         self._write(began_at=round(time.time(), 3))
         try:
             yield
-        except BaseException as error:
+        except Exception as error:
             code = error.exit_code if isinstance(error, CoterieError) else 1
             # Of an error that is none of ours the text may be anything: the log has it.
             text = str(error) if isinstance(error, CoterieError | OSError) else "see its log"

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable
 
 import httpx
 from flwr.app import Error, Message, RecordDict
-from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+
+from server.aggregate import UNREADABLE
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class WireGrid(Grid):
         """Args: on_nodes: called with the nodes that are there, whenever they are asked for."""
         self._grid, self._on_nodes = grid, on_nodes
         self._sent: dict[str, Message] = {}
-        """By id, without its content, until it is answered."""
+        """By id, until it is answered."""
 
     def set_run(self, run: Run) -> None:
         """Not ours to set."""
@@ -61,8 +62,14 @@ class WireGrid(Grid):
         return nodes
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """One at a time: an id, or an empty text for a node that takes none."""
-        return [self._push(message) for message in messages]
+        """The id of each, or an empty text for one that was not taken. What they have in common
+        goes over the wire once.
+        """
+        outgoing = [*messages]
+        ids = [*self._grid.push_messages(outgoing)] or [""] * len(outgoing)
+        sent = [each or "" for each in ids]
+        self._sent.update((each, m) for each, m in zip(sent, outgoing, strict=True) if each)
+        return sent
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that have come to these messages, each read by itself."""
@@ -74,12 +81,6 @@ class WireGrid(Grid):
         """Not used: it sleeps for 3 seconds at a time."""
         raise NotImplementedError
 
-    def _push(self, message: Message) -> str:
-        (sent,) = self._grid.push_messages([message]) or ("",)
-        if sent:
-            self._sent[sent] = message
-        return sent or ""
-
     def _pull(self, sent: str) -> list[Message]:
         try:
             replies = [*self._grid.pull_messages([sent])]
@@ -88,7 +89,7 @@ class WireGrid(Grid):
         except Exception as error:
             # Its text may repeat what a peer wrote.
             log.warning("a reply could not be read: %s", type(error).__name__)
-            refusal = Error(ErrorCode.MESSAGE_UNAVAILABLE, "the reply could not be read")
+            refusal = Error(UNREADABLE, "the reply could not be read")
             replies = [Message(refusal, reply_to=self._sent[sent])]
         for reply in replies:
             self._sent.pop(reply.metadata.reply_to_message_id, None)

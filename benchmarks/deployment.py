@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
     results = [
-        measured(payload, options.rounds, options.sites)
-        for payload in options.payload or PAYLOADS
+        measured(payload, options.rounds, options.sites) for payload in options.payload or PAYLOADS
     ]
     for result in results:
         print(result)
@@ -77,7 +77,7 @@ def measured(payload: str, rounds: int, sites: int) -> dict[str, Any]:
         memory = resident_mb(superlink.process.pid)
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
     ends = [line["elapsed_s"] for line in lines]
-    whole = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    whole = [after - before for before, after in pairwise(ends)]
     asked = [line["sites_s"] for line in lines[1:]]
     return {
         "payload": payload,

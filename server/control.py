@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from common.cli import OFFLINE_DEFAULTS
 from common.errors import ConfigError, FederationError
 from server.documents import BUNDLED, templates
@@ -69,9 +71,7 @@ class Link:
             bundle = Path(folder) / NAME
             write_bundle(bundle)
             overrides = Path(folder) / "run-config.toml"
-            # A JSON string without escaped slashes is a TOML one.
-            lines = [f"{key} = {json.dumps(value)}\n" for key, value in run_config.items()]
-            overrides.write_text("".join(lines), encoding="utf-8")
+            overrides.write_bytes(tomli_w.dumps(run_config).encode())
             arguments = ("run", str(bundle), NAME, "--run-config", str(overrides))
             answer = self._asked(*arguments, doing="start a run")
         return int(answer["run-id"])
@@ -123,12 +123,9 @@ class Link:
     def _environment(self) -> Iterator[dict[str, str]]:
         """With a Flower home of its own, which names this SuperLink alone."""
         with tempfile.TemporaryDirectory(prefix="coterie-flower-") as home:
-            connection = (
-                f'[superlink]\ndefault = "{NAME}"\n[superlink.{NAME}]\n'
-                f"address = {json.dumps(self.address.address)}\n"
-                f"root-certificates = {json.dumps(str(self.address.ca))}\n"
-            )
-            (Path(home) / "config.toml").write_text(connection, encoding="utf-8")
+            known = {"address": self.address.address, "root-certificates": str(self.address.ca)}
+            connection = tomli_w.dumps({"superlink": {"default": NAME, NAME: known}})
+            (Path(home) / "config.toml").write_bytes(connection.encode())
             yield {**os.environ, **OFFLINE_DEFAULTS, "FLWR_HOME": home, "COLUMNS": "1000"}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from common.cli import Invocation, emit_json
-from common.composition import run_job, sweep_index
+from common.composition import run_job
 from common.config import Config, Resume, SuperlinkConfig, config_hash, to_canonical
 from common.data import check_files
 from common.errors import ConfigError
@@ -47,6 +47,8 @@ def submit(invocation: Invocation) -> None:
         else:
             show_report(content, run_dir, console)
 
+    if {*invocation.arguments} & {"-m", "--multirun"}:
+        raise ConfigError("-m: sites are asked for one run at a time; submit without it")
     run_job(job, replace(invocation, arguments=_deployed(invocation.arguments)))
 
 
@@ -57,8 +59,6 @@ def submit_run(config: Config, console: Console) -> Path:
     Raises: CoterieError of any kind, as the ServerApp met it; KeyboardInterrupt, after which the
     run goes on.
     """
-    if sweep_index() is not None:
-        raise ConfigError("-m: sites are asked for one run at a time; submit without it")
     run_dir = _run_dir(config)
     address = _address(config.superlink, run_dir)
     config = _with_paths(config, run_dir)

@@ -6,14 +6,16 @@ by itself, and what cannot be read is an error of the one who sent it.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 
 import httpx
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message, MessageType, Metadata, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from common.messages import NOBODY
 from server.aggregate import UNREADABLE
 
 log = logging.getLogger(__name__)
@@ -28,8 +30,6 @@ class WireGrid(Grid):
     def __init__(self, grid: Grid, on_nodes: OnNodes) -> None:
         """Args: on_nodes: called with the nodes that are there, whenever they are asked for."""
         self._grid, self._on_nodes = grid, on_nodes
-        self._sent: dict[str, Message] = {}
-        """By id, until it is answered."""
 
     def set_run(self, run: Run) -> None:
         """Not ours to set."""
@@ -67,9 +67,7 @@ class WireGrid(Grid):
         """
         outgoing = [*messages]
         ids = [*self._grid.push_messages(outgoing)] or [""] * len(outgoing)
-        sent = [each or "" for each in ids]
-        self._sent.update((each, m) for each, m in zip(sent, outgoing, strict=True) if each)
-        return sent
+        return [each or "" for each in ids]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that have come to these messages, each read by itself."""
@@ -90,7 +88,6 @@ class WireGrid(Grid):
             # Its text may repeat what a peer wrote.
             log.warning("a reply could not be read: %s", type(error).__name__)
             refusal = Error(UNREADABLE, "the reply could not be read")
-            replies = [Message(refusal, reply_to=self._sent[sent])]
-        for reply in replies:
-            self._sent.pop(reply.metadata.reply_to_message_id, None)
+            known = Metadata(0, "", NOBODY, NOBODY, sent, "", time.time(), 0.0, MessageType.TRAIN)
+            replies = [Message(error=refusal, metadata=known)]
         return replies

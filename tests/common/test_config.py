@@ -526,8 +526,6 @@ def test_a_deployed_run_needs_no_path_of_private_records_and_has_spares(compose_
         ("faults=rough", "faults: must be none"),
     ],
 )
-def test_what_only_a_simulation_can_do_is_refused_of_a_deployment(
-    compose_config, override, fault
-):
+def test_what_only_a_simulation_can_do_is_refused_of_a_deployment(compose_config, override, fault):
     with pytest.raises(ConfigError, match=fault):
         compose_config(*DEPLOYED, override)

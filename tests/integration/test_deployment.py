@@ -233,8 +233,10 @@ def test_what_a_superlink_that_is_not_there_is_told_in_one_line(deployment, sett
     authority = deployment.authority.certificate
     nowhere = ("superlink.address=127.0.0.1:1", f"superlink.ca={authority}")
     said = call(deployment, "submit", *settings, *nowhere, f"run_dir={tmp_path / 'no'}", code=4)
-    assert said.strip().splitlines()[-1].startswith(
-        "coterie submit: superlink.address=127.0.0.1:1: could not start a run: "
+    assert (
+        said.strip()
+        .splitlines()[-1]
+        .startswith("coterie submit: superlink.address=127.0.0.1:1: could not start a run: ")
     )
     assert not (tmp_path / "no").exists()
 

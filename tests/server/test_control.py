@@ -49,13 +49,13 @@ def flwr(monkeypatch, tmp_path):
 @pytest.mark.parametrize("address", ["", "8000", "host:", "http://host:8000", "host:port"])
 def test_an_address_that_is_none_is_refused(address, tmp_path):
     (tmp_path / "ca.crt").touch()
-    with pytest.raises(ConfigError, match="superlink.address"):
+    with pytest.raises(ConfigError, match=r"superlink\.address"):
         Address.checked(address, str(tmp_path / "ca.crt"))
 
 
 @pytest.mark.parametrize("ca", ["", "nowhere/ca.crt"])
 def test_without_a_certificate_nothing_is_submitted(ca):
-    with pytest.raises(ConfigError, match="superlink.ca=.*without TLS nothing is submitted"):
+    with pytest.raises(ConfigError, match=r"superlink\.ca=.*without TLS nothing is submitted"):
         Address.checked("127.0.0.1:8000", ca)
 
 
@@ -110,6 +110,7 @@ def test_a_run_config_reaches_flower_as_it_is(link, flwr, tmp_path, monkeypatch)
     assert tomli.loads(kept.read_text(encoding="utf-8")) == {"config": text}
 
 
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's
 def test_the_bundle_holds_what_both_sides_need_and_is_the_same_each_time(tmp_path):
     """A node's operator may hold a run to the digest of its bundle."""
     bundles = []
@@ -129,7 +130,9 @@ def test_the_bundle_holds_what_both_sides_need_and_is_the_same_each_time(tmp_pat
     assert {*templates} == {path.name for path in (ROOT / "server" / "templates").iterdir()}
     others = {name.split("/")[0] for name in names} - {"common", "server", "client", ".info"}
     assert all("/" not in name for name in names if name.split("/")[0] in others), others
-    assert not any(name.startswith(("simulations", "tests", "conf", "benchmarks")) for name in names)
+    assert not any(
+        name.startswith(("simulations", "tests", "conf", "benchmarks")) for name in names
+    )
 
 
 def test_flower_takes_the_bundles_settings(tmp_path):

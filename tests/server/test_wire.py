@@ -33,8 +33,7 @@ def echo(_, message):
 
 
 def asked(grid):
-    sent = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in grid.names]
-    return sent
+    return [Message(RecordDict(), dst_node_id=node, message_type="train") for node in grid.names]
 
 
 NAMES = {1: "site-1", 2: "site-2", 3: "site-3"}

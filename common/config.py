@@ -7,7 +7,7 @@ fields that change only speed stand in `EngineConfig`.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import cached_property, reduce
@@ -632,8 +632,8 @@ def register_schemas() -> None:
 
 
 def _open_schema() -> DictConfig:
-    """The schema as a node YAML can be merged into: a frozen dataclass gives a read-only one."""
-    schema: DictConfig = OmegaConf.structured(
+    """The schema of a run, as `opened` gives it."""
+    return opened(
         Config(
             TaskConfig(),
             ModelConfig(),
@@ -649,6 +649,11 @@ def _open_schema() -> DictConfig:
             SuperlinkConfig(),
         )
     )
+
+
+def opened(settings: object) -> DictConfig:
+    """A schema as a node YAML can be merged into: a frozen dataclass gives a read-only one."""
+    schema: DictConfig = OmegaConf.structured(settings)
     nodes = [schema]
     while nodes:
         node = nodes.pop()
@@ -667,7 +672,18 @@ def from_composed(composed: DictConfig) -> Config:
     Raises: ConfigError naming every missing value or broken rule.
     """
     _leave_out_path(composed)
-    unknown = sorted(set(_leaf_names(composed)) - set(field_names()))
+    config = frozen(composed, field_names())
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def frozen(composed: DictConfig, names: Iterable[str]) -> object:
+    """The dataclasses of what was composed. Args: names: of the settings that its schema knows.
+
+    Raises: ConfigError naming every other setting, or every missing value.
+    """
+    unknown = sorted(set(_leaf_names(composed)) - set(names))
     if unknown:  # Hydra's +NAME=VALUE forces keys in that no schema knows
         raise ConfigError(f"{', '.join(unknown)}: no such setting")
     _leave_out_labels(composed)
@@ -675,12 +691,9 @@ def from_composed(composed: DictConfig) -> Config:
     if missing:
         raise ConfigError(f"no value for {', '.join(missing)}: give each as NAME=VALUE")
     try:
-        config = OmegaConf.to_object(composed)
+        return OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error)) from error
-    assert isinstance(config, Config)
-    check(config)
-    return config
 
 
 def _leave_out_labels(composed: DictConfig) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 import httpx
 from flwr.app import Error, Message, MessageType, Metadata, RecordDict
+from flwr.app.message import make_message
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -89,5 +90,5 @@ class WireGrid(Grid):
             log.warning("a reply could not be read: %s", type(error).__name__)
             refusal = Error(UNREADABLE, "the reply could not be read")
             known = Metadata(0, "", NOBODY, NOBODY, sent, "", time.time(), 0.0, MessageType.TRAIN)
-            replies = [Message(error=refusal, metadata=known)]
+            replies = [make_message(metadata=known, error=refusal)]
         return replies

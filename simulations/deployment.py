@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from common.certificates import Authority, make_authority, make_node_key
 from rich.console import Console
 
+from common.certificates import Authority, make_authority, make_node_key
 from common.cli import OFFLINE_DEFAULTS
 from common.config import DataConfig, DataSource
 from common.data import load_splits

@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import resident_mb
-from simulations.deployment import LABELS, READY, Deployment, Running, deal
+from simulations.deployment import LABELS, Deployment, deal
 
 PAYLOADS = {"head": "tuning=head", "full": "tuning=full"}
-ECHO = "import sys; from benchmarks.deployment_node import main; sys.exit(main())"
+ECHO = (
+    *(sys.executable, "-c"),
+    "import sys; from benchmarks.deployment_node import main; sys.exit(main())",
+)
 
 
 def main() -> None:
@@ -50,17 +53,9 @@ def measured(payload: str, rounds: int, sites: int) -> dict[str, Any]:
         deployment.start_superlink()
         for site in deployment.sites:
             deployment.enrol(site, cap=8.0, delta=1e-4, dataset="bbc-news")
-            own = (
-                *(f"name={site.name}", f"superlink={deployment.address}", f"key={site.key}"),
-                *(f"authority={deployment.authority.certificate}", f"ledger={site.ledger}"),
-                *("data=csv", f"data.path={site.records}", f"data.labels=[{','.join(LABELS)}]"),
-                *("threads=1", "poll_s=0.1"),
-            )
-            command = (sys.executable, "-c", ECHO, *own)
-            log = site.folder / "node.log"
-            deployment.nodes[site.name] = Running(command, log, deployment.environment)
+            labels = f"data.labels=[{','.join(LABELS)}]"
+            deployment.start_node(site, labels, "poll_s=0.1", command=ECHO)
         deployment.wait_for_nodes()
-        assert all(READY in node.said for node in deployment.nodes.values())
         run_dir = folder / "run"
         started = time.monotonic()
         code = deployment.submit(

@@ -67,6 +67,11 @@ class SiteFiles:
         return self.folder / "node.key"
 
     @property
+    def log(self) -> Path:
+        """What its node says."""
+        return self.folder / "node.log"
+
+    @property
     def ledger(self) -> Path:
         """Its books."""
         return self.folder / "books.db"
@@ -206,15 +211,21 @@ class Deployment:
         )
         return str(answer["site_key"])
 
-    def start_node(self, site: SiteFiles, *settings: str) -> None:
-        """Starts the node of a site; see `wait_for_nodes`. Args: settings: beyond its files'."""
+    def start_node(
+        self, site: SiteFiles, *settings: str, command: Sequence[str] = (*COTERIE, "node")
+    ) -> None:
+        """Starts the node of a site; see `wait_for_nodes`.
+
+        Args: settings: beyond its files'; command: what takes the place of `coterie node`.
+        """
         own = (
             *(f"name={site.name}", f"superlink={self.address}", f"key={site.key}"),
             *(f"authority={self.authority.certificate}", f"ledger={site.ledger}"),
             *("data=csv", f"data.path={site.records}", "threads=1"),
         )
-        command = (*COTERIE, "node", *own, *settings)
-        self.nodes[site.name] = Running(command, site.folder / "node.log", self.environment)
+        whole = (*command, *own, *settings)
+        site.log.unlink(missing_ok=True)  # what an earlier one said
+        self.nodes[site.name] = Running(whole, site.log, self.environment)
 
     def wait_for_nodes(self) -> None:
         """Returns once all nodes are ready. Raises: FederationError if one ends, or takes long."""

@@ -229,6 +229,39 @@ def test_a_node_that_is_killed_costs_no_round(deployment, settings, expected, tm
     check_finished(deployment, run_dir, expected)
 
 
+def test_a_hostile_site_costs_nobody_else_a_round(deployment, settings, tmp_path):
+    """Each round it sends another kind of nonsense, over the real wire: rejected one by one."""
+    site = deployment.sites[2]
+    deployment.nodes[site.name].stop()
+    here = Path(__file__).with_name("hostile_node.py")
+    deployment.start_node(site, *NODE, command=(sys.executable, str(here)))
+    deployment.wait_for_nodes()
+    run_dir = tmp_path / "hostile"
+    changes = ("privacy=none", "federation.quorum=0.6", f"run_dir={run_dir}")
+    call(deployment, "submit", *deployment.submitted_to, *settings, *changes)
+    lines = lines_of(run_dir)
+    assert [{*line["refused"]} for line in lines] == [{"site-3"}] * ROUNDS
+    said = [line["refused"]["site-3"] for line in lines]
+    for text, words in zip(said, HOSTILE, strict=True):
+        assert words in text, said
+    deployment.nodes[site.name].stop()
+    deployment.start_node(site, *NODE)
+    deployment.wait_for_nodes()
+
+
+HOSTILE = (
+    "finite",
+    "expected float32",
+    "another layout",
+    "another run or round",
+    "another run or round",
+    "not one flat float32 vector",
+    "could not be read",
+    "must hold",
+)
+"""What is said of each kind of nonsense, in the order of `hostile_node.KINDS`."""
+
+
 def test_what_a_superlink_that_is_not_there_is_told_in_one_line(deployment, settings, tmp_path):
     authority = deployment.authority.certificate
     nowhere = ("superlink.address=127.0.0.1:1", f"superlink.ca={authority}")

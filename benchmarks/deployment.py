@@ -51,8 +51,8 @@ def measured(payload: str, rounds: int, sites: int) -> dict[str, Any]:
     with Deployment(folder, [f"site-{n}" for n in range(1, sites + 1)]) as deployment:
         public, declared = deal(folder, deployment.sites)
         deployment.start_superlink()
+        deployment.enrol_all(cap=8.0, delta=1e-4, dataset="bbc-news")
         for site in deployment.sites:
-            deployment.enrol(site, cap=8.0, delta=1e-4, dataset="bbc-news")
             labels = f"data.labels=[{','.join(LABELS)}]"
             deployment.start_node(site, labels, "poll_s=0.1", command=ECHO)
         deployment.wait_for_nodes()

@@ -229,12 +229,10 @@ class Node:
         run = run_of(parcel.envelope)
         try:
             self._line.call(lambda: self._fleet.check_running(run))
-        except (RunOverError, NotAdmittedError) as error:
-            log.info(
-                "%s: run %d: what was left of it is forgotten: %s", self._site.name, run, error
-            )
+        except RunOverError as error:
+            log.info("%s: run %d: what was left is forgotten: %s", self._site.name, run, error)
             self._inbox.clear()
-        except UnreachableError:  # stopped meanwhile
+        except (UnreachableError, NotAdmittedError):  # stopped meanwhile; or `serve` hears the same
             return
         else:
             log.info("%s: run %d: going on with what was not answered", self._site.name, run)
@@ -289,6 +287,8 @@ class Node:
             return False
         if ledger is None:
             return False
+        # The inbox is this process's alone: whoever reserved for that run here is dead.
+        ledger.lose_unfinished(asked.run_id, counting(asked.run_id))
         counts = message.metadata.message_type.startswith("evaluate")
         key = (counting(asked.run_id), 1) if counts else (asked.run_id, asked.round)
         books = ledger.books
@@ -442,11 +442,22 @@ def _summary(settings: NodeSettings, node_id: int, answered: int, refused: int) 
     return {"site": settings.name, "node": node_id, "answered": answered, "refused": refused}
 
 
+class _OneLine(logging.Formatter):
+    """A message is one line, whatever a stranger's words in it hold."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        """As the format says, without control characters."""
+        line = super().formatMessage(record)
+        return "".join(each if each.isprintable() else " " for each in line)
+
+
 def _configure_process(settings: NodeSettings) -> None:
     """Memory, threads, and a log that says in plain words what this node does, and nothing that
     was measured on records.
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(asctime)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("flwr").setLevel(logging.WARNING)
     keep_freed_memory()
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from common.cli import OFFLINE_DEFAULTS
 from common.config import DataConfig, DataSource
 from common.data import load_splits
 from common.errors import CoterieError, FederationError, VerificationError
+from common.keys import generate_key
+from common.privacy.chain import public_hex
 from common.records import Records
 from server.control import ROOT, Address, Link
 from server.report import read_report
@@ -144,6 +147,7 @@ class Deployment:
         self.folder, self.port = folder, free_port()
         self.authority: Authority = make_authority(folder / "authority")
         own = self.authority.issue("superlink", [HOST, "localhost"])
+        self._officer = public_hex(generate_key(folder / "officer.key"))
         self.sites = [SiteFiles(name, folder / name) for name in names]
         for site in self.sites:
             site.folder.mkdir(parents=True)
@@ -206,10 +210,17 @@ class Deployment:
         self.link.register(make_node_key(site.key), site.name)
         answer = self.coterie(
             *("ledger", "init", str(site.ledger), "--cap", str(cap), "--delta", str(delta)),
-            *("--dataset", dataset, "--site", site.name),
-            *("--officer-key", str(self.folder / "officer.key")),
+            *("--dataset", dataset, "--site", site.name, "--officer-key", self._officer),
         )
         return str(answer["site_key"])
+
+    def enrol_all(self, *, cap: float, delta: float, dataset: str) -> dict[str, str]:
+        """All sites, at once; their public keys by name."""
+        with ThreadPoolExecutor() as pool:
+            keys = pool.map(
+                lambda site: self.enrol(site, cap=cap, delta=delta, dataset=dataset), self.sites
+            )
+            return dict(zip((site.name for site in self.sites), keys, strict=True))
 
     def start_node(
         self, site: SiteFiles, *settings: str, command: Sequence[str] = (*COTERIE, "node")
@@ -266,13 +277,16 @@ class Deployment:
         """
         report, _ = read_report(run_dir)
         heads = {site["name"]: site["ledger_head"] for site in report["sites"]}
-        verdicts = {}
-        for site in self.sites:
+
+        def verdict(site: SiteFiles) -> dict[str, Any]:
             exported = str(site.folder / "books.ledger")
             self.coterie("ledger", "export", str(site.ledger), "--output", exported)
             pinned = ("--key", keys[site.name], "--head", heads[site.name])
-            verdicts[site.name] = self.coterie("ledger", "verify", exported, *pinned)
-        return verdicts
+            return self.coterie("ledger", "verify", exported, *pinned)
+
+        with ThreadPoolExecutor() as pool:
+            verdicts = pool.map(verdict, self.sites)
+            return dict(zip((site.name for site in self.sites), verdicts, strict=True))
 
     def stop(self) -> None:
         """Ends everything, nodes first."""
@@ -349,10 +363,7 @@ def demonstrate(folder: Path, settings: Sequence[str], console: Console) -> Path
         console.print(f"2. BBC News: {declared} private records in {SITES} files, one per site.")
         deployment.start_superlink()
         console.print(f"3. Flower's SuperLink at {deployment.address}: TLS, known nodes only.")
-        keys = {
-            site.name: deployment.enrol(site, cap=CAP, delta=DELTA, dataset="bbc-news")
-            for site in deployment.sites
-        }
+        keys = deployment.enrol_all(cap=CAP, delta=DELTA, dataset="bbc-news")
         for site in deployment.sites:
             deployment.start_node(site, f"data.labels=[{','.join(LABELS)}]")
         deployment.wait_for_nodes()

@@ -88,9 +88,8 @@ def expected(records, settings, tmp_path_factory):
 def deployment(records, tmp_path_factory):
     with Deployment(tmp_path_factory.mktemp("deployment"), NAMES) as made:
         made.start_superlink()
-        made.keys = {}
+        made.keys = made.enrol_all(cap=100.0, delta=1e-3, dataset="tiny")
         for site in made.sites:
-            made.keys[site.name] = made.enrol(site, cap=100.0, delta=1e-3, dataset="tiny")
             site.records.write_bytes((records / f"{site.name}.csv").read_bytes())
             made.start_node(site, *NODE)
         made.wait_for_nodes()

@@ -127,7 +127,9 @@ class Running:
             self._sweep()
 
     def kill(self) -> int:
-        """Ends it without asking, as a power cut would, with all that it started."""
+        """Ends it without asking, as a power cut would. What Flower's processes started in sessions
+        of their own ends by itself, once it misses them.
+        """
         self._sweep()
         return self.process.wait()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.processes import family
 from server.checkpoint import read_last
 from server.report import read_report
 from simulations.deployment import COTERIE, Deployment
@@ -44,7 +45,9 @@ def records(tiny_csv, tmp_path_factory):
     with tiny_csv.open(newline="") as file:
         rows = [*csv.reader(file)][1:]
     private = [(*row, NAMES[place % 3]) for place, row in enumerate(rows[PUBLIC:])]
-    write(folder / "public.csv", ("text", "label"), rows[:PUBLIC])
+    # A simulation asks every file for its columns.
+    public = [(*row, "nowhere") for row in rows[:PUBLIC]]
+    write(folder / "public.csv", ("text", "label", "site"), public)
     write(folder / "all.csv", ("text", "label", "site"), private)
     for name in NAMES:
         own = [row[:2] for row in private if row[2] == name]
@@ -149,14 +152,10 @@ def check_finished(deployment, run_dir, expected):
 
 
 def serverapps(deployment):
-    """Processes that the SuperLink started for ServerApps, by id."""
-    found = subprocess.run(
-        ["ps", "-o", "pid=,args=", "-g", str(deployment.superlink.process.pid)],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if "flwr-serverapp" in line]
+    """Processes that the SuperLink's own children started for ServerApps, by id."""
+    mine = family(deployment.superlink.process.pid)
+    arguments = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in mine}
+    return [pid for pid, words in arguments.items() if b"flwr-serverapp" in words]
 
 
 def test_a_submitted_run_ends_with_the_weights_of_a_simulation(

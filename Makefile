@@ -3,13 +3,16 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: simulate baseline test test-all check format clean
+.PHONY: simulate baseline deploy-demo test test-all check format clean
 
 simulate: $(INSTALLED)  ## the main job; ARGS="privacy.epsilon=1" changes it
 	$(BIN)/coterie simulate $(ARGS)
 
 baseline: $(INSTALLED)  ## the same run without privacy
 	$(BIN)/coterie simulate privacy=none $(ARGS)
+
+deploy-demo: $(INSTALLED)  ## a coordinator and three sites as processes of this machine, TLS and all
+	$(BIN)/python -m simulations.deployment $(ARGS)
 
 test: check  ## lint, types, arrows, and the quick suite
 	$(BIN)/python -m pytest -q -n 2

@@ -8,9 +8,11 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -24,36 +26,63 @@ from common.config import Config, field_names, from_composed, register_schemas
 from common.errors import ConfigError, CoterieError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Schema(Generic[Settings]):
+    """What a command is configured by."""
+
+    start: str
+    """The file of `conf/` that it starts from, without its ending; also a command that shows it."""
+    register: Callable[[], None]
+    """Makes its schema known to Hydra."""
+    read: Callable[[DictConfig], Settings]
+    """Turns what was composed into what a job takes, or says what is wrong with it."""
+    names: Callable[[], Iterable[str]]
+    """Every dotted name of a setting."""
+
+
+RUN = Schema("simulate", register_schemas, from_composed, field_names)
+"""Of whatever concerns a run."""
 
 
 def run_job(job: Callable[[Config], None], invocation: Invocation) -> None:
+    """Runs `job` on the composed configuration of a run; see `run_with`."""
+    run_with(RUN, job, invocation)
+
+
+def run_with(
+    schema: Schema[Settings], job: Callable[[Settings], None], invocation: Invocation
+) -> None:
     """Runs `job` on the composed configuration; on each one of a `-m` sweep.
 
     Raises: ConfigError for an unknown key, a wrong type, a missing value or a broken rule.
     """
     _check_groups(invocation)
-    register_schemas()
+    schema.register()
     refused: list[CoterieError | OSError] = []
     here = os.getpid()
 
     def application(composed: DictConfig) -> None:
         if os.getpid() != here:  # a launcher's own process: what it raises comes back to Hydra
-            register_schemas()
-            job(from_composed(composed))
+            schema.register()
+            job(schema.read(composed))
         # Kept from Hydra, which would print a line of its own; the rest of a sweep is not run.
         elif not refused:
             try:
-                job(from_composed(composed))
+                job(schema.read(composed))
             except (CoterieError, OSError) as error:
                 refused.append(error)
 
-    entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name="simulate")
+    entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name=schema.start)
     with _hydra_environment(invocation):
         try:
             entry(application)()
         except (HydraException, OmegaConfBaseException) as error:
             cause = error.__cause__ or error.__context__
-            raise ConfigError(explain(f"{error}\n{cause or ''}")) from error
+            said = f"{error}\n{cause or ''}"
+            raise ConfigError(explain(said, schema.names(), schema.start)) from error
     if refused:
         raise refused[0]
 
@@ -74,12 +103,17 @@ def given_settings() -> frozenset[str] | None:
     )
 
 
-def explain(message: str) -> str:
+def explain(message: str, names: Iterable[str] | None = None, command: str = "simulate") -> str:
     r"""One line with name, rule and remedy from what Hydra prints in several.
+
+    Args: names: of the settings there are, those of a run if left out; command: which shows them.
 
     >>> explain("Could not override 'privacy.epsilom'.\nKey 'epsilom' is not in struct")
     'privacy.epsilom: no such setting; did you mean privacy.epsilon?'
     """
+    unknown = re.search(_UNKNOWN, message, re.DOTALL)
+    if unknown:
+        return _unknown_setting(unknown[1], [*(names or field_names())], command)
     for pattern, phrase in _PHRASES:
         found = re.search(pattern, message, re.DOTALL)
         if found:
@@ -90,15 +124,15 @@ def explain(message: str) -> str:
 def _check_groups(invocation: Invocation) -> None:
     """Refuses a group set to nothing, of which Hydra complains without naming it."""
     for argument in invocation.arguments:
-        group, _, option = argument.partition("=")
-        if option in ("", "null") and group and (CONF / group).is_dir():
+        group, equals, option = argument.partition("=")
+        if equals and option in ("", "null") and group and (CONF / group).is_dir():
             raise ConfigError(_group_fault(group, option))
 
 
-def _unknown_setting(found: re.Match[str]) -> str:
-    near = difflib.get_close_matches(found[1], list(field_names()), n=1)
-    remedy = f"did you mean {near[0]}?" if near else "`coterie simulate --cfg job` shows them all"
-    return f"{found[1]}: no such setting; {remedy}"
+def _unknown_setting(name: str, names: list[str], command: str) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"`coterie {command} --cfg job` shows them all"
+    return f"{name}: no such setting; {remedy}"
 
 
 def _wrong_type(found: re.Match[str]) -> str:
@@ -128,8 +162,9 @@ def _wrong_otherwise(found: re.Match[str]) -> str:
     return f"{found[2]}: {found[1]}"
 
 
+_UNKNOWN = r"Could not override '([^']+)'.*(?:not in|append)"
+"""What Hydra says of a setting that is none."""
 _PHRASES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
-    (r"Could not override '([^']+)'.*(?:not in|append)", _unknown_setting),
     (
         r"Value '(.*?)' of type '\w+' could not be converted to (\w+).*full_key: (\S+)",
         _wrong_type,

@@ -7,7 +7,7 @@ fields that change only speed stand in `EngineConfig`.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import cached_property, reduce
@@ -147,6 +147,7 @@ class EngineName(Enum):
 
     local = "local"
     ray = "ray"
+    superlink = "superlink"
 
 
 class Resume(Enum):
@@ -405,7 +406,9 @@ class EngineConfig:
 
     name: EngineName = MISSING
     """`local`: all sites on this machine. `ray`: through Flower's own simulation, here or, where
-    the environment variable RAY_ADDRESS names one, on a cluster; needs the extra `ray`."""
+    the environment variable RAY_ADDRESS names one, on a cluster; needs the extra `ray`.
+    `superlink`: sites on machines of their own, by `coterie submit`; their records, and their
+    policy, are in their own configuration."""
     workers: int = 0
     """Processes that take turns with the sites of a simulation, each with a model of its own; never
     more than sites train. 1: this process alone, and no other is started. 0: the cores that it may
@@ -533,6 +536,19 @@ class NodeConfig:
 
 
 @dataclass(frozen=True)
+class SuperlinkConfig:
+    """Where a run is submitted to: for `coterie submit` alone, and told to nobody."""
+
+    address: str = "127.0.0.1:8000"
+    """HOST:PORT of the SuperLink, as it is reached from here; its control API should be reachable
+    from this machine only."""
+    ca: str = ""
+    """File with the certificate of the authority that signed the SuperLink's, in PEM."""
+    detach: bool = False
+    """True: return once the run is started, and leave `coterie status` to follow it."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One run. Hydra groups fill it; see `conf/`."""
 
@@ -547,6 +563,7 @@ class Config:
     evaluation: EvaluationConfig = MISSING
     node: NodeConfig = MISSING
     faults: FaultsConfig = MISSING
+    superlink: SuperlinkConfig = field(default_factory=SuperlinkConfig)
     seed: int = 0
     """Seed of public things only: partition, initialisation, cohort. Never of noise or coins."""
     run_dir: str = ""
@@ -567,6 +584,16 @@ class Config:
         for where in WHERE:
             values.pop(where)
         return digest(values)
+
+    @property
+    def is_deployed(self) -> bool:
+        """Whether sites are on machines of their own."""
+        return self.engine.name is EngineName.superlink
+
+    @property
+    def books_last(self) -> bool:
+        """Whether the sites' ledgers may hold other runs as well."""
+        return bool(self.ledger) or self.is_deployed
 
     @property
     def asked_rounds(self) -> int:
@@ -605,8 +632,8 @@ def register_schemas() -> None:
 
 
 def _open_schema() -> DictConfig:
-    """The schema as a node YAML can be merged into: a frozen dataclass gives a read-only one."""
-    schema: DictConfig = OmegaConf.structured(
+    """The schema of a run, as `opened` gives it."""
+    return opened(
         Config(
             TaskConfig(),
             ModelConfig(),
@@ -619,8 +646,14 @@ def _open_schema() -> DictConfig:
             EvaluationConfig(),
             NodeConfig(),
             FaultsConfig(),
+            SuperlinkConfig(),
         )
     )
+
+
+def opened(settings: object) -> DictConfig:
+    """A schema as a node YAML can be merged into: a frozen dataclass gives a read-only one."""
+    schema: DictConfig = OmegaConf.structured(settings)
     nodes = [schema]
     while nodes:
         node = nodes.pop()
@@ -638,7 +671,19 @@ def from_composed(composed: DictConfig) -> Config:
 
     Raises: ConfigError naming every missing value or broken rule.
     """
-    unknown = sorted(set(_leaf_names(composed)) - set(field_names()))
+    _leave_out_path(composed)
+    config = frozen(composed, field_names())
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def frozen(composed: DictConfig, names: Iterable[str]) -> object:
+    """The dataclasses of what was composed. Args: names: of the settings that its schema knows.
+
+    Raises: ConfigError naming every other setting, or every missing value.
+    """
+    unknown = sorted(set(_leaf_names(composed)) - set(names))
     if unknown:  # Hydra's +NAME=VALUE forces keys in that no schema knows
         raise ConfigError(f"{', '.join(unknown)}: no such setting")
     _leave_out_labels(composed)
@@ -646,12 +691,9 @@ def from_composed(composed: DictConfig) -> Config:
     if missing:
         raise ConfigError(f"no value for {', '.join(missing)}: give each as NAME=VALUE")
     try:
-        config = OmegaConf.to_object(composed)
+        return OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error)) from error
-    assert isinstance(config, Config)
-    check(config)
-    return config
 
 
 def _leave_out_labels(composed: DictConfig) -> None:
@@ -661,6 +703,14 @@ def _leave_out_labels(composed: DictConfig) -> None:
         return
     if OmegaConf.is_missing(data, "labels"):
         data.labels = []
+
+
+def _leave_out_path(composed: DictConfig) -> None:
+    """Private records have no path here, where they are at sites of their own."""
+    engine, data = composed.engine, composed.data
+    deployed = not OmegaConf.is_missing(engine, "name") and engine.name is EngineName.superlink
+    if deployed and OmegaConf.is_missing(data, "path"):
+        data.path = ""
 
 
 def to_canonical(config: Config) -> str:
@@ -725,11 +775,24 @@ def without_terms(config: Config) -> Config:
     )
 
 
+def as_told(config: Config) -> Config:
+    """What a site of its own machine is told: nothing of where the coordinator keeps its files."""
+    if not config.is_deployed:
+        return config
+    return replace(
+        config, run_dir="", ledger="", heads="", resume=Resume.off, superlink=SuperlinkConfig()
+    )
+
+
 def differences(config: Config, other: Config) -> list[str]:
     """Names of the settings in which what two runs compute differs."""
     ours, theirs = _plain(asdict(config)), _plain(asdict(other))
     differ = [name for name in field_names() if _at(ours, name) != _at(theirs, name)]
-    return [name for name in differ if name not in WHERE and not isinstance(_at(ours, name), dict)]
+    return [
+        name
+        for name in differ
+        if name.split(".")[0] not in WHERE and not isinstance(_at(ours, name), dict)
+    ]
 
 
 def setting(config: Config, name: str) -> Any:
@@ -737,7 +800,7 @@ def setting(config: Config, name: str) -> Any:
     return _at(_plain(asdict(config)), name)
 
 
-WHERE = ("run_dir", "ledger", "heads", "resume")
+WHERE = ("run_dir", "ledger", "heads", "resume", "superlink")
 """Settings that do not change what a run computes."""
 
 
@@ -795,7 +858,7 @@ def _broken(config: Config) -> Iterator[str]:
         rules["tuning.k"] = _COUNT
     if not config.task.name.has_classes:
         rules["data.labels"] = ("different class names, in order, or none", _distinct_or_none)
-    if config.data.source in _PATHS:
+    if config.data.source in _PATHS and not config.is_deployed:
         rules["data.path"] = (_PATHS[config.data.source], bool)
     for name, (rule, holds) in rules.items():
         value: Any = reduce(getattr, name.split("."), config)
@@ -828,6 +891,7 @@ def _broken(config: Config) -> Iterator[str]:
     yield from _broken_of_faults(config)
     yield from _broken_of_strategy(config)
     yield from _broken_of_sources(config)
+    yield from _broken_of_deployed(config)
     sites, declared = config.federation.sites, config.data.declared_records
     if declared is not None and 1 <= declared < sites:
         yield f"federation.sites={sites}: must be at most {declared}, the training records"
@@ -886,6 +950,45 @@ def _broken_of_sources(config: Config) -> Iterator[str]:
         yield f"data.test_split={data.test_split}: must be left out where data.test_path is given"
     elif data.test_split == data.split:
         yield f"data.test_split={data.test_split}: must differ from data.split"
+
+
+def _broken_of_deployed(config: Config) -> Iterator[str]:
+    """What only a simulation can do, or know; and what is private, and so at a site."""
+    if not config.is_deployed:
+        return
+    data = config.data
+    own = data.source in FILES | FOLDERS
+    if own and data.path:
+        yield (
+            f"data.path={data.path}: must be left out with engine=superlink; private records "
+            "stand in each site's own configuration"
+        )
+    if own and not data.test_path:
+        yield (
+            "data.test_path='': must be the public hold-out with engine=superlink; the "
+            "coordinator sees no other records"
+        )
+    if data.source is DataSource.hub and not (data.test_path or data.test_split):
+        yield "data.test_path='': must be given with engine=superlink, or data.test_split"
+    if config.evaluation.split is not Split.holdout and (data.test_path or data.test_split):
+        yield (
+            f"evaluation.split={config.evaluation.split.name}: must be holdout with "
+            "engine=superlink, as no other split is public"
+        )
+    if data.declared_records is None:
+        yield (
+            "data.declared_records=None: must be given with engine=superlink: the number of "
+            "records that all sites together declare; nothing is counted there"
+        )
+    if config.ledger:
+        yield f"ledger={config.ledger}: must be left out with engine=superlink; sites keep theirs"
+    if config.federation.leave_out:
+        yield (
+            f"federation.leave_out={config.federation.leave_out}: must be empty with "
+            "engine=superlink; only a simulation sees the records of a site"
+        )
+    if config.faults.active:
+        yield "faults: must be none with engine=superlink; only a simulation makes them up"
 
 
 def _is_no_folder(label: str) -> bool:

@@ -103,6 +103,22 @@ def load_splits(
     )
 
 
+def load_public(
+    config: DataConfig, made: Callable[[int], Records] | None = None, read: Reader | None = None
+) -> Splits:
+    """The public records alone, as `load_splits` has them; `train` is empty where it is private.
+
+    Of what is built in, and so known to all, nothing is private.
+    """
+    if not config.test_path and not config.test_split:
+        return load_splits(config, made, read)
+    check_files(config)
+    rows = _read_public(config, read, untold)
+    holdout = _deduplicate(rows)
+    none = holdout.records.subset(np.arange(0))
+    return Splits(none, none, holdout.records, duplicates=len(rows) - len(holdout))
+
+
 def check_files(config: DataConfig) -> None:
     """Refuses a path that leads nowhere, without opening anything. Raises: ConfigError."""
     for name, path in (("data.path", config.path), ("data.test_path", config.test_path)):

@@ -32,13 +32,21 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
 
 def write_secret(path: Path, secret: bytes) -> None:
     """A new file, on disk with its name when this returns. Raises: ConfigError if there is one."""
+    write_private(path, f"{secret.hex()}\n".encode("ascii"))
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """A new file that its owner alone may read, on disk with its name when this returns.
+
+    Raises: ConfigError if there is one.
+    """
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
         raise ConfigError(f"{path}: exists already; a key is never overwritten") from error
     try:
-        with os.fdopen(handle, "w", encoding="ascii") as file:
-            file.write(secret.hex() + "\n")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         sync_folder(path.parent)
@@ -47,11 +55,16 @@ def write_secret(path: Path, secret: bytes) -> None:
         raise
 
 
+def check_secret(path: Path) -> None:
+    """Raises: ConfigError if others than its owner may read a file; OSError if it is not there."""
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise ConfigError(f"{path}: others may read this key; run chmod 600 on it")
+
+
 def read_secret(path: Path) -> bytes:
     """What `write_secret` wrote. Raises: ConfigError if others may read it, or it is none."""
     try:
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise ConfigError(f"{path}: others may read this key; run chmod 600 on it")
+        check_secret(path)
         secret = bytes.fromhex(path.read_text("ascii").strip())
     except FileNotFoundError as error:
         raise ConfigError(

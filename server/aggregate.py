@@ -22,6 +22,8 @@ from server.heads import check_continuation
 from server.strategy import Gathered
 
 SILENT = "no reply before the deadline"
+UNREADABLE = 699
+"""What stands in the place of a reply that is no message; no site's refusal, whoever says so."""
 UNHEARD = (
     ErrorCode.MESSAGE_UNAVAILABLE,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
@@ -93,6 +95,11 @@ class Judge:
             return
         self._accept(node, update, messages.content_bytes(reply.content))
 
+    @property
+    def accepted(self) -> int:
+        """Updates so far."""
+        return len(self._accepted)
+
     def verdicts(self) -> Verdicts:
         """What became of all, once no more replies are waited for."""
         silent = set(self._sent.values()) - self._accepted - set(self._refused)
@@ -126,4 +133,6 @@ def reason_of(reply: Message) -> str:
     """A fixed text for a known code; whatever else a peer writes is not repeated."""
     if reply.error.code in UNHEARD:
         return SILENT
+    if reply.error.code == UNREADABLE:
+        return "the reply could not be read"
     return messages.REFUSALS.get(reply.error.code, f"error {reply.error.code}")

@@ -10,7 +10,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common import parameters
-from common.config import Config, PrivacyMode, from_canonical
+from common.config import Config, PrivacyMode, as_told, from_canonical
 from common.errors import VerificationError
 from common.messages import Instruction
 from common.parameters import Layout
@@ -112,7 +112,7 @@ def _run(
         lines.append(round_line(outcome, metrics, lines, run_plan, elapsed_s=elapsed_s))
         append_line(run_dir, lines[-1])
         watch.on_round(lines[-1])
-    last = Instruction(state.run_id, len(lines), config, layout.digest, state.vector)
+    last = Instruction(state.run_id, len(lines), as_told(config), layout.digest, state.vector)
     counted = count_correct(grid, run_plan, last, heads, nodes or sites_of(grid))
     # 12. Report, and release the model of the final round: never the best on the hold-out.
     key = heads.key if heads else ""

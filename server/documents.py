@@ -1,9 +1,11 @@
 """Documents from templates: the report page and the model card."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from jinja2 import DictLoader, Environment, StrictUndefined, select_autoescape
 
 from common.privacy.accounting import shown
 
@@ -17,8 +19,21 @@ def named(group: str) -> str:
     return group or "(none named)"
 
 
+FOLDER = Path(__file__).parent / "templates"
+BUNDLED = "templates.json"
+"""Where a bundle has them, beside this file: bundles hold no files of other kinds."""
+
+
+def templates() -> Mapping[str, str]:
+    """All of them, by file name."""
+    if FOLDER.is_dir():
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(FOLDER.iterdir())}
+    texts: dict[str, str] = json.loads(FOLDER.with_name(BUNDLED).read_text(encoding="utf-8"))
+    return texts
+
+
 _ENVIRONMENT = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    loader=DictLoader(templates()),
     autoescape=select_autoescape(["html", "html.jinja"]),
     undefined=StrictUndefined,
     trim_blocks=True,

@@ -1,10 +1,11 @@
 """One instruction to each site of a cohort, and what comes back before the deadline."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from time import monotonic, sleep
 from types import MappingProxyType
 
 from flwr.app import Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from common import messages
@@ -13,12 +14,19 @@ from common.messages import Instruction
 from common.privacy.chain import Receipt
 from server.cohort import POLL_S
 
+GONE = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
+"""What Flower answers for a node it has given up, or whose reply it lost half of."""
+FIRST_POLL_S = 0.02
+"""Seconds to the next look for replies, after some came; doubled up to `POLL_S` while none do."""
+GONE_POLL_S = 2.0
+"""Seconds between two looks for sites that Flower has given up."""
+
 
 class Exchange:
     """The messages of one round.
 
-    Guarantee: a site whose attempt was lost is asked again while it has spare rounds, never
-    after the deadline; every attempt counts as charged, answered or not.
+    Guarantee: a site whose attempt was lost, or that went away and came back, is asked again while
+    it has spare rounds, never after the deadline; every attempt counts as charged, answered or not.
     """
 
     def __init__(
@@ -45,6 +53,9 @@ class Exchange:
         self._bytes = messages.content_bytes(self._content)
         self._receipts, self._spares = receipts, spares
         self._deadline = monotonic() + timeout_s
+        self._gone: set[int] = set()
+        """Nodes that Flower has given up, and that may be asked once more."""
+        self._look_at = 0.0
 
     def send(self, nodes: tuple[int, ...], kind: str = MessageType.TRAIN) -> list[str]:
         """Pushes the instruction to these nodes; returns the ids of the messages that went."""
@@ -55,28 +66,58 @@ class Exchange:
         self.bytes_down += len(went) * self._bytes
         return list(went)
 
-    def replies(self) -> Iterator[Message]:
-        """The last reply of each site, as they come; ends when all have, or at the deadline."""
-        waiting = dict.fromkeys(self.sent)  # in the order sent
-        while waiting and monotonic() < self._deadline:
+    def replies(self, enough: Callable[[], bool] = lambda: True) -> Iterator[Message]:
+        """The last reply of each site, as they come; ends when all have, or at the deadline.
+
+        Args: enough: whether the replies so far will do. If not, sites are waited for that Flower
+        has given up: a machine that starts again does so within minutes.
+        """
+        waiting, pause = dict.fromkeys(self.sent), FIRST_POLL_S  # in the order sent
+        while monotonic() < self._deadline and (waiting or (self._gone and not enough())):
             nothing = True
-            for reply in [*self._grid.pull_messages(waiting.keys())]:
+            for reply in [*self._grid.pull_messages(waiting.keys())] if waiting else ():
                 answered = reply.metadata.reply_to_message_id
                 if answered not in waiting:  # unasked, or a second reply to the same message
                     continue
                 nothing = False
                 del waiting[answered]
+                if self._is_gone(self.sent[answered], reply):
+                    continue
                 again = self._again(self.sent[answered], reply)
                 waiting.update(dict.fromkeys(again))
                 if not again:
                     yield reply
+            waiting.update(dict.fromkeys(self._returned()))
+            pause = min(2 * pause, POLL_S) if nothing else FIRST_POLL_S
             if nothing:
-                sleep(POLL_S)
+                sleep(min(pause, max(self._deadline - monotonic(), 0)))
 
     def _again(self, node: int, reply: Message) -> list[str]:
         """Asks once more where the site lost the round and its plan still has a spare."""
         lost = reply.has_error() and reply.error.code == messages.LOCAL_FAILURE
-        if not lost or self._spares.get(node, 0) < 1 or monotonic() >= self._deadline:
+        return self._repeated(node) if lost else []
+
+    def _is_gone(self, node: int, reply: Message) -> bool:
+        """Whether Flower answers for the site, which may come back and has a spare round."""
+        unheard = reply.has_error() and reply.error.code in GONE
+        if not unheard or self._spares.get(node, 0) < 1:
+            return False
+        self._gone.add(node)
+        return True
+
+    def _returned(self) -> list[str]:
+        """Asks those again that are back. What they had prepared they send as it is, for nothing;
+        what they lost was charged: which of the two nobody knows here, so a spare round is taken.
+        """
+        if not self._gone or monotonic() < self._look_at:
+            return []
+        self._look_at = monotonic() + GONE_POLL_S
+        back = sorted(self._gone & {*self._grid.get_node_ids()})
+        self._gone -= {*back}
+        return [sent for node in back for sent in self._repeated(node)]
+
+    def _repeated(self, node: int) -> list[str]:
+        if self._spares.get(node, 0) < 1 or monotonic() >= self._deadline:
             return []
         self._spares[node] -= 1
         return self.send((node,))

@@ -21,6 +21,7 @@ from common.config import (
     PrivacyConfig,
     PrivacyMode,
     Weighting,
+    as_told,
     check_delta,
     config_hash,
 )
@@ -278,7 +279,7 @@ def _own(config: Config, terms: Terms, sigma: float | None) -> Config:
     federation, privacy = config.federation, config.privacy
     asked = None if terms.rounds == federation.rounds else terms.rounds
     return replace(
-        config,
+        as_told(config),
         privacy=replace(privacy, epsilon=terms.epsilon, noise_multiplier=sigma, site_epsilons=[]),
         federation=replace(federation, asked_rounds=asked, availability="", availability_digest=""),
         faults=FaultsConfig(),

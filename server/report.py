@@ -153,7 +153,7 @@ def _privacy_section(
         "bound": number(bound),
         "private": is_private(config),
         "private_reason": _private_reason(run_plan) + (LATE if bound > worst.pld else ""),
-        "scope": "ledger" if config.ledger else "this_run",
+        "scope": "ledger" if config.books_last else "this_run",
         "selection_charged": False,
         "selection_reason": SELECTION_REASONS.get(config.data.source, SELECTION_REASON),
         "mechanism": asdict(run_plan.event),

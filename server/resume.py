@@ -132,7 +132,7 @@ def asked_before(
     """
     if not _was_under_way(state, number):
         return []
-    if not run_plan.config.ledger:
+    if not run_plan.config.books_last:
         for node, books in verdicts.books.items():
             name = nodes[node]
             used = attempts_told(books, run_plan.of(name).event) - run_plan.turn(name, number)

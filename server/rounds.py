@@ -11,7 +11,7 @@ from time import perf_counter
 
 from flwr.serverapp import Grid
 
-from common.config import Config, share_of
+from common.config import Config, as_told, share_of
 from common.errors import FederationError
 from common.messages import Instruction, SiteBooks
 from common.parameters import Layout, Vector
@@ -86,7 +86,9 @@ def run_rounds(
         cohort = in_order(run_plan.cohort(number, nodes))
         # 2. Send the instruction, to each site with its own terms, and with the last head of its
         # ledger that we signed.
-        instruction = Instruction(state.run_id, number, config, layout.digest, state.vector)
+        instruction = Instruction(
+            state.run_id, number, as_told(config), layout.digest, state.vector
+        )
         receipts = receipts_of(nodes, heads)
         started = perf_counter()
         exchange = Exchange(
@@ -98,6 +100,7 @@ def run_rounds(
             configs={node: own.config for node, own in terms.items()},
         )
         exchange.send(cohort)
+        needed = share_of(len(cohort), config.federation.quorum)
         # 8. Collect replies until all have come, or the deadline; 9. validate each by itself, and
         # gather its update.
         gathered = gathering(config.strategy, layout.size, capacity=len(cohort))
@@ -110,7 +113,7 @@ def run_rounds(
             receipts=receipts,
             weights={node: run_plan.weight_of(nodes[node]) for node in cohort},
         )
-        for reply in exchange.replies():
+        for reply in exchange.replies(lambda: judge.accepted >= needed):  # noqa: B023 - at once
             judge.read(reply)
             on_reply(number, nodes[exchange.sent[reply.metadata.reply_to_message_id]])
         sites_s, verdicts = perf_counter() - started, judge.verdicts()

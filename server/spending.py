@@ -98,7 +98,7 @@ def _untold(outcome: RoundOutcome, before: list[RoundLine], run_plan: RunPlan) -
 
     Never more than a plan allows. Books that last tell of other runs as well, and are priced whole.
     """
-    if not outcome.state.resumed_after or run_plan.config.ledger:
+    if not outcome.state.resumed_after or run_plan.config.books_last:
         return []
     seen = Counter(name for line in before for name in line.asked) + Counter(outcome.asked)
     extra = {
@@ -114,7 +114,7 @@ def _epsilons_so_far(run_plan: RunPlan, lines: list[RoundLine]) -> dict[str, flo
     asked, delta = rounds_asked(run_plan, lines), run_plan.config.privacy.delta
     times = Counter(name for each in asked for name in each.names)
     spent = {name: _planned(run_plan.of(name), n) for name, n in times.items()}
-    if run_plan.config.ledger:  # other runs are in its books, too
+    if run_plan.config.books_last:  # other runs are in its books, too
         for name in times:
             priced = epsilon_pld(_told(asked, name), delta, LIVE_INTERVAL)
             spent[name] = max(spent[name], priced, _said(asked, name, delta))

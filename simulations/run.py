@@ -52,6 +52,7 @@ from common.records import Records
 from common.tasks import TASKS, build_model, reader_of
 from server.app import CONFIG_KEY, Sections, Watch, server_app
 from server.groups import check_groups
+from server.interrupted import as_begun, occupied
 from server.plan import (
     NOT_PRIVATE,
     epsilon_of,
@@ -71,7 +72,6 @@ from simulations.cluster import OnRay, check_installed
 from simulations.faults import FaultyGrid, faults_section, may_crash
 from simulations.finished import Finished
 from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid, ThisProcess
-from simulations.interrupted import as_begun, occupied
 from simulations.left_out import show_summary, summary, write_summary
 from simulations.nursery import nursery
 from simulations.partition import deal
@@ -129,6 +129,8 @@ def run_simulation(config: Config, console: Console) -> Path:
     check_installed(config.engine)
     run_dir = _run_dir(config)
     config = as_begun(replace(config, run_dir=str(run_dir)))
+    if config.is_deployed:
+        raise ConfigError("engine=superlink: its sites are elsewhere; give it to coterie submit")
     if config.resume is Resume.auto and is_finished(run_dir):
         console.print(f"{run_dir}: is finished already; nothing was run", highlight=False)
         return run_dir

@@ -27,6 +27,7 @@ YAMLS = sorted(CONF.rglob("*.yaml"))
 OWN_CSV = ["data.path=records.csv", "data.labels=[a,b]"]
 OWN_FILES = ["data.path=records", "data.labels=[a,b]"]
 OWED = {
+    "engine/superlink": ["data.declared_records=900"],
     "data/csv": OWN_CSV,
     "data/jsonl": OWN_CSV,
     "data/parquet": OWN_CSV,
@@ -88,11 +89,17 @@ LEAVES = sorted(
 
 
 def test_there_are_as_many_yaml_files_as_we_know_of():
-    """The job, its choices in ten groups, seven experiments. A forgotten one goes untested."""
-    assert len(YAMLS) == 54
+    """The job, its choices in ten groups, seven experiments, and a node's own. A forgotten one goes
+    untested.
+    """
+    assert len(YAMLS) == 56
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(CONF)))
+@pytest.mark.parametrize(
+    "path",
+    [each for each in YAMLS if each.name != "node.yaml"],
+    ids=lambda path: str(path.relative_to(CONF)),
+)
 def test_every_yaml_composes(path):
     name = str(path.relative_to(CONF).with_suffix(""))
     experiment = name.startswith("experiment/")
@@ -103,11 +110,13 @@ def test_every_yaml_composes(path):
     config = from_composed(composed)
     written = OmegaConf.to_container(OmegaConf.load(path))
     if name != "simulate" and not experiment:  # what these set: tests/test_structure.py
-        group = json.loads(to_canonical(config))[path.parent.name]
-        missing = {key for key, value in written.items() if value == "???"}
-        assert {key: group[key] for key in set(written) - missing} == {
-            key: value for key, value in written.items() if key not in missing
-        }
+        is_global = "@package _global_" in path.read_text()
+        for group_name, values in (written if is_global else {path.parent.name: written}).items():
+            group = json.loads(to_canonical(config))[group_name]
+            missing = {key for key, value in values.items() if value == "???"}
+            assert {key: group[key] for key in set(values) - missing} == {
+                key: value for key, value in values.items() if key not in missing
+            }
 
 
 @pytest.mark.parametrize("name", ["config", "text"])
@@ -151,7 +160,9 @@ def test_hash_ignores_where_files_are_and_nothing_else(tiny_config):
         for path in paths
         if config_hash(put(tiny_config, path, other(get(tiny_config, path)))) == before
     ]
-    assert sorted(ignored) == [("heads",), ("ledger",), ("resume",), ("run_dir",)]
+    of_submitting = [("superlink", name) for name in ("address", "ca", "detach")]
+    wherever = [("heads",), ("ledger",), ("resume",), ("run_dir",)]
+    assert sorted(ignored) == sorted([*wherever, *of_submitting])
 
 
 def test_a_config_is_frozen_all_through(tiny_config):
@@ -489,3 +500,38 @@ def test_labels_may_be_left_out_where_the_task_knows_no_classes(compose_config):
         compose_config("data=csv", "data.path=texts.csv")
     with pytest.raises(ConfigError, match=r"^data\.labels=\[\]: must be two or more"):
         compose_config("data=csv", "data.path=texts.csv", "data.labels=[]")
+
+
+DEPLOYED = [
+    "engine=superlink",
+    "data=csv",
+    "data.labels=[a,b]",
+    "data.test_path=public.csv",
+    "data.declared_records=900",
+]
+
+
+def test_a_deployed_run_needs_no_path_of_private_records_and_has_spares(compose_config):
+    config = compose_config(*DEPLOYED)
+    assert config.is_deployed
+    assert config.data.path == ""
+    assert config.privacy.spare_rounds == 2
+    assert config.books_last
+    assert from_canonical(to_canonical(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("data.path=private.csv", "data.path=private.csv: must be left out with engine=superlink"),
+        ("data.test_path=''", "data.test_path='': must be the public hold-out"),
+        ("data.declared_records=null", "data.declared_records=None: must be given"),
+        ("evaluation.split=validation", "evaluation.split=validation: must be holdout"),
+        ("ledger=books.db", "ledger=books.db: must be left out"),
+        ("federation.leave_out=site-1", "federation.leave_out=site-1: must be empty"),
+        ("faults=rough", "faults: must be none"),
+    ],
+)
+def test_what_only_a_simulation_can_do_is_refused_of_a_deployment(compose_config, override, fault):
+    with pytest.raises(ConfigError, match=fault):
+        compose_config(*DEPLOYED, override)

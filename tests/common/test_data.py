@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from common.config import DataConfig, DataSource
-from common.data import check_files, load_splits
+from common.data import check_files, load_public, load_splits
 from common.errors import ConfigError
 from common.records import Records
 
@@ -184,6 +184,23 @@ def test_a_test_file_is_the_whole_hold_out_and_is_never_trained_on(tmp_path):
     assert len(splits.train) + len(splits.validation) == 90
     assert 0 < len(splits.validation) < 30
     assert splits.duplicates == 10 + 1
+
+
+def test_the_public_records_alone_are_those_of_the_splits(tmp_path):
+    """A coordinator has no others; what it measures on is what a simulation does."""
+    private = write(tmp_path / "private.csv", records(100))
+    public = write(tmp_path / "public.csv", [*records(20, start=90), ("text number 95", "no")])
+    whole = load_splits(config_of(private, test_path=str(public)))
+    alone = load_public(replace(config_of(private, test_path=str(public)), path=""))
+    assert alone.holdout.contents == whole.holdout.contents
+    assert alone.holdout.labels.tolist() == whole.holdout.labels.tolist()
+    assert len(alone.train) == len(alone.validation) == 0
+
+
+def test_of_what_is_built_in_the_public_records_are_a_share(compose_config, bbc):
+    alone = load_public(compose_config().data)
+    assert alone.holdout.contents == bbc.holdout.contents
+    assert alone.validation.contents == bbc.validation.contents
 
 
 def test_a_gzipped_file_reads_as_the_plain_one(tmp_path):

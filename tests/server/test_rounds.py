@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from safetensors import safe_open
 
@@ -17,6 +18,7 @@ from common.parameters import Layout
 from common.privacy.accounting import Event
 from common.privacy.chain import Head
 from common.strategies import StrategyName
+from server.aggregate import SILENT
 from server.checkpoint import RunState
 from server.heads import HeadBook
 from server.plan import make_plan
@@ -174,6 +176,61 @@ def test_without_a_spare_left_the_site_sits_the_round_out(spares, go, planned):
     outcomes = list(go(grid, with_spares(planned(quorum=0.6), spares)))
     assert [outcome.asked.count("site-2") for outcome in outcomes] == [spares + 1, 1]
     assert [outcome.refused for outcome in outcomes] == [{"site-2": "local failure"}, {}]
+
+
+def given_up(_, message):
+    """What Flower answers for a node that it has not heard of for a minute."""
+    return Message(Error(ErrorCode.NODE_UNAVAILABLE, ""), reply_to=message)
+
+
+class GoesAway:
+    """Given up by Flower at its first message; back, and answering, from then on."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self, node, message):
+        self.asked += 1
+        return (given_up if self.asked == 1 else update)(node, message)
+
+
+def test_a_site_that_went_away_and_came_back_is_asked_again_on_a_spare(go, planned):
+    grid = FakeGrid(named(3), nodes_that(n2=GoesAway()))
+    outcomes = list(go(grid, with_spares(planned(), 1)))
+    assert [outcome.asked.count("site-2") for outcome in outcomes] == [2, 1]
+    assert [outcome.refused for outcome in outcomes] == [{}, {}]
+    assert [outcome.state.spares["site-2"] for outcome in outcomes] == [0, 0]
+
+
+def test_a_site_that_went_away_without_a_spare_is_not_waited_for(go, planned):
+    grid = FakeGrid(named(3), nodes_that(n2=GoesAway()))
+    outcomes = list(go(grid, planned(quorum=0.6)))
+    assert [outcome.refused for outcome in outcomes] == [{"site-2": SILENT}, {}]
+    assert [outcome.asked.count("site-2") for outcome in outcomes] == [1, 1]
+
+
+class Away(FakeGrid):
+    """Site 2 is not there any more, once it was asked."""
+
+    def get_node_ids(self):
+        return [node for node in self.names if node != 2 or not self.pushed]
+
+
+def test_a_round_with_its_quorum_waits_for_nobody_who_went_away(go, planned):
+    grid = Away(named(3), nodes_that(n2=given_up))
+    started = time.monotonic()
+    outcomes = list(go(grid, with_spares(planned(quorum=0.6, round_timeout_s=60.0), 1)))
+    assert time.monotonic() - started < 30
+    assert [outcome.refused for outcome in outcomes] == [{"site-2": SILENT}] * 2
+    assert [outcome.asked.count("site-2") for outcome in outcomes] == [1, 1]
+
+
+def test_a_round_without_its_quorum_waits_until_the_deadline(go, planned):
+    grid = Away(named(3), nodes_that(n2=given_up))
+    started = time.monotonic()
+    with pytest.raises(FederationError, match="2 of 3 sites"):
+        list(go(grid, with_spares(planned(round_timeout_s=1.0), 1)))
+    assert 0.9 < time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("code", sorted({*messages.REFUSALS} - {messages.LOCAL_FAILURE}))

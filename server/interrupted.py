@@ -1,18 +1,20 @@
-"""A simulation that was interrupted: who may go on with it, as what, and what is left before."""
+"""A run that was interrupted: who may go on with it, as what, and what is left before."""
 
 import fcntl
 import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic, sleep
 
 from common.composition import given_settings, sweep_index
 from common.config import Config, Resume
 from common.errors import ConfigError
+from server.cohort import POLL_S
 from server.plan import solved
 from server.resume import CHECKPOINTS, CONFIG, check_same, has_begun, stored_config
 
@@ -22,39 +24,43 @@ LEDGERS = "ledgers"
 """Where a run folder holds the sites' books."""
 
 
-def as_begun(config: Config) -> Config:
+def as_begun(config: Config, beside: Set[str] = frozenset()) -> Config:
     """The resolved settings of the run in `run_dir`, where one is to go on; else `config`.
 
+    Args: beside: more settings, or groups of them, that say nothing of what the run computes.
     Raises: ConfigError if the folder holds no run, or the command line names other settings.
     """
     run_dir = Path(config.run_dir)
     if config.resume is Resume.off or not run_dir.exists() or not any(run_dir.iterdir()):
         return config
     stored, given = stored_config(run_dir), given_settings()
-    if given is None or not given <= ENOUGH:
+    if given is None or any(
+        {name, name.split(".")[0]}.isdisjoint(ENOUGH | beside) for name in given
+    ):
         check_same(solved(_filled(config, stored)), stored, run_dir)
         for name in ("ledger", "heads"):
             _check_same_file(name, getattr(config, name), getattr(stored, name))
-    return replace(stored, run_dir=config.run_dir, resume=config.resume)
+    return replace(stored, run_dir=config.run_dir, resume=config.resume, superlink=config.superlink)
 
 
 @contextmanager
-def occupied(run_dir: Path) -> Iterator[None]:
+def occupied(run_dir: Path, *, patience_s: float = 0.0) -> Iterator[None]:
     """Makes the folder of a run, and keeps other processes from writing into it.
 
     Guarantee: a run that ended before it had begun leaves the disk as it was.
+    Args: patience_s: how long to wait for a process that is writing, and may be ending.
     Raises: ConfigError if another process is writing; KeyboardInterrupt with how to go on.
     """
     made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
     handle = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _lock(handle, run_dir)
+        _lock(handle, run_dir, patience_s)
         try:
             _clear(run_dir)
             yield
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(_how_to_go_on(run_dir)) from stop
+            raise KeyboardInterrupt(how_to_go_on(run_dir)) from stop
         finally:
             _clear(run_dir)
     finally:
@@ -83,14 +89,34 @@ def _resolved(path: str) -> Path | None:
     return Path(path).expanduser().resolve() if path else None
 
 
-def _lock(handle: int, run_dir: Path) -> None:
+def is_occupied(run_dir: Path) -> bool:
+    """Whether a process is writing into the folder of a run."""
+    if not run_dir.is_dir():
+        return False
+    handle = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return not _locked(handle)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, run_dir: Path, patience_s: float) -> None:
     """Held until the handle is closed, or the process ends, however it ends."""
+    deadline = monotonic() + patience_s
+    while not _locked(handle):
+        if monotonic() >= deadline:
+            raise ConfigError(
+                f"run_dir={run_dir}: another process is writing into it; wait for it, or stop it"
+            )
+        sleep(POLL_S)
+
+
+def _locked(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(
-            f"run_dir={run_dir}: another process is writing into it; wait for it, or stop it"
-        ) from error
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _clear(run_dir: Path) -> None:
@@ -112,11 +138,12 @@ def _remove_empty(folders: list[Path]) -> None:
             return
 
 
-def _how_to_go_on(run_dir: Path) -> str:
+def how_to_go_on(run_dir: Path, command: str = "simulate") -> str:
+    """What to type after an interruption. Args: command: the one that began the run."""
     if not has_begun(run_dir):
         return "interrupted before the first round; nothing was charged, and nothing is left"
     if sweep_index() is not None:
         return "interrupted; go on by the same command with run_dir=PATH and resume=auto"
     plain = re.fullmatch(r"[\w./~-]+", str(run_dir))
     setting = f"run_dir={run_dir}" if plain else f"run_dir='{run_dir}'"
-    return f"interrupted; go on by: coterie simulate resume=auto {shlex.quote(setting)}"
+    return f"interrupted; go on by: coterie {command} resume=auto {shlex.quote(setting)}"

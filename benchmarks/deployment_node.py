@@ -1,0 +1,36 @@
+"""`coterie node` whose ClientApp does nothing: it sends back the parameters it was sent."""
+
+import sys
+from unittest import mock
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from common import messages
+from common.cli import main as coterie
+from common.privacy.mechanism import round_event
+
+
+def echo(*_: object, **__: object) -> ClientApp:
+    """In the place of `client.app.client_app`."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, _: Context) -> Message:
+        asked = messages.read_instruction(message)
+        update = messages.Update(
+            asked.run_id,
+            asked.round,
+            asked.layout_digest,
+            round_event(asked.config),
+            asked.vector,
+        )
+        return Message(messages.pack_update(update), reply_to=message)
+
+    return app
+
+
+def main() -> int:
+    """As `coterie node ARGUMENTS`."""
+    with mock.patch("client.service.client_app", echo):
+        return coterie(["node", *sys.argv[1:]])

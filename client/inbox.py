@@ -1,0 +1,69 @@
+"""The instruction that a node is answering, on its disk until the answer is with the SuperLink.
+
+Flower hands an instruction out once. A node that is killed in the middle finds it here when it is
+started again, and answers it: with what it had prepared, byte for byte, if it had come so far.
+"""
+
+import fcntl
+import os
+from pathlib import Path
+
+from client.fleet import Parcel
+from common.durable import sync_folder, write_atomic
+from common.errors import ConfigError, VerificationError
+
+INSTRUCTION, IDENTITY, LOCK = "instruction", "node", "lock"
+"""Files of the folder."""
+
+
+class Inbox:
+    """A folder of one node, which it has alone."""
+
+    def __init__(self, folder: Path) -> None:
+        """Makes it if it is not there. Raises: ConfigError if another process has it."""
+        self.folder = folder
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise ConfigError(
+                f"inbox={folder}: another node has it; one site has one node at a time"
+            ) from error
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        os.close(self._lock)
+
+    def identity(self, fingerprint: str) -> int | None:
+        """The node id that this key had at that address. Args: fingerprint: of both."""
+        try:
+            known, _, node_id = (self.folder / IDENTITY).read_text("ascii").partition(" ")
+            return int(node_id) if known == fingerprint else None
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def remember(self, fingerprint: str, node_id: int) -> None:
+        """Keeps the node id."""
+        write_atomic(self.folder / IDENTITY, f"{fingerprint} {node_id}\n")
+
+    def put(self, parcel: Parcel) -> None:
+        """Keeps an instruction; on disk when this returns."""
+        write_atomic(self.folder / INSTRUCTION, parcel.to_bytes())
+
+    def waiting(self) -> Parcel | None:
+        """The instruction that was not answered. Raises: VerificationError if it was altered."""
+        try:
+            content = (self.folder / INSTRUCTION).read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            return Parcel.from_bytes(content)
+        except VerificationError as error:
+            raise VerificationError(f"{self.folder / INSTRUCTION}: {error}") from error
+
+    def clear(self) -> None:
+        """Forgets the instruction: its answer was sent, or nobody waits for it."""
+        (self.folder / INSTRUCTION).unlink(missing_ok=True)
+        sync_folder(self.folder)

@@ -1,0 +1,39 @@
+"""`coterie node`: the long-lived process beside a site's records."""
+
+from importlib import metadata
+
+from client.settings import NODE, NodeSettings
+from common.cli import Invocation, emit_json
+from common.composition import run_with
+from common.errors import ConfigError
+
+FLOWERS = ((1, 41), (1, 42))
+"""Minor versions of flwr whose fleet protocol `client.fleet` speaks; see its contract tests."""
+
+
+def node(invocation: Invocation) -> None:
+    """Answer a coordinator's instructions beside a site's own records, by its own policy."""
+
+    def job(settings: NodeSettings) -> None:
+        check_flower(metadata.version("flwr"))
+        # torch and the model come with it: whoever mistyped a setting does not wait for them.
+        from client.service import run_node  # noqa: PLC0415
+
+        answer = run_node(settings)
+        if invocation.json:
+            emit_json(answer)
+
+    run_with(NODE, job, invocation)
+
+
+def check_flower(version: str) -> None:
+    """Raises: ConfigError if this flwr is none whose protocol is known here.
+
+    >>> check_flower("1.41.0")
+    >>> check_flower("1.43.0")
+    Traceback (most recent call last):
+    common.errors.ConfigError: flwr 1.43.0: a node needs 1.41 or 1.42; pip install 'flwr<1.43'
+    """
+    first, second, *_ = (*version.split("."), "", "")
+    if not (first.isdigit() and second.isdigit() and (int(first), int(second)) in FLOWERS):
+        raise ConfigError(f"flwr {version}: a node needs 1.41 or 1.42; pip install 'flwr<1.43'")

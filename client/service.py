@@ -1,0 +1,469 @@
+"""A node at work: one instruction after the other, until somebody stops it.
+
+Only what is installed here runs: an instruction is data, the bundle that a coordinator submitted is
+never fetched, and the records are those of the node's own settings. The order is a safety argument:
+
+ 1. the instruction is on this machine's disk before the SuperLink may forget it;
+ 2. policy, charge, training and preparation are `client.app`'s, the same as everywhere;
+ 3. the answer leaves, and only when it is with the SuperLink is the instruction forgotten.
+
+Whatever is killed in between goes on from the disk: see `client.inbox`.
+"""
+
+import hashlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from random import uniform
+from time import monotonic, time
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.app import client_app
+from client.commitment import commit_to
+from client.fleet import Fleet, NotAdmittedError, Parcel, RunOverError, UnreachableError, run_of
+from client.inbox import Inbox
+from client.ledger import Ledger, Store
+from client.settings import NodeSettings
+from client.site import Site
+from common import messages
+from common.allocation import keep_freed_memory
+from common.certificates import read_node_key
+from common.config import ModelConfig, PrivacyMode
+from common.data import check_files, load_splits
+from common.errors import ConfigError, CoterieError, FederationError, VerificationError
+from common.privacy.mechanism import counting
+from common.tasks import TASKS, FileTask, reader_of
+
+log = logging.getLogger(__name__)
+log.setLevel(logging.INFO)
+
+BEAT_S, BEAT_AGAIN_S = 15.0, 3.0
+"""From one sign of life to the next, and after one that was not heard. Flower waits 60 s."""
+FIRST_DELAY_S, MAX_DELAY_S = 0.25, 20.0
+"""Before a call is tried again: doubled each time, and drawn from its upper half."""
+STOPPING = b"stopping once what is under way is answered; again to stop at once\n"
+
+Result = TypeVar("Result")
+
+
+def run_node(settings: NodeSettings) -> dict[str, Any]:
+    """Answers until it is stopped; returns what `--json` prints.
+
+    Raises: ConfigError where a setting, a file or the SuperLink does not fit, FederationError where
+    nobody was there for `patience_s`; nothing was answered then. KeyboardInterrupt where it was
+    told twice to stop.
+    """
+    _configure_process(settings)
+    check_files(settings.data)
+    key = read_node_key(Path(settings.key).expanduser())
+    fleet = Fleet(settings.superlink, Path(settings.authority), key)
+    with ExitStack() as stack:
+        inbox = Inbox(settings.inbox_path)
+        stack.callback(inbox.close)
+        ledger = _ledger(settings, stack)
+        stopping = stack.enter_context(_stopped_by_signals())
+        line = Line(settings, stopping)
+        stack.enter_context(_leaving(fleet))
+        node_id = _join(fleet, line, inbox, _fingerprint(settings, key))
+        if node_id is None:  # stopped before it got there
+            return _summary(settings, 0, 0, 0)
+        stack.enter_context(_beating(fleet))
+        site = open_site(settings, ledger)
+        node = Node(settings, site, fleet, line, inbox)
+        log.info(
+            "%s: connected to %s as node %d; waiting for instructions",
+            *(settings.name, settings.superlink, node_id),
+        )
+        node.serve()
+    return _summary(settings, node_id, node.answered, node.refused)
+
+
+def open_site(settings: NodeSettings, ledger: Ledger | None) -> Site:
+    """The site of these settings: its records read, and bound to its ledger.
+
+    Raises: ConfigError if the records are not as the settings say, or are another ledger's.
+    """
+    task = TASKS[settings.task.name]
+    read = None
+    if isinstance(task, FileTask):
+        if not settings.reader:
+            raise ConfigError(
+                "reader='': must name the model, by its model.name, whose processor reads the "
+                f"files of task={settings.task.name.name}"
+            )
+        model = ModelConfig(name=settings.reader, feature_scale=1.0)
+        read = reader_of(settings.task.name, task.load_processor(model))
+    records = load_splits(settings.data, task.toy_examples, read).train
+    if ledger is not None:
+        unit = ledger.books.unit
+        if unit == PrivacyMode.person.name and records.persons is None:
+            raise ConfigError(
+                "data.person_column='': must name the column of person ids; the unit of "
+                f"{settings.ledger} is person"
+            )
+        ledger.bind(commit_to(records, ledger.store.secret, unit=unit))
+    classes = tuple(settings.data.labels)
+    return Site(settings.name, records, classes, ledger, settings.node)
+
+
+class Line:
+    """Calls that are tried again until somebody answers."""
+
+    def __init__(self, settings: NodeSettings, stopping: threading.Event) -> None:
+        self._name, self._patience_s = settings.name, settings.patience_s or float("inf")
+        self.stopping = stopping
+
+    def call(
+        self,
+        call: Callable[[], Result],
+        *,
+        until: float = float("inf"),
+        passing: tuple[type[CoterieError], ...] = (UnreachableError,),
+    ) -> Result:
+        """What `call` returns, once it does not raise one of `passing`.
+
+        Args: until: on the monotonic clock, when nobody waits for it any more.
+        Raises: FederationError after `patience_s`; RunOverError after `until`; the passing error
+        itself once this node is to stop.
+        """
+        since, delay, told = monotonic(), FIRST_DELAY_S, False
+        while True:
+            try:
+                result = call()
+            except passing as error:
+                if self.stopping.is_set():
+                    raise
+                if monotonic() - since > self._patience_s:
+                    raise FederationError(
+                        f"{error}; gave up after {self._patience_s:g} s (patience_s)"
+                    ) from error
+                if monotonic() > until:
+                    raise RunOverError("nobody waits for this answer any more") from error
+                if not told:
+                    log.warning("%s: %s; trying again until it is otherwise", self._name, error)
+                told = True
+                self.stopping.wait(_apart(delay))
+                delay = min(2 * delay, MAX_DELAY_S)
+            else:
+                if told:
+                    log.info(
+                        "%s: the coordinator answers again, after %.0f s",
+                        *(self._name, monotonic() - since),
+                    )
+                return result
+
+
+class Node:
+    """One site's answers, over one line."""
+
+    def __init__(
+        self, settings: NodeSettings, site: Site, fleet: Fleet, line: Line, inbox: Inbox
+    ) -> None:
+        self._site, self._fleet, self._line, self._inbox = site, fleet, line, inbox
+        self._poll_s = settings.poll_s
+        self._app: ClientApp = client_app(
+            lambda _: site, allow_unprotected=settings.allow_unprotected
+        )
+        self.answered = self.refused = 0
+
+    def serve(self) -> None:
+        """Answers what was left, and then what comes, until the node is to stop.
+
+        Raises: FederationError where nobody was there for too long.
+        """
+        self._answer_left_over()
+        stopping = self._line.stopping
+        while not stopping.is_set():
+            try:
+                parcel = self._receive()
+            except NotAdmittedError as error:
+                self._join_again(error)
+            except UnreachableError:  # stopped while nobody was there
+                return
+            else:
+                if parcel is None:
+                    stopping.wait(self._poll_s)
+                else:
+                    self._answer(parcel)
+
+    def _receive(self) -> Parcel | None:
+        """The next instruction, on disk here when this returns; None if there is none."""
+        got = self._line.call(self._fleet.receive)
+        if got is None:
+            return None
+        envelope, tree = got
+        run = run_of(envelope)
+        try:
+            parcel = self._line.call(lambda: self._fleet.fetch(run, envelope, tree))
+            # 1. On disk before the SuperLink may forget it.
+            self._inbox.put(parcel)
+            self._line.call(lambda: self._fleet.confirm(run, parcel.root))
+        except (RunOverError, VerificationError) as error:
+            self._inbox.clear()
+            log.warning("%s: run %d: an instruction was lost: %s", self._site.name, run, error)
+            return None
+        return parcel
+
+    def _answer_left_over(self) -> None:
+        """What an earlier process had received, and did not get to answer."""
+        try:
+            parcel = self._inbox.waiting()
+        except VerificationError as error:
+            log.warning("%s: %s; it is forgotten", self._site.name, error)
+            self._inbox.clear()
+            return
+        if parcel is None:
+            return
+        run = run_of(parcel.envelope)
+        try:
+            self._line.call(lambda: self._fleet.check_running(run))
+        except RunOverError as error:
+            log.info("%s: run %d: what was left is forgotten: %s", self._site.name, run, error)
+            self._inbox.clear()
+        except (UnreachableError, NotAdmittedError):  # stopped meanwhile; or `serve` hears the same
+            return
+        else:
+            log.info("%s: run %d: going on with what was not answered", self._site.name, run)
+            self._answer(parcel, left_over=True)
+
+    def _answer(self, parcel: Parcel, *, left_over: bool = False) -> None:
+        started, addressed = monotonic(), parcel.addressed()
+        if left_over and _expires_in(addressed) <= 0:
+            log.info("%s: nobody waits for what was not answered", self._site.name)
+            self._inbox.clear()
+            return
+        # 2. The same as everywhere.
+        reply = _dated(self._reply(parcel, addressed, left_over=left_over), addressed)
+        # 3. Forgotten only when the answer is there.
+        outcome = self._sent(reply, until=started + _expires_in(addressed))
+        if outcome is None:
+            return
+        log.info(
+            "%s: %s: %s, %.1f s", self._site.name, _what(addressed), outcome, monotonic() - started
+        )
+        self._inbox.clear()
+
+    def _reply(self, parcel: Parcel, addressed: Message, *, left_over: bool) -> Message:
+        try:
+            message = parcel.message()
+        except VerificationError as error:
+            log.warning("%s: %s", self._site.name, error)
+            return _refusal(messages.INVALID_INSTRUCTION, addressed)
+        if left_over and self._was_lost(message):
+            # The coordinator counts attempts: it asks again, if a spare round pays for it.
+            log.warning("%s: %s: was charged, and is lost", self._site.name, _what(addressed))
+            return _refusal(messages.LOCAL_FAILURE, addressed)
+        context = Context(
+            run_id=message.metadata.run_id,
+            node_id=self._fleet.node_id,
+            node_config={},
+            state=RecordDict(),
+            run_config={},
+        )
+        try:
+            return self._app(message, context)
+        except Exception:  # of a kind that the ClientApp does not answer: nothing has run
+            log.warning("%s: a message of a kind that no site answers", self._site.name)
+            return _refusal(messages.INVALID_INSTRUCTION, addressed)
+
+    def _was_lost(self, message: Message) -> bool:
+        """Whether the last attempt at what is asked ended before it was prepared."""
+        ledger = self._site.ledger
+        try:
+            asked = messages.read_instruction(message)
+        except CoterieError:
+            return False
+        if ledger is None:
+            return False
+        # The inbox is this process's alone: whoever reserved for that run here is dead.
+        ledger.lose_unfinished(asked.run_id, counting(asked.run_id))
+        counts = message.metadata.message_type.startswith("evaluate")
+        key = (counting(asked.run_id), 1) if counts else (asked.run_id, asked.round)
+        books = ledger.books
+        attempts = books.attempts.get(key, [])
+        return bool(attempts) and books.reservations[attempts[-1]].state == "lost"
+
+    def _sent(self, reply: Message, *, until: float) -> str | None:
+        """What became of a reply, in words; None if it is to be sent when the node is back."""
+        error = reply.error.code if reply.has_error() else None
+        try:
+            self._line.call(lambda: self._fleet.send(reply), until=until)
+        except UnreachableError as unreachable:  # stopped meanwhile
+            log.warning("%s: %s; kept for the next start", self._site.name, unreachable)
+            return None
+        except (RunOverError, NotAdmittedError) as over:
+            return f"not sent: {over}"
+        if error is None:
+            self.answered += 1
+            return "answered"
+        self.refused += 1
+        return f"refused: {messages.REFUSALS.get(error, 'for no known reason')}"
+
+    def _join_again(self, error: NotAdmittedError) -> None:
+        """The coordinator let this node in before: what is wrong with it now may pass."""
+        log.warning("%s: %s; trying again until it is otherwise", self._site.name, error)
+        self._line.stopping.wait(FIRST_DELAY_S)
+        try:
+            self._line.call(
+                lambda: self._fleet.join(self._fleet.node_id),
+                passing=(UnreachableError, NotAdmittedError),
+            )
+        except (UnreachableError, NotAdmittedError):  # stopped meanwhile
+            return
+
+
+def _join(fleet: Fleet, line: Line, inbox: Inbox, fingerprint: str) -> int | None:
+    """Comes online; its node id, or None if it is to stop meanwhile. Raises: NotAdmittedError."""
+    known = inbox.identity(fingerprint)
+    try:
+        line.call(lambda: fleet.join(known))
+    except UnreachableError:
+        return None
+    if fleet.node_id != known:
+        inbox.remember(fingerprint, fleet.node_id)
+    return fleet.node_id
+
+
+def _fingerprint(settings: NodeSettings, key: ec.EllipticCurvePrivateKey) -> str:
+    """Of a key at an address: a node id is of both."""
+    public = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(public + settings.superlink.encode()).hexdigest()
+
+
+def _ledger(settings: NodeSettings, stack: ExitStack) -> Ledger | None:
+    """The site's own books. Raises: ConfigError if there are none of that name."""
+    if not settings.ledger:
+        return None
+    path, site = settings.books
+    return stack.enter_context(Store(path)).ledger(site)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[threading.Event]:
+    """Set by the first SIGTERM or SIGINT; the second raises KeyboardInterrupt where the main thread
+    is, as if the machine had stopped there.
+    """
+    stopping = threading.Event()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        if stopping.is_set():
+            raise KeyboardInterrupt("stopped at once; start the node again to go on")
+        stopping.set()
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, STOPPING)
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopping
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def _beating(fleet: Fleet) -> Iterator[None]:
+    """Says that this node is alive, whatever else it does; the main thread hears of any fault."""
+    ending = threading.Event()
+
+    def beat() -> None:
+        delay = BEAT_S
+        while not ending.wait(delay):
+            try:
+                fleet.beat()
+                delay = BEAT_S
+            except CoterieError:
+                delay = BEAT_AGAIN_S
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+
+
+@contextmanager
+def _leaving(fleet: Fleet) -> Iterator[None]:
+    """Goes offline at the end, unless somebody cannot wait for that."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        fleet.leave()
+        raise
+    fleet.leave()
+
+
+def _apart(delay: float) -> float:
+    """Some of it: nodes that lost one coordinator should not all come back at once."""
+    return uniform(delay / 2, delay)  # noqa: S311 - nobody gains by foreseeing it
+
+
+def _refusal(code: int, message: Message) -> Message:
+    return Message(Error(code, messages.REFUSALS[code]), reply_to=message)
+
+
+def _dated(reply: Message, instruction: Message) -> Message:
+    """The reply under the instruction's own date: made again, it is the same message, of which the
+    SuperLink takes what it has not got yet; and it tells nothing of this machine's clock.
+    """
+    reply.metadata.created_at = instruction.metadata.created_at
+    reply.metadata.ttl = instruction.metadata.ttl
+    return reply
+
+
+def _expires_in(message: Message) -> float:
+    """Seconds until nobody waits for an answer."""
+    facts = message.metadata
+    return float(facts.created_at + facts.ttl - time())
+
+
+def _what(message: Message) -> str:
+    """Which instruction that is; a stranger's words are not repeated."""
+    facts = message.metadata
+    number = facts.group_id if facts.group_id.isascii() and facts.group_id.isdigit() else "?"
+    kind = "a count" if facts.message_type.startswith("evaluate") else f"round {number[:9]}"
+    return f"run {facts.run_id}, {kind}"
+
+
+def _summary(settings: NodeSettings, node_id: int, answered: int, refused: int) -> dict[str, Any]:
+    return {"site": settings.name, "node": node_id, "answered": answered, "refused": refused}
+
+
+class _OneLine(logging.Formatter):
+    """A message is one line, whatever a stranger's words in it hold."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        """As the format says, without control characters."""
+        line = super().formatMessage(record)
+        return "".join(each if each.isprintable() else " " for each in line)
+
+
+def _configure_process(settings: NodeSettings) -> None:
+    """Memory, threads, and a log that says in plain words what this node does, and nothing that
+    was measured on records.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(asctime)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    keep_freed_memory()
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    if settings.allow_unprotected:
+        log.warning(
+            "%s: NOT PRIVATE: allow_unprotected=true, so this node also answers instructions that "
+            "protect nothing",
+            settings.name,
+        )

@@ -1,0 +1,174 @@
+"""A node's patience, its records, and what it makes of an instruction that was left over."""
+
+import logging
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from flwr.app import Error, Message, Metadata
+
+from client import service
+from client.fleet import NotAdmittedError, RunOverError, UnreachableError
+from client.inbox import Inbox
+from client.ledger import Store, Terms
+from client.service import FIRST_DELAY_S, MAX_DELAY_S, Line, Node, open_site
+from client.settings import NODE
+from client.site import Site
+from common import messages, parameters
+from common.cli import Invocation
+from common.composition import run_with
+from common.errors import ConfigError, FederationError
+from common.messages import Instruction, pack_instruction
+from common.parameters import Layout
+from common.privacy.mechanism import round_event
+from common.tasks import build_model
+
+
+class Clock(threading.Event):
+    """Remembers how long it was waited for, and does not wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited = []
+
+    def wait(self, timeout=None):
+        self.waited.append(timeout)
+        return self.is_set()
+
+
+@pytest.fixture
+def settings(tiny_csv, tmp_path):
+    """Of a node on the suite's records."""
+    got = []
+    words = (
+        *("name=site-1", "superlink=127.0.0.1:1", "authority=ca.crt", "key=node.key"),
+        *(f"ledger={tmp_path / 'books.db'}", f"data.path={tiny_csv}", "data.labels=[sport,money]"),
+    )
+    run_with(NODE, got.append, Invocation("node", words, json=False))
+    return got[0]
+
+
+@pytest.fixture
+def store(settings):
+    with Store.create(Path(settings.ledger)) as made:
+        yield made
+
+
+@pytest.fixture
+def line(settings):
+    return Line(settings, Clock())
+
+
+def failing(times, error=UnreachableError):
+    """A call that succeeds after so many failures."""
+    left = [times]
+
+    def call():
+        if left[0]:
+            left[0] -= 1
+            raise error("nobody there")
+        return "answer"
+
+    return call
+
+
+def test_a_call_is_repeated_ever_more_slowly_until_somebody_answers(line, caplog):
+    assert line.call(failing(12)) == "answer"
+    waited = line.stopping.waited
+    assert len(waited) == 12
+    longest = [min(FIRST_DELAY_S * 2**n, MAX_DELAY_S) for n in range(12)]
+    assert all(most / 2 <= each <= most for each, most in zip(waited, longest, strict=True))
+    assert len({round(each / most, 6) for each, most in zip(waited, longest, strict=True)}) > 6
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(": ", 1)[1] for line in said] == [
+        "nobody there; trying again until it is otherwise",
+        "the coordinator answers again, after 0 s",
+    ]
+
+
+def test_every_wait_ends(settings, monkeypatch):
+    """By patience, by the deadline of what is waited for, or because the node is to stop."""
+    seconds = iter(range(1000))
+    monkeypatch.setattr(service, "monotonic", lambda: float(next(seconds)))
+    impatient = Line(replace(settings, patience_s=5.0), Clock())
+    with pytest.raises(FederationError, match=r"gave up after 5 s \(patience_s\)"):
+        impatient.call(failing(10**6))
+    patient = Line(settings, Clock())
+    with pytest.raises(RunOverError):
+        patient.call(failing(10**6), until=float(next(seconds) + 20))
+    patient.stopping.set()
+    with pytest.raises(UnreachableError):
+        patient.call(failing(10**6))
+
+
+def test_what_will_not_pass_is_raised_at_once(line):
+    with pytest.raises(NotAdmittedError):
+        line.call(failing(1, NotAdmittedError))
+    assert line.stopping.waited == []
+
+
+def test_every_row_of_a_nodes_file_is_private_and_under_its_ledger(settings, store, tiny_csv):
+    ledger = store.open("site-1", Terms("trial", 8.0, 1e-3, "1" * 64))
+    site = open_site(settings, ledger)
+    assert len(site.records) == len(tiny_csv.read_text().splitlines()) - 1
+    assert (site.name, site.classes) == ("site-1", ("sport", "money"))
+    assert site.policy == settings.node
+    assert [entry.kind.value for entry in ledger.entries()] == ["GENESIS", "DATASET"]
+    open_site(settings, ledger)
+    assert ledger.head.seq == 2  # the same records are bound once
+
+
+def test_records_of_another_ledger_of_the_file_are_refused(settings, store):
+    terms = Terms("trial", 8.0, 1e-3, "1" * 64)
+    open_site(settings, store.open("site-2", terms))
+    ledger = store.open("site-1", terms)
+    with pytest.raises(ConfigError, match="under #site-2"):
+        open_site(settings, ledger)
+    assert ledger.head.seq == 1
+
+
+def test_a_ledger_of_persons_needs_their_column(settings, store):
+    ledger = store.open("site-1", Terms("trial", 8.0, 1e-3, "1" * 64, "person"))
+    with pytest.raises(ConfigError, match=r"data\.person_column=''"):
+        open_site(settings, ledger)
+
+
+@pytest.mark.parametrize("state", ["nothing", "reserved", "lost", "prepared", "released"])
+def test_only_a_round_that_was_charged_and_not_prepared_is_reported_lost(
+    settings, store, tiny_config, tmp_path, state
+):
+    """The coordinator then pays for another attempt; what was prepared is sent as it is."""
+    ledger = store.open("site-1", Terms("trial", 100.0, 1e-3, "1" * 64))
+    event = round_event(tiny_config)
+    ledger.commit("run", event, rounds=2, spare_rounds=1, plan="0" * 64, model="m", unit="record")
+    if state != "nothing":
+        at = ledger.reserve("run", 1, event)
+        if state in ("prepared", "released"):
+            ledger.prepare(at, b"update", steps=event.steps)
+        if state == "released":
+            ledger.release(at)
+        if state == "lost":
+            ledger.lose(at)
+    model = build_model(tiny_config)
+    layout, vector = Layout.of(model), parameters.flatten(model)
+    content = pack_instruction(Instruction("run", 1, tiny_config, layout.digest, vector))
+    facts = Metadata(7, "m-1", 1, 2, "", "1", 1_800_000_000.0, 60.0, "train")
+    inbox = Inbox(tmp_path / "inbox")
+    site = Site("site-1", open_site(settings, None).records, ("sport", "money"), ledger)
+    node = Node(settings, site, None, Line(settings, Clock()), inbox)
+    assert node._was_lost(Message(content, metadata=facts)) is (state in ("reserved", "lost"))
+    inbox.close()
+
+
+def test_a_line_of_the_log_is_one_line_whatever_a_coordinator_writes():
+    formatter = service._OneLine("%(message)s")
+    record = logging.LogRecord("n", logging.INFO, "p", 1, "model %s", ("a\nb\x1b[2Jc",), None)
+    assert formatter.format(record) == "model a b [2Jc"
+
+
+def test_a_reply_says_nothing_of_the_nodes_clock():
+    facts = Metadata(7, "m-1", 1, 2, "", "1", 1_800_000_000.0, 60.0, "train")
+    asked = Message(messages.RecordDict(), metadata=facts)
+    reply = service._dated(Message(Error(603, "local failure"), reply_to=asked), asked)
+    assert (reply.metadata.created_at, reply.metadata.ttl) == (1_800_000_000.0, 60.0)

@@ -158,6 +158,13 @@ def check_terms(site: Site, instruction: Instruction, *, allow_unprotected: bool
     """What can be refused without loading a model. It depends on the instruction, on declared
     constants and on past charges, never on records.
     """
+    check_plan(site, instruction, allow_unprotected=allow_unprotected)
+    if instruction.config.privacy.mode is not PrivacyMode.none:
+        check_price(site, instruction)
+
+
+def check_plan(site: Site, instruction: Instruction, *, allow_unprotected: bool) -> None:
+    """What depends on the instruction, the site's classes and its policy alone."""
     config = instruction.config
     if is_counting(instruction.run_id):
         raise VerificationError("instruction: its run has the name of a count")
@@ -169,11 +176,10 @@ def check_terms(site: Site, instruction: Instruction, *, allow_unprotected: bool
     if (none or config.privacy.noise is NoiseSource.seeded) and not allow_unprotected:
         raise VerificationError("instruction: it would protect nothing, and is refused here")
     check_policy(site.policy, config)
-    if not none:
-        _check_price(site, instruction)
 
 
-def _check_price(site: Site, instruction: Instruction) -> None:
+def check_price(site: Site, instruction: Instruction) -> None:
+    """What depends on the site's ledger, too."""
     config, mechanism = instruction.config, mechanism_of(instruction.config)
     records = math.ceil(mechanism.divisor / mechanism.sample_rate)
     check_delta(config.privacy.delta, records, site.name)

@@ -19,7 +19,8 @@ from client.app import (
     OpenSite,
     books_of,
     check_fit,
-    check_terms,
+    check_plan,
+    check_price,
     client_app,
     ledger_of,
     reserve,
@@ -121,11 +122,16 @@ class Cohort:
     def _read(self, cases: list[_Case]) -> None:
         """What each is asked, and whether its site does that."""
         known: list[tuple[Message, Instruction]] = []
+        passed: _Case | None = None
         for case in cases:
             with _ends(case):
                 case.instruction = _read(case.message, known)
                 case.site = self._open_site(case.context)
-                check_terms(case.site, case.instruction, allow_unprotected=self._allow)
+                if passed is None or not _have_one_plan(case, passed):
+                    check_plan(case.site, case.asked, allow_unprotected=self._allow)
+                    passed = case
+                if case.asked.config.privacy.mode is not PrivacyMode.none:
+                    check_price(case.site, case.asked)
 
     def _train(self, cases: list[_Case]) -> None:
         """Takes cases of one instruction through the round, or leaves them to the ClientApp."""
@@ -282,6 +288,18 @@ def _read(message: Message, known: list[tuple[Message, Instruction]]) -> Instruc
             return alike
     known.append((message, messages.read_instruction(message)))
     return known[-1][1]
+
+
+def _have_one_plan(case: _Case, passed: _Case) -> bool:
+    """Whether what let the plan of one pass lets that of the other pass, too."""
+    mine, theirs = case.asked, passed.asked
+    assert case.site is not None
+    assert passed.site is not None
+    return (
+        mine.config is theirs.config
+        and (mine.run_id, mine.round) == (theirs.run_id, theirs.round)
+        and (case.site.classes, case.site.policy) == (passed.site.classes, passed.site.policy)
+    )
 
 
 def _by_instruction(cases: Iterable[_Case]) -> list[list[_Case]]:

@@ -26,6 +26,7 @@ from client.measurements import Measurements
 from client.meters import Meters
 from client.private_step import ParameterGroup, cut, release, unit_count
 from common.errors import PrivacyRefusedError
+from common.frames import framed
 from common.parameters import Vector
 from common.prefix import Inputs
 from common.privacy.mechanism import Mechanism
@@ -34,6 +35,7 @@ from common.privacy.sampling import poisson_sample, records_of
 
 Found = TypeVar("Found")
 Drawn = NDArray[np.int64]
+NOBODY: Drawn = np.zeros(0, dtype=np.int64)
 
 
 @dataclass
@@ -100,13 +102,12 @@ def private_steps_together(
     Raises: PrivacyRefusedError if a trainable parameter has no step size; and whatever goes wrong
     in what is computed of several.
     """
-    walk = _Walk(stack, seats, vector)
+    walk = _Walk(stack, seats, vector, steps)
     units = _each(seats, lambda _, seat: unit_count(mechanism, seat.records, seat.owners))
     _each(seats, lambda place, _: meters[place].open_round())
     for _ in range(steps):
         _private_step(walk, seats, meters, units, mechanism)
     _each(seats, lambda place, seat: _close(seat, meters[place], steps))
-    walk.finish()
 
 
 @torch.no_grad()
@@ -114,7 +115,7 @@ def plain_steps_together(
     stack: Stack, seats: Sequence[Seat], vector: Vector, *, mechanism: Mechanism, steps: int
 ) -> None:
     """The same without clipping and noise: the baseline, with no guarantee at all."""
-    walk = _Walk(stack, seats, vector)
+    walk = _Walk(stack, seats, vector, steps)
     for _ in range(steps):
         drawn = _each(
             seats,
@@ -122,9 +123,7 @@ def plain_steps_together(
                 seat.records, sample_rate=mechanism.sample_rate, coins=seat.randomness
             ),
         )
-        sums = walk.plain_sums(drawn)
-        walk.step_all(sums, 1.0 / mechanism.divisor)
-    walk.finish()
+        walk.step_plainly(drawn, 1.0 / mechanism.divisor)
 
 
 def _private_step(
@@ -153,12 +152,19 @@ def _private_step(
 class _Walk:
     """Where each seat stands, and the passes that take all of them further."""
 
-    def __init__(self, stack: Stack, seats: Sequence[Seat], vector: Vector) -> None:
+    def __init__(self, stack: Stack, seats: Sequence[Seat], vector: Vector, steps: int) -> None:
         assert len(seats) <= stack.engine.slots
-        self._stack, self._seats, self._rates = stack, seats, stack.rates()
+        self._stack, self._seats, self._left = stack, seats, steps
+        self._shape = stack.engine.slots, stack.engine.rows
+        self._piece = max(1, stack.engine.rows - stack.fillers)
+        """Records of a seat in one pass, at most."""
         self._start = torch.from_numpy(np.array(vector, dtype=np.float32))
         self._moved: Tensor | None = None
         """(C, P); None while all stand where they began."""
+        self._rates, self._pull = stack.rates(), 0.0 * self._start[:0]
+        if stack.proximal_mu is not None:
+            pull = self._rates * stack.proximal_mu
+            self._pull = pull / (1.0 + pull)
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
@@ -172,10 +178,6 @@ class _Walk:
             drawn, lambda at, rows, there: engine.clipped(at, rows, there, clip_norm)[0]
         )
 
-    def plain_sums(self, drawn: Mapping[int, Drawn]) -> Tensor:
-        """(C, P) sums of the gradients of those drawn, by seat."""
-        return self._added(drawn, self._stack.engine.gradients)
-
     def by_parameter(self, flat: Tensor) -> dict[nn.Parameter, Tensor]:
         """(P,) in the parameters' shapes, as views."""
         engine = self._stack.engine
@@ -183,26 +185,51 @@ class _Walk:
         return {p: part.view_as(p) for p, part in parts}
 
     def step(self, gradients: Mapping[int, Tensor]) -> None:
-        """Takes each seat that has a gradient (P,) one step on; the others stand still."""
-        whole = torch.zeros(self._stack.engine.slots, len(self._start))
+        """Takes each seat that has a gradient (P,), which is used up, one step on; the others
+        stand still.
+        """
+        self._begin_step()
         for place, gradient in gradients.items():
-            whole[place] = gradient
-        self.step_all(whole, 1.0)
+            self._step(place, gradient[None], 1.0)
 
-    def step_all(self, gradients: Tensor, scale: float) -> None:
-        """Takes all one step down `scale` times their gradients (C, P), which are used up."""
-        at = self._start if self._moved is None else self._moved
-        self._moved = torch.addcmul(at, gradients, self._rates, value=-scale, out=gradients)
-        if self._stack.proximal_mu is not None:  # the penalty's implicit step, as the loop's
-            pull = self._rates * self._stack.proximal_mu
-            self._moved.lerp_(self._start.expand_as(self._moved), pull / (1.0 + pull))
+    def step_plainly(self, drawn: Mapping[int, Drawn], scale: float) -> None:
+        """Takes all one step down `scale` times the sums of the gradients of those drawn."""
+        parts, place = self._plain_sums(drawn), 0
+        self._begin_step()
+        for part in parts:
+            self._step(place, part, scale)
+            place += len(part)
 
-    def finish(self) -> None:
-        """Hands each seat its vector."""
-        for place, seat in enumerate(self._seats):
+    def _plain_sums(self, drawn: Mapping[int, Drawn]) -> Iterable[Tensor]:
+        """(c, P) sums of the gradients of those drawn, of some seats after the other."""
+        engine, size = self._stack.engine, self._piece
+        if any(len(own) > size for own in drawn.values()):
+            return [self._added(drawn, engine.gradients)]
+        whole = {place: (place, own) for place, own in drawn.items() if len(own)}
+        if not whole:
+            return [torch.zeros(engine.slots, len(self._start))]
+        return engine.gradients_by_block(self._at(range(engine.slots)), *self._filled(whole))
+
+    def _begin_step(self) -> None:
+        self._left -= 1
+        if self._left and self._moved is None:
+            self._moved = self._start.repeat(self._stack.engine.slots, 1)
+
+    def _step(self, place: int, gradients: Tensor, scale: float) -> None:
+        """Takes the seats from `place` on down `scale` times their gradients (c, P), which are
+        used up; after the last step each gets its vector, while that is in the cache.
+        """
+        slots = slice(place, place + len(gradients))
+        at = self._start if self._moved is None else self._moved[slots]
+        there = torch.addcmul(at, gradients, self._rates, value=-scale, out=gradients)
+        if len(self._pull):  # the penalty's implicit step, as the loop's
+            there.lerp_(self._start.expand_as(there), self._pull)
+        if self._moved is not None and self._left:
+            self._moved[slots] = there
+            return
+        for seat, vector in zip(self._seats[slots], there, strict=False):  # the rest are nobody's
             if seat.fault is None:
-                at = self._start if self._moved is None else self._moved[place]
-                seat.vector = at.numpy()
+                seat.vector = framed([vector.numpy()])
 
     def _added(
         self, drawn: Mapping[int, Drawn], of: Callable[[Tensor, Inputs, Tensor], Tensor]
@@ -210,9 +237,8 @@ class _Walk:
         """(C, P): the pieces of what each seat drew, in order; first all first ones, each in the
         slot of its seat, then what is left, in whatever slots there are.
         """
-        engine = self._stack.engine
-        size, slots = max(1, engine.rows - self._stack.fillers), engine.slots
-        cuts = {place: list(cut(own, size)) for place, own in drawn.items()}
+        slots = self._stack.engine.slots
+        cuts = {place: list(cut(own, self._piece)) for place, own in drawn.items()}
         first = {place: (place, pieces[0]) for place, pieces in cuts.items() if pieces}
         if not first:
             return torch.zeros(slots, len(self._start))
@@ -234,20 +260,30 @@ class _Walk:
 
     def _filled(self, pieces: Mapping[int, tuple[int, Drawn]]) -> tuple[Inputs, Tensor]:
         """The rows of a pass, by slot, and (C, R) which of them are records."""
-        slots = self._stack.engine.slots
-        rows = {n: t.expand(slots, *t.shape).clone() for n, t in self._stack.filler.items()}
-        there = np.zeros((slots, self._stack.engine.rows), dtype=bool)
-        for slot, (place, piece) in pieces.items():
-            seat = self._seats[place]
-            if seat.fault is None:
+        filler, there = self._stack.filler, np.zeros(self._shape, dtype=bool)
+        parts: dict[str, list[Tensor]] = {name: [] for name in filler}
+        for slot in range(len(there)):
+            place, piece = pieces.get(slot, (-1, NOBODY))
+            seat, own = self._seats[place], {}
+            if len(piece) and seat.fault is None:
                 try:
-                    own = seat.rows_at(piece)
-                    for name, tensor in rows.items():
-                        tensor[slot, : len(piece)] = own[name]
-                    there[slot, : len(piece)] = True
+                    own = _read(seat, piece, filler)
                 except Exception as fault:  # its own records cannot be read: that stops it alone
                     seat.fault = fault
+            there[slot, : len(piece)] = bool(own)
+            for name, tensor in filler.items():
+                parts[name] += [own[name], tensor[len(piece) :]] if own else [tensor]
+        rows = {n: torch.cat(each).view(*self._shape, *each[0].shape[1:]) for n, each in parts.items()}
         return rows, torch.from_numpy(there)
+
+
+def _read(seat: Seat, piece: Drawn, like: Inputs) -> Inputs:
+    """(B, ...) what is read of some records of a seat, each of the type and shape of `like`."""
+    own = seat.rows_at(piece)
+    for name, tensor in like.items():
+        if own[name].shape != (len(piece), *tensor.shape[1:]):
+            raise ValueError(f"{name}: of another shape than a made record's")
+    return {name: own[name].to(tensor.dtype) for name, tensor in like.items()}
 
 
 def _each(seats: Iterable[Seat], act: Callable[[int, Seat], Found]) -> dict[int, Found]:

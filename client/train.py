@@ -29,6 +29,7 @@ from client.site import Site
 from client.stacked_step import Seat, Stack, plain_steps_together, private_steps_together
 from common import parameters
 from common.config import Config, NoiseSource, PrivacyMode, config_hash
+from common.frames import framed
 from common.model import filled, read_of, targets_of
 from common.parameters import Layout, Vector
 from common.prefix import Inputs
@@ -144,7 +145,7 @@ class Trainer:
                 meters=self._meters_of(site, mechanism),
             )
             log.info("%s, round %d: %s", site.name, round_number, measured)
-        return parameters.flatten(self._model), measured
+        return framed(parameters.parts_of(self._model)), measured
 
     @property
     def together(self) -> int:
@@ -310,7 +311,7 @@ class Trainer:
         except Exception as fault:
             return Seat(lambda _: {}, 0, Randomness.from_entropy(), fault=fault)
         return Seat(
-            lambda at: self._as_read(held.prepared.rows(at)),
+            held.prepared.rows,
             len(held.prepared),
             randomness_of(self._config, site.name, round_number),
             held.owners,

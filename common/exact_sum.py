@@ -67,12 +67,19 @@ class ExactSum:
         counts in the mean, above 0 and at most 1.
         Raises: VerificationError if it is another one, or one more than fit; nothing was added.
         """
+        # An extreme per vector, and no copy of all magnitudes. Of NaN neither holds.
+        if vector.size and not (vector.min() >= -MAX_MAGNITUDE and vector.max() <= MAX_MAGNITUDE):
+            raise VerificationError(f"sum: a value is not within {MAX_MAGNITUDE:g}")
+        self.add_checked(vector, weight)
+
+    def add_checked(self, vector: Vector, weight: float = 1.0) -> None:
+        """As `add`, of a vector that `check_vector` let pass: its values are not looked at again.
+
+        Raises: VerificationError if its type or size is another, or it is one more than fit.
+        """
         self._check_room(1)
         if vector.dtype != np.float32 or vector.shape != self.total.shape:
             raise VerificationError("sum: a vector is not float32 of the size of the others")
-        # An extreme per chunk, and no copy of all magnitudes. Of NaN neither holds.
-        if vector.size and not (vector.min() >= -MAX_MAGNITUDE and vector.max() <= MAX_MAGNITUDE):
-            raise VerificationError(f"sum: a value is not within {MAX_MAGNITUDE:g}")
         if not 0 < weight <= 1:
             raise VerificationError(f"sum: a weight of {weight} is not above 0 and at most 1")
         # By a power of two no bit is lost in float32 either; by another factor some would be.

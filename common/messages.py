@@ -5,7 +5,6 @@ update carries released tensors, a public constant weight, ids and the charge, a
 that was measured on private records.
 """
 
-import io
 import math
 from collections.abc import Set
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from common.config import Config, config_hash, from_canonical, to_canonical
 from common.errors import ConfigError, VerificationError
+from common.frames import FLOAT_BYTES, frame_of, header_of
 from common.parameters import Vector
 from common.privacy.accounting import Event
 from common.privacy.chain import LINK_BYTES, MIN_RATE, Head, Receipt
@@ -41,7 +41,6 @@ COUNT_FACTS = frozenset({"run-id", "correct", *BOOKS})
 """All that leaves a site when it counts."""
 MAX_VECTOR_BYTES = 2**31 - 1
 """Larger payloads do not fit a protobuf frame, so no honest peer sends them."""
-FLOAT_BYTES = 4
 MAX_STEPS = 10**9
 """Of one event of a charged history: what accountants can price."""
 MAX_CHARGED = 3 * 1000
@@ -208,9 +207,13 @@ def read_alike(message: Message, asked: Message, instruction: Instruction) -> In
     differ in anything else; the vector must be the same memory.
     Raises: VerificationError for a receipt that is none.
     """
-    if message.has_error() or not _asks_alike(message.content, asked.content):
+    if message.has_error():
         return None
-    return replace(instruction, receipt=_read_receipt(message.content.config_records[FACTS]))
+    if message.content is asked.content:
+        return instruction
+    if not _asks_alike(message.content, asked.content):
+        return None
+    return replace(instruction, receipt=_read_receipt(_config_record(message.content)))
 
 
 def _asks_alike(content: RecordDict, other: RecordDict) -> bool:
@@ -297,9 +300,43 @@ def _pack_books(books: SiteBooks | None) -> dict[str, str | bytes | float | list
     }
 
 
+class UpdateReader:
+    """Reads updates one after the other; facts that they have in common are parsed once.
+
+    Guarantee: as `read_update`, of each by itself. Books are never taken for those of another site.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, object] = {}
+        self._update: Update | None = None
+
+    def read(self, message: Message) -> Update:
+        """Parses an update. Raises: VerificationError, never anything else."""
+        facts = _facts(message, UPDATE_FACTS)
+        if self._update is not None and _are_equal(facts, self._known):
+            return replace(self._update, vector=_unpack_vector(message))
+        update = _update_of(facts, _NOTHING)
+        if update.books is None:
+            # Whoever sent them may still hold them; of lists this is a copy.
+            self._known = {n: [*v] if isinstance(v, list) else v for n, v in facts.items()}
+            self._update = update
+        return replace(update, vector=_unpack_vector(message))
+
+
+_NOTHING: Vector = np.zeros(0, dtype=np.float32)
+
+
+def _are_equal(facts: ConfigRecord, known: dict[str, object]) -> bool:
+    """Whether facts of the same names are the same, 1 and 1.0 and True being three things."""
+    return all(type(value) is type(known[n]) and value == known[n] for n, value in facts.items())
+
+
 def read_update(message: Message) -> Update:
     """Parses an update. Raises: VerificationError, never anything else."""
-    facts = _facts(message, UPDATE_FACTS)
+    return UpdateReader().read(message)
+
+
+def _update_of(facts: ConfigRecord, vector: Vector) -> Update:
     try:
         books = _read_books(facts)
         charge = Event(
@@ -314,7 +351,7 @@ def read_update(message: Message) -> Update:
         round=_whole(facts, "round"),
         layout_digest=_text(facts, "layout-digest"),
         charge=charge,
-        vector=_unpack_vector(message),
+        vector=vector,
         books=books,
     )
 
@@ -344,8 +381,9 @@ def pack_vector(vector: Vector) -> ArrayRecord:
     """A flat vector as the record Flower's strategies average: what `Array(vector)` holds."""
     if vector.dtype.str != "<f4" or vector.ndim != 1:
         return ArrayRecord({VECTOR: Array(vector)})
-    data = b"".join((_npy_header(vector.size), np.ascontiguousarray(vector).data))
-    return ArrayRecord({VECTOR: Array("float32", vector.shape, SType.NUMPY, data)})
+    record = ArrayRecord()  # given a dict, it would build its arrays anew
+    record[VECTOR] = Array("float32", vector.shape, SType.NUMPY, frame_of(vector))
+    return record
 
 
 def unpack_arrays(arrays: ArrayRecord) -> Vector:
@@ -357,20 +395,11 @@ def unpack_arrays(arrays: ArrayRecord) -> Vector:
         raise VerificationError("message: not one flat float32 vector")  # a peer's words stay out
     # The header is compared with the only one we write, and never parsed: numpy's parser
     # evaluates a literal, and a small message could declare a large array.
-    count = (len(array.data) - len(_npy_header(0))) // FLOAT_BYTES
-    header = _npy_header(max(count, 0))
+    count = (len(array.data) - len(header_of(0))) // FLOAT_BYTES
+    header = header_of(max(count, 0))
     if array.data[: len(header)] != header or len(array.data) != len(header) + FLOAT_BYTES * count:
         raise VerificationError("message: not one flat float32 vector")
     return np.frombuffer(array.data, dtype=np.float32, offset=len(header))
-
-
-@lru_cache(maxsize=16)
-def _npy_header(count: int) -> bytes:
-    """What `numpy.save` writes before the bytes of a (count,) float32 array."""
-    buffer = io.BytesIO()
-    facts = {"descr": "<f4", "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(buffer, facts)
-    return buffer.getvalue()
 
 
 def for_aggregation(vector: Vector | Wide) -> Message:

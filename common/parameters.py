@@ -46,8 +46,13 @@ class Layout:
 
 def flatten(model: nn.Module) -> Vector:
     """Copies the trainable parameters of `model` into one vector."""
-    trained = [p.detach().reshape(-1).cpu() for p in model.parameters() if p.requires_grad]
-    return torch.cat(trained).to(torch.float32).numpy().copy()
+    return np.concatenate(parts_of(model))
+
+
+def parts_of(model: nn.Module) -> list[Vector]:
+    """The trainable parameters of `model`, each as a vector; on a processor no copies."""
+    trained = (p.detach() for p in model.parameters() if p.requires_grad)
+    return [each.to("cpu", torch.float32).reshape(-1).numpy() for each in trained]
 
 
 @torch.no_grad()
@@ -63,12 +68,14 @@ def load(model: nn.Module, vector: Vector) -> None:
 @torch.no_grad()
 def write(model: nn.Module, vector: Vector) -> None:
     """As `load`, of a vector that `check_vector` let pass."""
-    values = torch.from_numpy(np.array(vector, dtype=np.float32))
     start = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
-            part = values[start : start + parameter.numel()]
-            parameter.copy_(part.view_as(parameter))
+            part = vector[start : start + parameter.numel()].reshape(parameter.shape)
+            if parameter.device.type == "cpu" and parameter.dtype == torch.float32:
+                np.copyto(parameter.detach().numpy(), part)
+            else:
+                parameter.copy_(torch.from_numpy(np.array(part)))
             start += parameter.numel()
 
 

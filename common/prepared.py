@@ -89,11 +89,14 @@ class PreparedRecords:
         """
         self._records, self._preparation = records, preparation
         self._shelf: Shelf | None = None
-        self._places: list[int] = []
+        self._chunk: Inputs | None = None
+        """What they all lie in, where they lie together."""
+        self._places: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        """(N,) where each record's rows are: on the shelf, or in the chunk."""
         if len(records) and preparation.keeps(declared):
             keys, most = _keys(records), preparation.config.engine.cache_mb * MIB
             self._shelf = shelf_of(preparation.digest, keys, preparation.row_bytes, most)
-            self._places = self._put(keys, self._shelf)
+            self._chunk, self._places = self._shelf.found(self._put(keys, self._shelf))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -107,7 +110,10 @@ class PreparedRecords:
         """(B, ...) of the records at `indices`, in that order, on the CPU."""
         if self._shelf is None:
             return self._prepare(indices)
-        return self._shelf.rows([self._places[index] for index in indices])
+        if self._chunk is None:
+            return self._shelf.rows(self._places[indices].tolist())
+        at = torch.from_numpy(self._places[indices])
+        return {name: tensor.index_select(0, at) for name, tensor in self._chunk.items()}
 
     def _put(self, keys: list[bytes], shelf: "Shelf") -> list[int]:
         """Prepares the records that nobody did before; where each record's rows are then."""
@@ -151,13 +157,19 @@ class Shelf:
         self._chunks.append(rows)
         self.bytes += sum(map(_bytes, rows.values()))
 
+    def found(self, places: list[int]) -> tuple[Inputs | None, NDArray[np.int64]]:
+        """The chunk that all of these places are in, as those of a site that was prepared by
+        itself, and where in it; without such a chunk, the places.
+        """
+        at = [self._at[place] for place in places]
+        if len({chunk for chunk, _ in at}) != 1:
+            return None, np.array(places, dtype=np.int64)
+        return self._chunks[at[0][0]], np.array([row for _, row in at], dtype=np.int64)
+
     def rows(self, places: list[int]) -> Inputs:
         """(B, ...) of the records at some places."""
         found = [self._at[place] for place in places]
         names = self._chunks[0] if self._chunks else {}
-        if len({chunk for chunk, _ in found}) == 1:  # as of a site that was prepared by itself
-            chunk, at = self._chunks[found[0][0]], torch.tensor([row for _, row in found])
-            return {name: tensor.index_select(0, at) for name, tensor in chunk.items()}
         return {name: torch.stack([self._chunks[c][name][r] for c, r in found]) for name in names}
 
 

@@ -71,6 +71,7 @@ class Judge:
         self._gathered, self._sent, self._receipts = gathered, sent, receipts
         self._weights = weights
         self._instruction, self._layout, self._charges = instruction, layout, charges
+        self._reader = messages.UpdateReader()
         self._accepted: set[int] = set()
         self._refused: dict[int, str] = {}
         self._books: dict[int, SiteBooks] = {}
@@ -86,7 +87,7 @@ class Judge:
             self._refused[node] = reason_of(reply)
             return
         try:
-            update = messages.read_update(reply)
+            update = self._reader.read(reply)
             _check(update, self._instruction, self._layout, self._charges[node])
             if update.books is not None:
                 check_continuation(self._receipts.get(node), update.books)

@@ -47,7 +47,8 @@ class Gathered(Protocol):
     def add(self, node: int, vector: Vector, *, weight: float = 1.0) -> None:
         """One more update, of `node`; a view of a message need not outlive the call.
 
-        Args: weight: what it counts where a mean is taken.
+        Args: vector: one that `check_vector` let pass; weight: what it counts where a mean is
+        taken.
         """
 
 
@@ -64,7 +65,7 @@ class Summed:
 
     def add(self, node: int, vector: Vector, *, weight: float = 1.0) -> None:
         """One more update."""
-        self.sum.add(vector, weight)
+        self.sum.add_checked(vector, weight)
 
 
 class Kept:

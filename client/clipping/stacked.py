@@ -14,7 +14,7 @@ record, d inputs and p outputs of a layer.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,10 @@ from common.prefix import Inputs
 
 RowLosses = Callable[[Inputs], Tensor]
 """(R,) losses of R rows, by the model as it stands."""
+
+
+BLOCK_BYTES = 1 << 20
+"""Of sums that are used as soon as they are made: half of a core's second cache."""
 
 
 class StackedEngine(ABC):
@@ -66,12 +70,18 @@ class StackedEngine(ABC):
 
     def gradients(self, parameters: Tensor, rows: Inputs, there: Tensor) -> Tensor:
         """(C, P) sums of gradients as they are: for runs without any guarantee."""
+        return torch.cat([part.clone() for part in self.gradients_by_block(parameters, rows, there)])
+
+    def gradients_by_block(
+        self, parameters: Tensor, rows: Inputs, there: Tensor
+    ) -> Iterator[Tensor]:
+        """The same, (c, P) of some slots after the other, each in memory that the next may take."""
         stacked = parameters.expand(self.slots, -1) if parameters.dim() == 1 else parameters
         leaves = [part.detach().requires_grad_() for part in self._apart(stacked)]
         with torch.enable_grad(), _batchable():
             losses = self._losses(dict(zip(self._names, leaves, strict=True)), rows)
             found = torch.autograd.grad(torch.where(there, losses, 0).sum(), leaves)
-        return _flat(found)
+        yield _flat(found)
 
     def _apart(self, parameters: Tensor) -> list[Tensor]:
         """Flat parameters in the shapes that the model has, whether stacked or not."""
@@ -106,8 +116,13 @@ class LinearLayers(StackedEngine):
         if sorted(used) != sorted(self._names):
             raise UncoveredError("what is trained is not linear layers, each used once")
         self._uses = watch.uses
-        self._offsets = [torch.zeros(slots, *use.shape, requires_grad=True) for use in watch.uses]
-        """Added to each layer's output, so that its gradient is theirs."""
+        self._block = max(1, min(slots, BLOCK_BYTES // (4 * sum(self.sizes))))
+        """Slots whose sums are made together."""
+        nothing = torch.zeros(())
+        self._offsets = [
+            nothing.expand(slots, *use.shape).detach().requires_grad_() for use in watch.uses
+        ]
+        """Added to each layer's output, so that its gradient is theirs: zeros, all of them one."""
 
     def clipped(
         self, parameters: Tensor, rows: Inputs, there: Tensor, clip_norm: float
@@ -123,16 +138,41 @@ class LinearLayers(StackedEngine):
         if not bool(torch.isfinite(norms).all()):
             inputs = [torch.where(kept[:, None, None], a, 0) for a in inputs]
             outputs = [torch.where(kept[:, None, None], g, 0) for g in outputs]
-        return self._sums(inputs, outputs, factors), norms.view(self.slots, self.rows)
+        weighted = [g * factors[:, None, None] for g in outputs]
+        sums = self._sums(inputs, weighted, torch.empty(self.slots, sum(self.sizes)))
+        return sums, norms.view(self.slots, self.rows)
 
-    def gradients(self, parameters: Tensor, rows: Inputs, there: Tensor) -> Tensor:
-        """See `StackedEngine`."""
-        inputs, outputs = self._passed(parameters, rows)
-        return self._sums(inputs, outputs, there.flatten().to(outputs[0].dtype))
+    def gradients_by_block(
+        self, parameters: Tensor, rows: Inputs, there: Tensor
+    ) -> Iterator[Tensor]:
+        """See `StackedEngine`. A block stays in the processor's cache until its slots have stepped.
+        """
+        inputs, outputs = self._passed(parameters, rows, there)
+        size, held = self._block, torch.empty(self._block, sum(self.sizes))
+        for start in range(0, self.slots, size):
+            part = slice(start * self.rows, min(start + size, self.slots) * self.rows)
+            into = held[: min(size, self.slots - start)]
+            yield self._sums([a[part] for a in inputs], [g[part] for g in outputs], into)
 
-    def _passed(self, parameters: Tensor, rows: Inputs) -> tuple[list[Tensor], list[Tensor]]:
-        """(C*R, n, d) inputs of each layer and (C*R, n, p) gradients at its output."""
-        shared = parameters.dim() == 1
+    def _passed(
+        self, parameters: Tensor, rows: Inputs, there: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """(C*R, n, d) inputs of each layer and (C*R, n, p) gradients at its output, which are zero
+        for rows that are not `there`.
+        """
+        with torch.enable_grad(), _batchable():
+            losses, read = self._run(parameters, rows)
+            losses = _checked(losses, (self.slots, self.rows))
+            counted = losses if there is None else torch.where(there, losses, 0)
+            gradients = torch.autograd.grad(counted.sum(), self._offsets)
+        records = self.slots * self.rows
+        return (
+            [each.detach().reshape(records, -1, each.shape[-1]) for each in read],
+            [each.reshape(records, -1, each.shape[-1]) for each in gradients],
+        )
+
+    def _run(self, parameters: Tensor, rows: Inputs) -> tuple[Tensor, list[Tensor]]:
+        """(C, R) losses, and what each layer read."""
         named = dict(zip(self._names, self._apart(parameters), strict=True))
 
         def run(p: dict[str, Tensor], r: Inputs, offsets: list[Tensor]) -> Any:
@@ -141,17 +181,13 @@ class LinearLayers(StackedEngine):
                 losses = self._whole.under(p, r)
             return losses, [use.read for use in watch.uses]
 
-        with torch.enable_grad(), _batchable():
-            found, read = vmap(run, in_dims=(None if shared else 0, 0, 0))(
-                named, rows, self._offsets
-            )
-            losses = _checked(found, (self.slots, self.rows))
-            gradients = torch.autograd.grad(losses.sum(), self._offsets)
-        records = self.slots * self.rows
-        return (
-            [each.detach().reshape(records, -1, each.shape[-1]) for each in read],
-            [each.reshape(records, -1, each.shape[-1]) for each in gradients],
-        )
+        if parameters.dim() > 1:
+            found: tuple[Tensor, list[Tensor]] = vmap(run)(named, rows, self._offsets)
+            return found
+        # From one start for all, the rows of all slots are a batch like any.
+        flat = {name: tensor.flatten(0, 1) for name, tensor in rows.items()}
+        losses, read = run(named, flat, [offset.flatten(0, 1) for offset in self._offsets])
+        return losses.unflatten(0, (self.slots, self.rows)), read
 
     def _tape(self, inputs: list[Tensor], outputs: list[Tensor]) -> Tape:
         """Norms are of records, whatever slot they stand in."""
@@ -163,16 +199,15 @@ class LinearLayers(StackedEngine):
                 tape.keep(by_name[use.bias], g.sum(1))
         return tape
 
-    def _sums(self, inputs: list[Tensor], outputs: list[Tensor], factors: Tensor) -> Tensor:
-        """(C, P): one product a layer and slot, over all rows of all its records."""
-        sums = torch.empty(self.slots, sum(self.sizes))
+    def _sums(self, inputs: list[Tensor], outputs: list[Tensor], sums: Tensor) -> Tensor:
+        """(C, P), written into `sums`: one product a layer and slot, over all rows of its records.
+        """
         into = dict(zip(self._names, self._apart(sums), strict=True))
         for use, a, g in zip(self._uses, inputs, outputs, strict=True):
-            weighted = (g * factors[:, None, None]).view(self.slots, -1, g.shape[-1])
-            read = a.reshape(self.slots, -1, a.shape[-1])
-            torch.bmm(weighted.transpose(1, 2), read, out=into[use.weight])
+            given, read = (each.reshape(len(sums), -1, each.shape[-1]) for each in (g, a))
+            torch.bmm(given.transpose(1, 2), read, out=into[use.weight])
             if use.bias:
-                torch.sum(weighted, 1, out=into[use.bias])
+                torch.sum(given, 1, out=into[use.bias])
         return sums
 
 

@@ -283,8 +283,8 @@ MUTATIONS = {
     ),
     "no factors in a slot's sum": Mutation(
         edit(
-            stacked.LinearLayers._sums,
-            ("(g * factors[:, None, None])", "g"),
+            stacked.LinearLayers.clipped,
+            ("[g * factors[:, None, None] for g in outputs]", "outputs"),
         ),
         agree,
         "agreement:",

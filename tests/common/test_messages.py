@@ -2,6 +2,7 @@ import ast
 import io
 import math
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from common import messages
 from common.config import config_hash, to_canonical
 from common.errors import ConfigError, VerificationError
 from common.messages import (
@@ -333,6 +335,54 @@ BROKEN_REPLIES = {
 def test_a_broken_reply_is_refused(content):
     with pytest.raises(VerificationError):
         read_update(sent(content()))
+
+
+ALIKE = {
+    "the same": {},
+    "round of a float": {"round": 3.0},
+    "steps of a float": {"steps": 4.0},
+    "noise of an int": {"noise-multiplier": 1},
+    "cap of an int": {"cap": 0},
+    "spent of a bool": {"spent": False},
+    "another round": {"round": 4},
+    "another run": {"run-id": "run-2"},
+    "another layout": {"layout-digest": "e" * 64},
+    "another charge": {"sample-rate": 0.5},
+    "links of a text": {"links": ""},
+    "half a charge": {"charged": [1.5]},
+    "a charge without a head": {"charged": [1.0, 0.25, 4.0]},
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_reader_takes_no_update_for_the_one_before(name):
+    """Facts that are equal are parsed once; whatever differs is parsed as if it came first."""
+    reader, before = messages.UpdateReader(), update(books=None, charge=Event(1.0, 0.25, 4))
+    assert same(reader.read(sent(pack_update(before))), before)
+    content = pack_update(replace(before, vector=VALUES + 1))
+    content[FACTS] = ConfigRecord({**facts_of(content), **ALIKE[name]})
+    try:
+        expected = read_update(sent(content))
+    except VerificationError:
+        with pytest.raises(VerificationError):
+            reader.read(sent(content))
+    else:
+        assert same(reader.read(sent(content)), expected)
+        assert np.array_equal(expected.vector, VALUES + 1)
+
+
+def test_a_reader_keeps_no_list_of_a_sender_and_no_books():
+    reader, before = messages.UpdateReader(), update(books=None)
+    content = pack_update(before)
+    content[FACTS] = ConfigRecord({**facts_of(content), "charged": []})
+    message = Message(content, dst_node_id=2, message_type="train")
+    reader.read(message)
+    content[FACTS]["charged"].append(1.5)
+    with pytest.raises(VerificationError):
+        reader.read(message)
+    other = update(books=SiteBooks(Head(9, "b" * 64), 8.0, 2.5, (Event(1.5, 0.25, 12),)))
+    for each in (update(), other, update()):
+        assert same(reader.read(sent(pack_update(each))), each)
 
 
 def test_a_reply_that_is_an_error_is_refused():

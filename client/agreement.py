@@ -18,7 +18,7 @@ from client.clipping.engines import FILLER, ClippingEngine, Sums, completed
 from client.clipping.stacked import LinearLayers, RowLosses, StackedEngine, WholeGradients
 from client.preflight import EXACT_NORM, FAULTS, STIR, stirred
 from client.private_step import batch_rows
-from common.config import Config
+from common.config import Coding, Config
 from common.errors import PrivacyRefusedError
 from common.model import FineTuned, filled, read_of, targets_of
 from common.prefix import Inputs
@@ -50,6 +50,8 @@ def most_together(config: Config, trained: int) -> int:
     """
     asked = config.engine.together or MOST_TOGETHER
     if config.data.declared_records is None:  # nothing trains before it is known
+        return 1
+    if config.federation.coding is not Coding.float32:  # coded site by site
         return 1
     room = max(1, TOGETHER_BYTES // (4 * max(1, trained)))
     return min(asked, MOST_TOGETHER, room, config.federation.training_sites)

@@ -6,6 +6,7 @@ Steps 1, 2 and 8 to 12 are the coordinator's; see `server/rounds.py`.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,7 +20,9 @@ from client.refusals import BooksBehindError, BudgetExhaustedError, RoundLostErr
 from client.site import Site
 from client.train import Trainer, randomness_of
 from common import messages
+from common.coding import decoded, encoded
 from common.config import (
+    Coding,
     Config,
     NoiseSource,
     PrivacyMode,
@@ -87,7 +90,7 @@ def _answer(site: Site, trainer: Trainer, instruction: Instruction) -> Update:
     charge = round_event(instruction.config)
     if instruction.config.privacy.mode is PrivacyMode.none:
         vector, _ = trainer.train(site, instruction.vector, round_number=instruction.round)
-        return update_of(instruction, charge, vector)
+        return _update(instruction, charge, _coded(vector, site, instruction))
     ledger = ledger_of(site)
     # Prepared before, and perhaps lost on its way: the same bytes once more, and no other.
     reservation = ledger.answered(instruction.run_id, instruction.round)
@@ -101,10 +104,11 @@ def _answer(site: Site, trainer: Trainer, instruction: Instruction) -> Update:
             )
             assert measured is not None
             # 6. Prepare: these bytes, and no others, may leave.
-            ledger.prepare(reservation, vector.tobytes(), steps=measured.round_steps)
+            coded = _coded(vector, site, instruction)
+            ledger.prepare(reservation, coded, steps=measured.round_steps)
     # 7. Release: the parameters after the noise, and what they cost.
-    released = np.frombuffer(ledger.release(reservation), dtype=np.float32)
-    return update_of(instruction, charge, released, books_of(ledger, instruction))
+    released = ledger.release(reservation)
+    return _update(instruction, charge, released, books_of(ledger, instruction))
 
 
 def _count(site: Site, trainer: Trainer, instruction: Instruction) -> Count:
@@ -136,6 +140,21 @@ def _lost_on_failure(ledger: Ledger, reservation: int) -> Iterator[None]:
         if not isinstance(error, Exception):  # somebody stops this process
             raise
         raise RoundLostError(f"a round was charged, and is lost: {error}") from error
+
+
+def _coded(vector: Vector, site: Site, instruction: Instruction) -> bytes:
+    config = instruction.config
+    coins = randomness_of(config, site.name, f"coding {instruction.round}")
+    return encoded(vector, instruction.vector, config.federation.coding, coins)
+
+
+def _update(
+    instruction: Instruction, charge: Event, data: bytes, books: SiteBooks | None = None
+) -> Update:
+    """The update whose coded parameters these are."""
+    coding = instruction.config.federation.coding
+    update = update_of(instruction, charge, decoded(data, instruction.vector, coding), books)
+    return update if coding is Coding.float32 else replace(update, coded=data)
 
 
 def update_of(

@@ -273,7 +273,9 @@ class _Walk:
             there[slot, : len(piece)] = bool(own)
             for name, tensor in filler.items():
                 parts[name] += [own[name], tensor[len(piece) :]] if own else [tensor]
-        rows = {n: torch.cat(each).view(*self._shape, *each[0].shape[1:]) for n, each in parts.items()}
+        rows = {
+            n: torch.cat(each).view(*self._shape, *each[0].shape[1:]) for n, each in parts.items()
+        }
         return rows, torch.from_numpy(there)
 
 

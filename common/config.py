@@ -142,6 +142,14 @@ class Weighting(Enum):
     inverse_variance = "inverse_variance"
 
 
+class Coding(Enum):
+    """How an update travels; see `common.coding`."""
+
+    float32 = "float32"
+    float16 = "float16"
+    int8 = "int8"
+
+
 class EngineName(Enum):
     """What carries messages between the coordinator and the sites."""
 
@@ -379,6 +387,9 @@ class FederationConfig:
     """What an update counts in the mean: `equal`; or `inverse_variance`, in proportion to one over
     the variance of the noise that its site adds, which is public, unlike a number of records. Then
     the mean has the least noise, and sites of small epsilon have little say."""
+    coding: Coding = Coding.float32
+    """How updates travel: `float32`, as they are; `float16` or `int8`, half and a quarter of the
+    bytes, the way from the global parameters rounded at random, after the noise."""
     quorum: float = 1.0
     """Share of the sites asked whose valid update a round needs, in (0, 1]."""
     round_timeout_s: float = 3600.0
@@ -488,6 +499,11 @@ class FaultsConfig:
         """Whether anything differs from a run in which nothing goes wrong."""
         return any(self.rates.values()) or bool(self.speeds)
 
+    @property
+    def altering(self) -> list[str]:
+        """Those at work that write an update anew."""
+        return [name for name in ALTERING if getattr(self, name)]
+
 
 FAULTS = (
     *("crash", "crash_prepared", "dropout", "straggler"),
@@ -495,6 +511,8 @@ FAULTS = (
     *("extreme", "flipped", "scaled"),
 )
 """Names of the rates, in the order in which faults go first."""
+ALTERING = tuple(name for name in FAULTS[4:] if name != "other_site")
+"""Of these, the ones that change what an update says."""
 
 
 @dataclass(frozen=True)
@@ -1044,6 +1062,12 @@ def _broken_of_faults(config: Config) -> Iterator[str]:
     faults, sites = config.faults, config.federation.sites
     if unknown := [name for name in faults.sites if not _is_site(name, sites)]:
         yield f"faults.sites={unknown}: must be some of site-1 to site-{sites}, or empty"
+    coding = config.federation.coding
+    if coding is not Coding.float32 and faults.altering:
+        yield (
+            f"federation.coding={coding.name}: must be float32 with faults.{faults.altering[0]}, "
+            "which alters an update that is not coded"
+        )
     if len(faults.speeds) > sites:
         yield f"faults.speeds={faults.speeds}: must be no more than the {sites} sites"
 

@@ -16,10 +16,10 @@ FLOAT_BYTES = 4
 
 
 @lru_cache(maxsize=16)
-def header_of(count: int) -> bytes:
-    """What `numpy.save` writes before the bytes of a (count,) float32 array."""
+def header_of(count: int, kind: str = "<f4") -> bytes:
+    """What `numpy.save` writes before the bytes of a (count,) array, of float32 by default."""
     buffer = io.BytesIO()
-    facts = {"descr": "<f4", "fortran_order": False, "shape": (count,)}
+    facts = {"descr": kind, "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(buffer, facts)
     return buffer.getvalue()
 

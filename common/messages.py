@@ -23,7 +23,8 @@ from flwr.app import (
 from flwr.common.constant import SType
 from numpy.typing import NDArray
 
-from common.config import Config, config_hash, from_canonical, to_canonical
+from common.coding import decoded
+from common.config import Coding, Config, config_hash, from_canonical, to_canonical
 from common.errors import ConfigError, VerificationError
 from common.frames import FLOAT_BYTES, frame_of, header_of
 from common.parameters import Vector
@@ -51,6 +52,8 @@ MAX_COUNT = 2.0**53
 MAX_LINKS = 100_000
 """Entries a ledger may have grown by since its last receipt."""
 
+CODED_KIND = "|u1"
+"""Numpy's name of what coded parameters travel as: bytes."""
 NOBODY = 0
 """Addressee of what a coordinator hands to a strategy, and never sends."""
 Wide = NDArray[np.float64]
@@ -114,6 +117,8 @@ class Update:
     """Parameters after the private steps: a function of noisy sums only."""
     books: SiteBooks | None = None
     """None where nothing is protected, and so nothing charged."""
+    coded: bytes | None = None
+    """What travels in the place of `vector`, which is what it decodes to; see `common.coding`."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,9 @@ def pack_update(update: Update) -> RecordDict:
     facts = _update_facts(update.run_id, update.round, update.layout_digest, update.charge).copy()
     if update.books is not None:
         facts.update(_pack_books(update.books))
-    return RecordDict({VECTOR: pack_vector(update.vector), FACTS: facts})
+    coded = update.coded
+    vector = pack_vector(update.vector) if coded is None else _pack_bytes(coded)
+    return RecordDict({VECTOR: vector, FACTS: facts})
 
 
 @lru_cache(maxsize=4)
@@ -306,7 +313,11 @@ class UpdateReader:
     Guarantee: as `read_update`, of each by itself. Books are never taken for those of another site.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, coding: Coding = Coding.float32, start: Vector | None = None) -> None:
+        """Args: coding: of the updates; start: (P,) the parameters that they began with, where
+        they are coded as the way from these.
+        """
+        self._coding, self._start = coding, start
         self._known: dict[str, object] = {}
         self._update: Update | None = None
 
@@ -314,13 +325,20 @@ class UpdateReader:
         """Parses an update. Raises: VerificationError, never anything else."""
         facts = _facts(message, UPDATE_FACTS)
         if self._update is not None and _are_equal(facts, self._known):
-            return replace(self._update, vector=_unpack_vector(message))
+            return self._with_vector(self._update, message)
         update = _update_of(facts, _NOTHING)
         if update.books is None:
             # Whoever sent them may still hold them; of lists this is a copy.
             self._known = {n: [*v] if isinstance(v, list) else v for n, v in facts.items()}
             self._update = update
-        return replace(update, vector=_unpack_vector(message))
+        return self._with_vector(update, message)
+
+    def _with_vector(self, update: Update, message: Message) -> Update:
+        if self._coding is Coding.float32:
+            return replace(update, vector=_unpack_vector(message))
+        assert self._start is not None
+        data = _unpack_bytes(message)
+        return replace(update, vector=decoded(data, self._start, self._coding), coded=data)
 
 
 _NOTHING: Vector = np.zeros(0, dtype=np.float32)
@@ -400,6 +418,26 @@ def unpack_arrays(arrays: ArrayRecord) -> Vector:
     if array.data[: len(header)] != header or len(array.data) != len(header) + FLOAT_BYTES * count:
         raise VerificationError("message: not one flat float32 vector")
     return np.frombuffer(array.data, dtype=np.float32, offset=len(header))
+
+
+def _pack_bytes(data: bytes) -> ArrayRecord:
+    frame = header_of(len(data), CODED_KIND) + data
+    return ArrayRecord({VECTOR: Array("uint8", (len(data),), SType.NUMPY, frame)})
+
+
+def _unpack_bytes(message: Message) -> bytes:
+    """The coded parameters of a message. Raises: VerificationError."""
+    record = message.content[VECTOR]
+    assert isinstance(record, ArrayRecord)  # as _facts has seen
+    if set(record) != {VECTOR}:
+        raise VerificationError("message: must hold one vector")
+    array = record[VECTOR]
+    header = header_of(max(len(array.data) - len(header_of(0, CODED_KIND)), 0), CODED_KIND)
+    if array.dtype != "uint8" or len(array.data) > MAX_VECTOR_BYTES:
+        raise VerificationError("message: not one coded vector")
+    if array.data[: len(header)] != header:
+        raise VerificationError("message: not one coded vector")
+    return array.data[len(header) :]
 
 
 def for_aggregation(vector: Vector | Wide) -> Message:

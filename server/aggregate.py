@@ -71,7 +71,9 @@ class Judge:
         self._gathered, self._sent, self._receipts = gathered, sent, receipts
         self._weights = weights
         self._instruction, self._layout, self._charges = instruction, layout, charges
-        self._reader = messages.UpdateReader()
+        self._reader = messages.UpdateReader(
+            instruction.config.federation.coding, instruction.vector
+        )
         self._accepted: set[int] = set()
         self._refused: dict[int, str] = {}
         self._books: dict[int, SiteBooks] = {}

@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from common.cli import Invocation, emit_json
+from common.coding import coded_bytes
 from common.composition import run_job
 from common.config import (
+    Coding,
     Config,
     FaultsConfig,
     FederationConfig,
@@ -47,7 +49,6 @@ from server.rates import with_raised_rate
 from server.schedule import Schedule, digest_of, draw_schedule, training_names
 
 RELATION = "add_or_remove_one"
-BYTES_PER_PARAMETER = 4
 NOT_PRIVATE = "NOT PRIVATE"
 PROBE = 8
 """Records of the synthetic batch that a time estimate measures."""
@@ -168,8 +169,17 @@ class ModelSize:
 
     @property
     def bytes_per_message(self) -> int:
-        """Float32 bytes of one vector."""
-        return self.trainable * BYTES_PER_PARAMETER
+        """Float32 bytes of one vector, as the coordinator sends it."""
+        return coded_bytes(self.trainable, Coding.float32)
+
+    def bytes_per_update(self, config: Config) -> int:
+        """Bytes of what a site sends back."""
+        return coded_bytes(self.trainable, config.federation.coding)
+
+
+def _traffic(size: ModelSize, config: Config) -> str:
+    down, up = (each / 1e6 for each in (size.bytes_per_message, size.bytes_per_update(config)))
+    return f"{down:.2f} MB each way" if down == up else f"{down:.2f} MB there and {up:.2f} MB back"
 
 
 def plan(invocation: Invocation) -> None:
@@ -376,7 +386,9 @@ def plan_object(run_plan: RunPlan, size: ModelSize, seconds: float | None) -> di
         "trainable": size.trainable,
         "parameters": size.total,
         "bytes_per_message": size.bytes_per_message,
-        "bytes": 2 * size.bytes_per_message * run_plan.schedule.questions,
+        "bytes_per_update": size.bytes_per_update(config),
+        "bytes": (size.bytes_per_message + size.bytes_per_update(config))
+        * run_plan.schedule.questions,
         "config_hash": config_hash(config),
     }
     if not run_plan.is_uniform:
@@ -444,7 +456,7 @@ def show_plan(run_plan: RunPlan, size: ModelSize, seconds: float | None, console
         "each step": f"Poisson rate {event.sample_rate:g}{_drawn(privacy)}, clip "
         f"{privacy.clip_norm:g}, sigma {_sigmas(run_plan)}, noise from {privacy.noise.name}",
         "each site pays" if run_plan.is_uniform else "the worst site pays": _price(run_plan),
-        "traffic": f"{size.bytes_per_message / 1e6:.2f} MB each way per site and round",
+        "traffic": f"{_traffic(size, config)} per site and round",
     }
     if config.strategy == StrategyConfig():
         del rows["strategy"]

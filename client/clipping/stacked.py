@@ -70,7 +70,9 @@ class StackedEngine(ABC):
 
     def gradients(self, parameters: Tensor, rows: Inputs, there: Tensor) -> Tensor:
         """(C, P) sums of gradients as they are: for runs without any guarantee."""
-        return torch.cat([part.clone() for part in self.gradients_by_block(parameters, rows, there)])
+        return torch.cat(
+            [part.clone() for part in self.gradients_by_block(parameters, rows, there)]
+        )
 
     def gradients_by_block(
         self, parameters: Tensor, rows: Inputs, there: Tensor
@@ -145,8 +147,7 @@ class LinearLayers(StackedEngine):
     def gradients_by_block(
         self, parameters: Tensor, rows: Inputs, there: Tensor
     ) -> Iterator[Tensor]:
-        """See `StackedEngine`. A block stays in the processor's cache until its slots have stepped.
-        """
+        """See `StackedEngine`. A block stays in the processor's cache until its slots have stepped."""
         inputs, outputs = self._passed(parameters, rows, there)
         size, held = self._block, torch.empty(self._block, sum(self.sizes))
         for start in range(0, self.slots, size):
@@ -200,8 +201,7 @@ class LinearLayers(StackedEngine):
         return tape
 
     def _sums(self, inputs: list[Tensor], outputs: list[Tensor], sums: Tensor) -> Tensor:
-        """(C, P), written into `sums`: one product a layer and slot, over all rows of its records.
-        """
+        """(C, P), written into `sums`: one product a layer and slot, over all rows of its records."""
         into = dict(zip(self._names, self._apart(sums), strict=True))
         for use, a, g in zip(self._uses, inputs, outputs, strict=True):
             given, read = (each.reshape(len(sums), -1, each.shape[-1]) for each in (g, a))

@@ -14,13 +14,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Metadat
 from flwr.common.serde import message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.app import client_app
+from client.app import _coded, client_app
 from client.ledger import Ledger, Store
 from client.site import Site
 from common import messages, parameters
 from common.canonical import canonical_json, digest
-from common.config import NodeConfig, NoiseSource, PrivacyMode, config_hash, to_canonical
+from common.coding import coded_bytes, decoded
+from common.config import Coding, NodeConfig, NoiseSource, PrivacyMode, config_hash, to_canonical
 from common.errors import ConfigError, FederationError, PrivacyRefusedError
+from common.frames import header_of
 from common.messages import Instruction
 from common.parameters import Layout
 from common.privacy.accounting import epsilon_pld
@@ -331,6 +333,30 @@ def test_same_round_twice_gets_the_same_bytes_and_is_charged_once(instruction):
     elsewhere = replace(instruction, vector=instruction.vector + 1)
     assert sent_vector(app, elsewhere) == first
     assert len(site.ledger.books.reservations) == 1
+
+
+@pytest.mark.parametrize("coding", [Coding.float16, Coding.int8])
+def test_a_coded_update_is_the_one_prepared_and_is_sent_again_to_the_byte(instruction, coding):
+    site, instruction = site_of(), changed(instruction, "federation", coding=coding)
+    app = app_of(site)
+    reply = ask(app, instruction)
+    update = messages.UpdateReader(coding, instruction.vector).read(reply)
+    assert len(update.coded) == coded_bytes(len(update.vector), coding)
+    head = len(header_of(len(update.coded), "|u1"))
+    assert messages.content_bytes(reply.content) == len(update.coded) + head
+    assert np.array_equal(decoded(update.coded, instruction.vector, coding), update.vector)
+    assert not np.array_equal(update.vector, instruction.vector)
+    (reservation,) = site.ledger.books.reservations
+    assert site.ledger.release(reservation) == update.coded
+    assert sent_vector(app, instruction) == reply.content["vector"]["vector"].data
+
+
+def test_coding_is_rounded_by_coins_that_no_seed_gives(instruction):
+    """Of one trained vector: what is rounded must not be told from the run's configuration."""
+    wanted = changed(instruction, "federation", coding=Coding.int8)
+    vector = instruction.vector + np.float32(1e-3) * np.arange(len(instruction.vector)) % 0.01
+    made = {_coded(vector.astype(np.float32), site_of(), wanted) for _ in range(3)}
+    assert len(made) == 3
 
 
 def test_a_round_whose_bytes_are_gone_is_not_trained_again(instruction):

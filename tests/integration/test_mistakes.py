@@ -49,6 +49,10 @@ MISTAKES = {
         "engine.physical_batch=10000000: must",
     ),
     "tokens beyond any": (["task.max_tokens=1000000000"], "task.max_tokens=1000000000: must be"),
+    "coded and altered": (
+        ["federation.coding=int8", "faults.flipped=0.5"],
+        "federation.coding=int8: must be float32 with faults.flipped",
+    ),
     "two at once": (["privacy.epsilon=0", "privacy.sample_rate=2"], "; privacy.sample_rate=2.0:"),
     "sigma too small": (["privacy.noise_multiplier=0.1"], "privacy.noise_multiplier=0.1: spends"),
     "missing labels": (["data.labels=???"], "no value for data.labels"),

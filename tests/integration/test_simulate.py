@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from client.ledger import Store
+from common.coding import coded_bytes
+from common.config import Coding
 from common.privacy.accounting import Event, epsilon_pld
 
 
@@ -101,6 +103,20 @@ def run(coterie, tiny_overrides, run_dir, *overrides) -> np.ndarray:
     answer = coterie("simulate", *tiny_overrides, *overrides, f"run_dir={run_dir}", "--json")
     assert answer.code == 0, answer.err
     return final_vector(run_dir)
+
+
+def test_a_coded_run_sends_a_quarter_back_and_learns_the_same(coterie, tiny_overrides, tmp_path):
+    """Within what rounding adds: far less than the noise that is there anyway."""
+    settings = ("privacy.noise=seeded", "federation.coding=")
+    plain = run(coterie, tiny_overrides, tmp_path / "plain", settings[0])
+    coded = run(coterie, tiny_overrides, tmp_path / "coded", settings[0], f"{settings[1]}int8")
+    again = run(coterie, tiny_overrides, tmp_path / "again", settings[0], f"{settings[1]}int8")
+    assert np.array_equal(coded, again)
+    assert not np.array_equal(coded, plain)
+    assert np.abs(coded - plain).max() < 0.05 * np.abs(plain).max()
+    told = json.loads((tmp_path / "coded" / "report.json").read_text())["communication"]
+    assert told["bytes_down"] == (4 * plain.size + 128) * 2 * 2
+    assert told["bytes_up"] == (coded_bytes(plain.size, Coding.int8) + 128) * 2 * 2
 
 
 def test_seeded_runs_are_bit_identical_and_stamped(coterie, tiny_overrides, tmp_path):

@@ -9,10 +9,13 @@ from flwr.app import ConfigRecord, Error, Message, Metadata, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from common import messages
+from common.coding import coded_bytes, encoded
+from common.config import Coding
 from common.messages import Instruction, SiteBooks, Update
 from common.parameters import Layout
 from common.privacy.chain import Head
 from common.privacy.mechanism import round_event
+from common.privacy.noise import Randomness
 from server.aggregate import Judge
 from server.strategy import Summed
 
@@ -93,6 +96,32 @@ def test_replies_in_order_are_all_accepted(instruction):
     assert set(verdicts.accepted) == {11, 22, 33}
     assert verdicts.refused == {}
     assert verdicts.bytes_up == 3 * (4 * LAYOUT.size + 128)
+
+
+@pytest.mark.parametrize("coding", [Coding.float16, Coding.int8])
+def test_coded_updates_are_decoded_judged_and_counted(instruction, coding):
+    federation = replace(instruction.config.federation, coding=coding)
+    config = replace(instruction.config, federation=federation)
+    instruction = replace(instruction, config=config, vector=np.float32([1, 2, 3, 4, 5]))
+
+    def reply(message_id, vector, **changes):
+        update = update_of(instruction, vector)
+        data = encoded(update.vector, instruction.vector, coding, Randomness.seeded("coded"))
+        return reply_of(message_id, replace(update, **{"coded": data, **changes}))
+
+    spoilt = [
+        reply("m-1", [1.5, 2, 3, 4, 6]),
+        reply("m-2", np.ones(5), coded=None),
+        reply("m-3", np.ones(5), coded=b"123456"),
+    ]
+    verdicts, total = judged(spoilt, instruction)
+    assert verdicts.accepted == {11}
+    assert verdicts.refused == {
+        22: "message: not one coded vector",
+        33: f"update: not 5 parameters in {coding.name}",
+    }
+    assert verdicts.bytes_up == coded_bytes(5, coding) + 128
+    assert np.allclose(total.mean(), [1.5, 2, 3, 4, 6], atol=0.01)
 
 
 def altered(**changes):

@@ -57,6 +57,7 @@ def test_plan_has_every_field_of_the_contract(default):
         "trainable",
         "parameters",
         "bytes_per_message",
+        "bytes_per_update",
         "bytes",
         "config_hash",
         "estimated_s",
@@ -81,6 +82,7 @@ def test_counts_and_bytes_of_a_plan_belong_together(default):
     """MiniLM-L6, rank 8 on query and value of one block: 2 * 2 * 8 * 384, and a head 5 * 385."""
     assert default["trainable"] == 2 * 2 * 8 * 384 + 5 * 385
     assert default["bytes_per_message"] == 4 * default["trainable"]
+    assert default["bytes_per_update"] == default["bytes_per_message"]
     assert default["bytes"] == 2 * 10 * 5 * default["bytes_per_message"]
     assert default["steps"] == default["rounds"] * default["steps_per_round"] == 20
     assert default["charge_per_site"] == {

@@ -285,6 +285,9 @@ def warm_trainer(trainers: dict[str, Trainer], config: Config) -> Trainer:
     """One trainer per configuration and process: the model is loaded once, and sites that differ
     in their terms alone take turns on it.
     """
+    known = next((each for each in trainers.values() if each.config is config), None)
+    if known is not None:
+        return known
     key = config_hash(without_terms(config))
     if key not in trainers:
         trainer = Trainer(config)

@@ -14,6 +14,7 @@ Shapes: P trained parameters; of a pass C slots, R rows in each. At most C sites
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -71,6 +72,7 @@ class Stack:
     proximal_mu: float | None = None
     """Weight of FedProx's pull towards where the round began, after the noise. None: no pull."""
 
+    @cached_property
     def rates(self) -> Tensor:
         """(P,) the step size of each coordinate.
 
@@ -161,7 +163,7 @@ class _Walk:
         self._start = torch.from_numpy(np.array(vector, dtype=np.float32))
         self._moved: Tensor | None = None
         """(C, P); None while all stand where they began."""
-        self._rates, self._pull = stack.rates(), 0.0 * self._start[:0]
+        self._rates, self._pull = stack.rates, 0.0 * self._start[:0]
         if stack.proximal_mu is not None:
             pull = self._rates * stack.proximal_mu
             self._pull = pull / (1.0 + pull)

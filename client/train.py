@@ -94,6 +94,11 @@ class Trainer:
         self._stacks: list[Stack | None] = []
         """What trains several sites at once, once it was tried."""
 
+    @property
+    def config(self) -> Config:
+        """What it was built from, or is under."""
+        return self._config
+
     def under(self, config: Config) -> "Trainer":
         """The same warm model, and all that is kept of sites, for one on these terms.
 

@@ -7,6 +7,7 @@ vector that is written behind its header once is packed, and read again, as it l
 import io
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 
@@ -40,8 +41,8 @@ def framed(parts: Iterable[Vector]) -> Vector:
 
 def frame_of(vector: Vector) -> bytes:
     """What `numpy.save` writes of a flat float32 vector: its frame if it has one, else a copy."""
-    header, base = header_of(vector.size), vector.base
-    if type(base) is bytes and len(base) == len(header) + FLOAT_BYTES * vector.size:
+    header, base = header_of(vector.size), cast("object", vector.base)
+    if isinstance(base, bytes) and len(base) == len(header) + FLOAT_BYTES * vector.size:
         plain = vector.dtype.str == "<f4" and vector.flags.c_contiguous and base.startswith(header)
         if plain and _address(vector) == _address(_within(base, header)):
             return base

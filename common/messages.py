@@ -246,18 +246,20 @@ def _is_one(arrays: object, other: object) -> bool:
 
 def pack_update(update: Update) -> RecordDict:
     """The message content of an update: the whole egress of a round."""
-    facts = _update_facts(update.run_id, update.round, update.layout_digest, update.charge).copy()
+    alike = _update_alike(update.run_id, update.round, update.layout_digest, update.charge)
+    facts = _config_record(alike).copy()
     if update.books is not None:
         facts.update(_pack_books(update.books))
-    coded = update.coded
-    vector = pack_vector(update.vector) if coded is None else _pack_bytes(coded)
-    return RecordDict({VECTOR: vector, FACTS: facts})
+    content, coded = alike.copy(), update.coded
+    content[VECTOR] = pack_vector(update.vector) if coded is None else _pack_bytes(coded)
+    content[FACTS] = facts
+    return content
 
 
 @lru_cache(maxsize=4)
-def _update_facts(run_id: str, number: int, layout_digest: str, charge: Event) -> ConfigRecord:
+def _update_alike(run_id: str, number: int, layout_digest: str, charge: Event) -> RecordDict:
     """What updates of one round have in common: Flower checks each value when it is first set."""
-    return ConfigRecord(
+    facts = ConfigRecord(
         {
             "run-id": run_id,
             "round": number,
@@ -268,6 +270,7 @@ def _update_facts(run_id: str, number: int, layout_digest: str, charge: Event) -
             **_pack_books(None),
         }
     )
+    return RecordDict({VECTOR: ArrayRecord(), FACTS: facts})
 
 
 def pack_count(count: Count) -> RecordDict:
@@ -399,9 +402,12 @@ def pack_vector(vector: Vector) -> ArrayRecord:
     """A flat vector as the record Flower's strategies average: what `Array(vector)` holds."""
     if vector.dtype.str != "<f4" or vector.ndim != 1:
         return ArrayRecord({VECTOR: Array(vector)})
-    record = ArrayRecord()  # given a dict, it would build its arrays anew
+    record = _EMPTY.copy()  # a new one, given a dict, would build its arrays anew
     record[VECTOR] = Array("float32", vector.shape, SType.NUMPY, frame_of(vector))
     return record
+
+
+_EMPTY = ArrayRecord()
 
 
 def unpack_arrays(arrays: ArrayRecord) -> Vector:

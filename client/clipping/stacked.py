@@ -33,7 +33,8 @@ from common.prefix import Inputs
 
 RowLosses = Callable[[Inputs], Tensor]
 """(R,) losses of R rows, by the model as it stands."""
-
+_Run = tuple[Tensor, list[Tensor], list[Tensor]]
+"""(C, R) losses; what each layer read; and what has the gradients at their outputs."""
 
 BLOCK_BYTES = 1 << 20
 """Of sums that are used as soon as they are made: half of a core's second cache."""
@@ -147,7 +148,7 @@ class LinearLayers(StackedEngine):
     def gradients_by_block(
         self, parameters: Tensor, rows: Inputs, there: Tensor
     ) -> Iterator[Tensor]:
-        """See `StackedEngine`. A block stays in the processor's cache until its slots have stepped."""
+        """See `StackedEngine`. A block stays in the cache until its slots have stepped."""
         inputs, outputs = self._passed(parameters, rows, there)
         size, held = self._block, torch.empty(self._block, sum(self.sizes))
         for start in range(0, self.slots, size):
@@ -161,20 +162,30 @@ class LinearLayers(StackedEngine):
         """(C*R, n, d) inputs of each layer and (C*R, n, p) gradients at its output, which are zero
         for rows that are not `there`.
         """
+        run = self._run_alike if parameters.dim() == 1 else self._run_apart
         with torch.enable_grad(), _batchable():
-            losses, read = self._run(parameters, rows)
+            losses, read, outputs = run(
+                dict(zip(self._names, self._apart(parameters), strict=True)), rows
+            )
             losses = _checked(losses, (self.slots, self.rows))
             counted = losses if there is None else torch.where(there, losses, 0)
-            gradients = torch.autograd.grad(counted.sum(), self._offsets)
+            gradients = torch.autograd.grad(counted.sum(), outputs)
         records = self.slots * self.rows
         return (
             [each.detach().reshape(records, -1, each.shape[-1]) for each in read],
             [each.reshape(records, -1, each.shape[-1]) for each in gradients],
         )
 
-    def _run(self, parameters: Tensor, rows: Inputs) -> tuple[Tensor, list[Tensor]]:
-        """(C, R) losses, and what each layer read."""
-        named = dict(zip(self._names, self._apart(parameters), strict=True))
+    def _run_alike(self, named: dict[str, Tensor], rows: Inputs) -> _Run:
+        """From one start for all: the rows of all slots are a batch like any."""
+        watch = _Watch(named, tapped=True)
+        with watch:
+            losses = self._whole.under(named, {n: t.flatten(0, 1) for n, t in rows.items()})
+        read = [use.read for use in watch.uses]
+        return losses.reshape(self.slots, -1), read, watch.outputs
+
+    def _run_apart(self, named: dict[str, Tensor], rows: Inputs) -> _Run:
+        """Each slot from its own start."""
 
         def run(p: dict[str, Tensor], r: Inputs, offsets: list[Tensor]) -> Any:
             watch = _Watch(p, offsets)
@@ -182,13 +193,8 @@ class LinearLayers(StackedEngine):
                 losses = self._whole.under(p, r)
             return losses, [use.read for use in watch.uses]
 
-        if parameters.dim() > 1:
-            found: tuple[Tensor, list[Tensor]] = vmap(run)(named, rows, self._offsets)
-            return found
-        # From one start for all, the rows of all slots are a batch like any.
-        flat = {name: tensor.flatten(0, 1) for name, tensor in rows.items()}
-        losses, read = run(named, flat, [offset.flatten(0, 1) for offset in self._offsets])
-        return losses.unflatten(0, (self.slots, self.rows)), read
+        losses, read = vmap(run)(named, rows, self._offsets)
+        return losses, read, self._offsets
 
     def _tape(self, inputs: list[Tensor], outputs: list[Tensor]) -> Tape:
         """Norms are of records, whatever slot they stand in."""
@@ -201,7 +207,7 @@ class LinearLayers(StackedEngine):
         return tape
 
     def _sums(self, inputs: list[Tensor], outputs: list[Tensor], sums: Tensor) -> Tensor:
-        """(C, P), written into `sums`: one product a layer and slot, over all rows of its records."""
+        """(C, P), written into `sums`: one product a layer and slot, over all its rows."""
         into = dict(zip(self._names, self._apart(sums), strict=True))
         for use, a, g in zip(self._uses, inputs, outputs, strict=True):
             given, read = (each.reshape(len(sums), -1, each.shape[-1]) for each in (g, a))
@@ -281,14 +287,21 @@ class _Watch(TorchFunctionMode):
     """Sees every linear layer whose weight or bias is one of `parameters`.
 
     Args: offsets: what is added to each output, in the order of the calls; none while shapes are
-    looked for.
+    looked for; tapped: outputs are kept, and have gradients.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], offsets: list[Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        offsets: list[Tensor] | None = None,
+        *,
+        tapped: bool = False,
+    ) -> None:
         super().__init__()
         self._names = {id(tensor): name for name, tensor in parameters.items()}
-        self._offsets = offsets
+        self._offsets, self._tapped = offsets, tapped
         self.uses: list[_Use] = []
+        self.outputs: list[Tensor] = []
 
     def __torch_function__(
         self,
@@ -307,6 +320,8 @@ class _Watch(TorchFunctionMode):
         if not weight and not bias:
             return output
         self.uses.append(_Use(weight, bias, given["input"], tuple(output.shape)))
+        if self._tapped:  # what is written over afterwards is no output: the trial finds that out
+            self.outputs.append(output if output.requires_grad else output.requires_grad_())
         if self._offsets is None:
             return output
         return output + self._offsets[len(self.uses) - 1]

@@ -271,6 +271,16 @@ def test_sites_refuse_for_themselves(instruction, store, tmp_path):
     assert kinds(sites[4]) == ANSWERED
 
 
+def test_what_one_site_lets_pass_another_still_refuses(instruction, store):
+    """A plan is looked at once for sites of one policy and the same classes, and no others."""
+    sites = sites_of(store)
+    sites[2] = replace(sites[2], policy=NodeConfig(min_noise_multiplier=50.0))
+    sites[3] = replace(sites[3], classes=("other", "names"))
+    found = codes(answers(cohort_of(sites), asked(instruction)))
+    assert found == [None, None, messages.AGAINST_POLICY, messages.INVALID_INSTRUCTION, None]
+    assert [kinds(site) for site in sites[2:4]] == [[Kind.GENESIS]] * 2
+
+
 def test_a_refusal_after_something_was_written_leaves_nothing_of_it(
     instruction, store, monkeypatch
 ):

@@ -384,7 +384,7 @@ def test_a_pull_leads_back_to_where_the_round_began(head):
     alone._stacks[:] = [replace(alone._stack, proximal_mu=mu)]
     alone._meters.clear()
     (pulled, _), *_ = alone.train_together(SITES, start, round_number=1)
-    rates = free.rates().numpy()
+    rates = free.rates.numpy()
     np.testing.assert_allclose(pulled - start, (there - start) / (1 + rates * mu), atol=1e-6)
 
 

@@ -113,7 +113,7 @@ def check_charged_noise(config):
     event, mechanism, squares = round_event(config), mechanism_of(config), []
     for number in range(1, 8):
         trainer, updates = empty_updates(config, number)
-        rates = trainer._stack.rates().numpy()
+        rates = trainer._stack.rates.numpy()
         for update in updates:
             added = update / rates * mechanism.divisor / mechanism.clip_norm
             added /= config.privacy.max_records_per_person or 1

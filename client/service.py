@@ -299,7 +299,7 @@ class Node:
         """What became of a reply, in words; None if it is to be sent when the node is back."""
         error = reply.error.code if reply.has_error() else None
         try:
-            self._line.call(lambda: self._fleet.send(reply), until=until)
+            self._line.call(lambda: self._send(reply), until=until)
         except UnreachableError as unreachable:  # stopped meanwhile
             log.warning("%s: %s; kept for the next start", self._site.name, unreachable)
             return None
@@ -310,6 +310,11 @@ class Node:
             return "answered"
         self.refused += 1
         return f"refused: {messages.REFUSALS.get(error, 'for no known reason')}"
+
+    def _send(self, reply: Message) -> None:
+        name = reply.object_id
+        begun = self._inbox.session(name)
+        self._fleet.send(reply, begun, lambda session: self._inbox.sending(name, session))
 
     def _join_again(self, error: NotAdmittedError) -> None:
         """The coordinator let this node in before: what is wrong with it now may pass."""
@@ -442,23 +447,8 @@ def _summary(settings: NodeSettings, node_id: int, answered: int, refused: int) 
     return {"site": settings.name, "node": node_id, "answered": answered, "refused": refused}
 
 
-class _OneLine(logging.Formatter):
-    """A message is one line, whatever a stranger's words in it hold."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
-        """As the format says, without control characters."""
-        line = super().formatMessage(record)
-        return "".join(each if each.isprintable() else " " for each in line)
-
-
 def _configure_process(settings: NodeSettings) -> None:
-    """Memory, threads, and a log that says in plain words what this node does, and nothing that
-    was measured on records.
-    """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(asctime)s %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("flwr").setLevel(logging.WARNING)
+    """Memory and threads; and what must be said at the start."""
     keep_freed_memory()
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     if settings.allow_unprotected:

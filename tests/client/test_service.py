@@ -12,6 +12,7 @@ from client import service
 from client.fleet import NotAdmittedError, RunOverError, UnreachableError
 from client.inbox import Inbox
 from client.ledger import Store, Terms
+from client.node import OneLine
 from client.service import FIRST_DELAY_S, MAX_DELAY_S, Line, Node, open_site
 from client.settings import NODE
 from client.site import Site
@@ -162,7 +163,7 @@ def test_only_a_round_that_was_charged_and_not_prepared_is_reported_lost(
 
 
 def test_a_line_of_the_log_is_one_line_whatever_a_coordinator_writes():
-    formatter = service._OneLine("%(message)s")
+    formatter = OneLine("%(message)s")
     record = logging.LogRecord("n", logging.INFO, "p", 1, "model %s", ("a\nb\x1b[2Jc",), None)
     assert formatter.format(record) == "model a b [2Jc"
 

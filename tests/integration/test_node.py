@@ -110,7 +110,7 @@ dies("received", client.inbox.Inbox, "put", after=True)
 dies("training", client.train.Trainer, "train", after=True)
 dies("prepared", client.ledger.Ledger, "prepare", after=True)
 dies("released", client.ledger.Ledger, "release", after=True)
-dies("pushing", client.fleet.Fleet, "_push", after=True)
+dies("pushing", client.fleet.Fleet, "_keeps", after=True)
 dies("sent", client.inbox.Inbox, "clear", after=False)
 """
 """Kills the node once in each phase of an answer, one after the other."""
@@ -259,7 +259,7 @@ def test_a_node_ends_its_answer_when_it_is_stopped_and_loses_it_when_stopped_twi
     lab, tmp_path, configured
 ):
     config = configured(
-        *("federation.rounds=2", "privacy.spare_rounds=1", "data.declared_records=84"),
+        *("federation.rounds=1", "privacy.spare_rounds=1", "data.declared_records=84"),
         sites=1,
     )
     (file,) = dealt(tmp_path, config)
@@ -270,7 +270,10 @@ def test_a_node_ends_its_answer_when_it_is_stopped_and_loses_it_when_stopped_twi
         stop(node)
         assert node.wait() == 0
         assert "round 1: answered" in node.said
+        finished(lab, run)
         node.start()
+        node.wait_for("waiting for instructions", times=2)
+        run, _ = submitted(lab, config, "again")
         node.wait_for("TRAINING", times=2)
         stop(node)
         node.wait_for("again to stop at once", times=2)

@@ -43,6 +43,7 @@ from common.certificates import read_node_key
 from common.config import ModelConfig, PrivacyMode
 from common.data import check_files, load_splits
 from common.errors import ConfigError, CoterieError, FederationError, VerificationError
+from common.privacy.chain import Head
 from common.privacy.mechanism import counting
 from common.tasks import TASKS, FileTask, reader_of
 
@@ -176,6 +177,8 @@ class Node:
         self._app: ClientApp = client_app(
             lambda _: site, allow_unprotected=settings.allow_unprotected
         )
+        self._foreseen: Head | None = None
+        """The end of the ledger when what comes next was priced."""
         self.answered = self.refused = 0
 
     def serve(self) -> None:
@@ -194,9 +197,17 @@ class Node:
                 return
             else:
                 if parcel is None:
-                    stopping.wait(self._poll_s)
+                    self._rest()
                 else:
                     self._answer(parcel)
+
+    def _rest(self) -> None:
+        """While there is nothing to answer, what the next answer will say is priced, once."""
+        ledger = self._site.ledger
+        if ledger is not None and ledger.head != self._foreseen:
+            ledger.books.foresee()
+            self._foreseen = ledger.head
+        self._line.stopping.wait(self._poll_s)
 
     def _receive(self) -> Parcel | None:
         """The next instruction, on disk here when this returns; None if there is none."""

@@ -22,6 +22,7 @@ from common.composition import run_with
 from common.errors import ConfigError, FederationError
 from common.messages import Instruction, pack_instruction
 from common.parameters import Layout
+from common.privacy import accounting
 from common.privacy.mechanism import round_event
 from common.tasks import build_model
 
@@ -159,6 +160,28 @@ def test_only_a_round_that_was_charged_and_not_prepared_is_reported_lost(
     site = Site("site-1", open_site(settings, None).records, ("sport", "money"), ledger)
     node = Node(settings, site, None, Line(settings, Clock()), inbox)
     assert node._was_lost(Message(content, metadata=facts)) is (state in ("reserved", "lost"))
+    inbox.close()
+
+
+def test_what_the_next_answer_says_is_priced_while_nothing_is_asked(
+    settings, store, tiny_config, tmp_path
+):
+    """Half a second of each round in which a coordinator would wait."""
+    ledger = store.open("site-1", Terms("trial", 100.0, 1e-3, "1" * 64))
+    event = replace(round_event(tiny_config), noise_multiplier=2.125)  # priced by nobody before
+    ledger.commit("run", event, rounds=3, spare_rounds=0, plan="0" * 64, model="m", unit="record")
+    inbox = Inbox(tmp_path / "inbox")
+    site = Site("site-1", open_site(settings, None).records, ("sport", "money"), ledger)
+    node = Node(settings, site, None, Line(settings, Clock()), inbox)
+    for number in (1, 2, 3):
+        at = ledger.reserve("run", number, event)
+        before = accounting._epsilon_pld.cache_info().misses
+        ledger.books.spent()
+        priced = accounting._epsilon_pld.cache_info().misses - before
+        assert priced == (1 if number == 1 else 0)
+        ledger.prepare(at, b"update", steps=event.steps)
+        ledger.release(at)
+        node._rest()
     inbox.close()
 
 

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from random import uniform
 from time import monotonic, time
@@ -219,13 +219,27 @@ class Node:
         try:
             parcel = self._line.call(lambda: self._fleet.fetch(run, envelope, tree))
             # 1. On disk before the SuperLink may forget it.
-            self._inbox.put(parcel)
+            try:
+                self._inbox.put(parcel)
+            except OSError as error:
+                self._refuse_unkept(parcel, error)
+                return None
             self._line.call(lambda: self._fleet.confirm(run, parcel.root))
         except (RunOverError, VerificationError) as error:
             self._inbox.clear()
             log.warning("%s: run %d: an instruction was lost: %s", self._site.name, run, error)
             return None
         return parcel
+
+    def _refuse_unkept(self, parcel: Parcel, error: OSError) -> None:
+        """No disk, no charge, no answer: the coordinator asks again, where a spare round pays."""
+        addressed = parcel.addressed()
+        log.error(
+            "%s: %s: cannot be kept in %s: %s",
+            *(self._site.name, _what(addressed), self._inbox.folder, error.strerror),
+        )
+        reply = _dated(_refusal(messages.LOCAL_FAILURE, addressed), addressed)
+        self._sent(reply, until=monotonic() + _expires_in(addressed))
 
     def _answer_left_over(self) -> None:
         """What an earlier process had received, and did not get to answer."""
@@ -272,7 +286,7 @@ class Node:
         except VerificationError as error:
             log.warning("%s: %s", self._site.name, error)
             return _refusal(messages.INVALID_INSTRUCTION, addressed)
-        if left_over and self._was_lost(message):
+        if self._was_lost(message) and left_over:
             # The coordinator counts attempts: it asks again, if a spare round pays for it.
             log.warning("%s: %s: was charged, and is lost", self._site.name, _what(addressed))
             return _refusal(messages.LOCAL_FAILURE, addressed)
@@ -290,7 +304,11 @@ class Node:
             return _refusal(messages.INVALID_INSTRUCTION, addressed)
 
     def _was_lost(self, message: Message) -> bool:
-        """Whether the last attempt at what is asked ended before it was prepared."""
+        """Whether the last attempt at what is asked ended before it was prepared.
+
+        Also declares such an attempt lost, where it did not come to that: on a full disk, or where
+        another program had the ledger open when this node was started.
+        """
         ledger = self._site.ledger
         try:
             asked = messages.read_instruction(message)
@@ -298,8 +316,9 @@ class Node:
             return False
         if ledger is None:
             return False
-        # The inbox is this process's alone: whoever reserved for that run here is dead.
-        ledger.lose_unfinished(asked.run_id, counting(asked.run_id))
+        # The inbox is this process's alone: nobody else can be at work on that run here.
+        if ledger.books.open_reservations("reserved"):
+            ledger.lose_unfinished(asked.run_id, counting(asked.run_id))
         counts = message.metadata.message_type.startswith("evaluate")
         key = (counting(asked.run_id), 1) if counts else (asked.run_id, asked.round)
         books = ledger.books
@@ -325,7 +344,12 @@ class Node:
     def _send(self, reply: Message) -> None:
         name = reply.object_id
         begun = self._inbox.session(name)
-        self._fleet.send(reply, begun, lambda session: self._inbox.sending(name, session))
+
+        def began(session: str) -> None:
+            with suppress(OSError):  # a full disk costs no more than the time to send it again
+                self._inbox.sending(name, session)
+
+        self._fleet.send(reply, begun, began)
 
     def _join_again(self, error: NotAdmittedError) -> None:
         """The coordinator let this node in before: what is wrong with it now may pass."""

@@ -89,6 +89,7 @@ app = ClientApp()
 """
 """What the same coordinator would have a stock node run."""
 DYING = """
+import errno
 from pathlib import Path
 import client.fleet, client.inbox, client.ledger, client.train
 
@@ -106,6 +107,15 @@ def dies(phase, owner, name, *, after):
         return result
     setattr(owner, name, method)
 
+put = client.inbox.Inbox.put
+
+def full(*args):
+    if not Path("was-full").exists():
+        Path("was-full").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    put(*args)
+
+client.inbox.Inbox.put = full
 dies("received", client.inbox.Inbox, "put", after=True)
 dies("training", client.train.Trainer, "train", after=True)
 dies("prepared", client.ledger.Ledger, "prepare", after=True)
@@ -113,7 +123,7 @@ dies("released", client.ledger.Ledger, "release", after=True)
 dies("pushing", client.fleet.Fleet, "_keeps", after=True)
 dies("sent", client.inbox.Inbox, "clear", after=False)
 """
-"""Kills the node once in each phase of an answer, one after the other."""
+"""No room on the disk at first; then kills the node in each phase of an answer, one by one."""
 SLOW = """
 import time
 import client.train
@@ -217,7 +227,7 @@ def test_three_nodes_train_privately_and_one_is_killed_and_comes_back(lab, tmp_p
     report, _ = read_report(run_dir)
     assert report["privacy"]["private"] is True
     assert report["privacy"]["epsilon"]["pld"] <= 3.0
-    charged = {site["name"]: site["rounds"] for site in report["sites"]}
+    charged = {site["name"]: site["rounds"] + site["repeated"] for site in report["sites"]}
     for node in nodes:
         books = books_of(node)
         assert books.spent() <= 3.0
@@ -233,7 +243,7 @@ def test_a_node_that_dies_in_every_phase_of_an_answer_ends_where_an_unbroken_run
     """Seeded noise, so that the parameters tell: nothing is lost, and nothing is done twice."""
     own = [each for each in tiny_overrides if not each.startswith("federation.")]
     more = ["federation.sites=1", "federation.rounds=2", "federation.local_steps=2"]
-    more += ["privacy.noise=seeded", "privacy.spare_rounds=1"]
+    more += ["privacy.noise=seeded", "privacy.spare_rounds=2"]
     unbroken = tmp_path / "unbroken"
     assert coterie("simulate", *own, *more, f"run_dir={unbroken}").code == 0
     config = from_yaml((unbroken / "config.yaml").read_text())
@@ -247,11 +257,14 @@ def test_a_node_that_dies_in_every_phase_of_an_answer_ends_where_an_unbroken_run
     assert len(died) == 6, died
     vectors = [read_checkpoint(folder / "checkpoints", 2).vector for folder in (unbroken, run_dir)]
     assert np.array_equal(*vectors)
+    assert not np.array_equal(vectors[0], read_checkpoint(run_dir / "checkpoints", 0).vector)
     books = books_of(node)
     states = [each.state for each in books.reservations.values()]
     assert sorted(states) == ["lost", "released", "released"]
     report, _ = read_report(run_dir)
-    assert report["sites"][0]["rounds"] == 3  # the lost one is charged, and said to be
+    told = report["sites"][0]
+    assert (told["rounds"], told["repeated"]) == (2, 2)  # what was asked again counts as charged
+    assert "cannot be kept" in node.said
     assert "NOT PRIVATE" in node.said
 
 

@@ -268,35 +268,31 @@ def test_a_node_that_dies_in_every_phase_of_an_answer_ends_where_an_unbroken_run
     assert "NOT PRIVATE" in node.said
 
 
-def test_a_node_ends_its_answer_when_it_is_stopped_and_loses_it_when_stopped_twice(
-    lab, tmp_path, configured
-):
+def test_a_node_stopped_twice_loses_its_answer_and_stopped_once_ends_it(lab, tmp_path, configured):
     config = configured(
-        *("federation.rounds=1", "privacy.spare_rounds=1", "data.declared_records=84"),
+        *("federation.rounds=2", "privacy.spare_rounds=1", "data.declared_records=84"),
         sites=1,
     )
     (file,) = dealt(tmp_path, config)
     with NodeProcess(lab, "site-1", file, before=SLOW) as node:
+        again = node.log.with_name("again")
         node.wait_for("waiting for instructions")
         run, _ = submitted(lab, config)
         node.wait_for("TRAINING")
+        again.touch()
+        stop(node)
+        node.wait_for("again to stop at once")
+        stop(node)
+        wait_until(lambda: again.read_text() == "130", "the node stops at once")
+        node.wait_for("TRAINING", times=2)
+        assert next(iter(books_of(node).reservations.values())).state == "lost"
+        node.wait_for("TRAINING", times=3)  # the second round
         stop(node)
         assert node.wait() == 0
-        assert "round 1: answered" in node.said
-        finished(lab, run)
-        node.start()
-        node.wait_for("waiting for instructions", times=2)
-        run, _ = submitted(lab, config, "again")
-        node.wait_for("TRAINING", times=2)
-        stop(node)
-        node.wait_for("again to stop at once", times=2)
-        stop(node)
-        assert node.wait() == 130
-        assert [each.state for each in books_of(node).reservations.values()] == ["released", "lost"]
-        node.start()
+        assert "round 2: answered" in node.said
         finished(lab, run)
     states = [each.state for each in books_of(node).reservations.values()]
-    assert states == ["released", "lost", "released"]
+    assert states == ["lost", "released", "released"]
 
 
 def stop(node):

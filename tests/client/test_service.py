@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from flwr.app import Error, Message, Metadata
+from flwr.app import Context, Error, Message, Metadata, RecordDict
 
 from client import service
 from client.fleet import NotAdmittedError, RunOverError, UnreachableError
@@ -19,6 +19,7 @@ from client.site import Site
 from common import messages, parameters
 from common.cli import Invocation
 from common.composition import run_with
+from common.config import NodeConfig, NoiseSource
 from common.errors import ConfigError, FederationError
 from common.messages import Instruction, pack_instruction
 from common.parameters import Layout
@@ -160,6 +161,39 @@ def test_only_a_round_that_was_charged_and_not_prepared_is_reported_lost(
     site = Site("site-1", open_site(settings, None).records, ("sport", "money"), ledger)
     node = Node(settings, site, None, Line(settings, Clock()), inbox)
     assert node._was_lost(Message(content, metadata=facts)) is (state in ("reserved", "lost"))
+    inbox.close()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ({}, {}, None),
+        ({}, {"noise": NoiseSource.seeded}, messages.INVALID_INSTRUCTION),
+        ({"allow_unprotected": True}, {"noise": NoiseSource.seeded}, None),
+        ({"node": NodeConfig(max_epsilon=0.1)}, {}, messages.AGAINST_POLICY),
+    ],
+    ids=["private", "seeded", "seeded, and allowed by the site", "against the site's policy"],
+)
+def test_the_sites_own_settings_decide_whatever_a_coordinator_writes(
+    settings, store, tiny_config, tmp_path, case
+):
+    """The coordinator's idea of a policy travels with its config, and is not read."""
+    own, asked, code = case
+    settings = replace(settings, **{"node": NodeConfig(), **own})
+    ledger = store.open("site-1", Terms("trial", 100.0, 1e-3, "1" * 64))
+    site = open_site(settings, ledger)
+    before, inbox = ledger.head, Inbox(tmp_path / "inbox")
+    config = replace(
+        tiny_config, privacy=replace(tiny_config.privacy, **asked), node=NodeConfig(max_epsilon=1e9)
+    )
+    model = build_model(config)
+    layout, vector = Layout.of(model), parameters.flatten(model)
+    content = pack_instruction(Instruction("run", 1, config, layout.digest, vector))
+    facts = Metadata(7, "m-1", 1, 2, "", "1", 1_800_000_000.0, 60.0, "train")
+    node = Node(settings, site, None, Line(settings, Clock()), inbox)
+    reply = node._app(Message(content, metadata=facts), Context(7, 2, {}, RecordDict(), {}))
+    assert (reply.error.code if reply.has_error() else None) == code
+    assert (ledger.head == before) is (code is not None)
     inbox.close()
 
 

@@ -85,6 +85,16 @@ def wait_until(holds: Callable[[], bool], what: str, seconds: float = READY_S) -
         time.sleep(STEP_S)
 
 
+def descendants(pid: int) -> list[int]:
+    """Processes that one started, and that these started."""
+    found: list[int] = []
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
 class Process(AbstractContextManager["Process"]):
     """A process in a session of its own, whose output goes to a file."""
 
@@ -145,10 +155,11 @@ class Process(AbstractContextManager["Process"]):
             self._process.wait()
 
     def __exit__(self, *_: object) -> None:
+        below = [] if self._process is None else descendants(self._process.pid)
         self.kill()
-        if self._process is not None:  # and whatever it left in its session
+        for each in below:  # a ServerApp, in a session of its own, waits for its SuperLink
             with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.kill(each, signal.SIGKILL)
 
 
 class SuperLink(Process):

@@ -30,6 +30,14 @@ PUBLIC = 30
 """Of the tiny records the first are public, and the rest are dealt to the sites in turn."""
 
 
+LISTENING = (
+    *(sys.executable, "-c"),
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from common.cli import main; sys.exit(main())",
+)
+"""`coterie` that hears Ctrl-C, though a shell in the background has its children ignore it."""
+
+
 def write(path, header, rows):
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -65,7 +73,7 @@ def settings(records, tiny_overrides):
         "data.declared_records=90",
         "federation.sites=3",
         f"federation.rounds={ROUNDS}",
-        "federation.local_steps=2",
+        "federation.local_steps=1",
         "federation.round_timeout_s=120",
         "privacy.noise=seeded",
         "privacy.spare_rounds=2",
@@ -121,7 +129,14 @@ def lines_of(run_dir):
 
 def submitted(deployment, run_dir, settings, *more):
     """A `coterie submit` in the background, returned once two rounds are over."""
-    command = [*COTERIE, "submit", *deployment.submitted_to, f"run_dir={run_dir}", *settings, *more]
+    command = [
+        *LISTENING,
+        "submit",
+        *deployment.submitted_to,
+        f"run_dir={run_dir}",
+        *settings,
+        *more,
+    ]
     log = (deployment.folder / f"{run_dir.name}.log").open("ab")
     process = subprocess.Popen(
         command, env=deployment.environment, cwd=deployment.folder, stdout=log, stderr=log

@@ -137,14 +137,15 @@ def submitted(deployment, run_dir, settings, *more):
         *settings,
         *more,
     ]
-    log = (deployment.folder / f"{run_dir.name}.log").open("ab")
-    process = subprocess.Popen(
-        command, env=deployment.environment, cwd=deployment.folder, stdout=log, stderr=log
-    )
+    path = deployment.folder / f"{run_dir.name}.log"
+    with path.open("ab") as log:
+        process = subprocess.Popen(
+            command, env=deployment.environment, cwd=deployment.folder, stdout=log, stderr=log
+        )
     deadline = time.monotonic() + 120
     while len(lines_of(run_dir)) < 2:
-        assert process.poll() is None, Path(log.name).read_text()
-        assert time.monotonic() < deadline, Path(log.name).read_text()
+        assert process.poll() is None, path.read_text()
+        assert time.monotonic() < deadline, path.read_text()
         time.sleep(0.05)
     return process
 

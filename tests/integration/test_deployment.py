@@ -24,7 +24,7 @@ from simulations.deployment import COTERIE, Deployment
 
 pytestmark = pytest.mark.slow
 ROUNDS = 8
-NODE = ("data.labels=[sport,money]", "node=open", "allow_unprotected=true", "poll_s=0.05")
+NODE = ("data.labels=[sport,money]", "node=open", "allow_unprotected=true")
 NAMES = ("site-1", "site-2", "site-3")
 PUBLIC = 30
 """Of the tiny records the first are public, and the rest are dealt to the sites in turn."""

@@ -222,10 +222,13 @@ def test_a_serverapp_that_is_killed_costs_no_round(deployment, settings, expecte
 def test_a_run_that_is_stopped_goes_on_where_it_was(deployment, settings, expected, tmp_path):
     run_dir = tmp_path / "stopped"
     process = submitted(deployment, run_dir, settings)
+    node = deployment.nodes["site-1"].process
+    node.send_signal(signal.SIGSTOP)  # so that the run cannot end meanwhile
     call(deployment, "submit", "resume=auto", f"run_dir={run_dir}", code=2)  # it goes on
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     assert "resume=auto" in call(deployment, "stop", run_dir)
+    node.send_signal(signal.SIGCONT)
     deadline = time.monotonic() + 90
     while json.loads(call(deployment, "status", run_dir, "--json"))["state"] != "interrupted":
         assert time.monotonic() < deadline

@@ -246,28 +246,35 @@ class Fleet:
         """Raises: RunOverError if nobody would take an answer."""
         self._call(self._client.GetRun, GetRunRequest(node=self._node, run_id=run))
 
-    def send(self, reply: Message) -> None:
+    def send(self, reply: Message, begun: str, began: Callable[[str], None]) -> None:
         """Sends a reply, the whole of it or nothing that counts; it may be sent again.
 
         How long the answer took is not told: a node's own clock is its own.
+        Args: begun: the session in which an earlier process began to send this reply, if one did;
+        began: called with that of this one, before any part has gone.
         """
         with no_object_id_recompute():
             _named(reply, reply.object_id)
-            tree, nested = get_object_tree(reply), get_all_nested_objects(reply)
-            envelope = message_to_proto(remove_content_from_message(reply))
-            request = PushMessagesRequest(
-                node=self._node,
-                messages_list=[envelope],
-                message_object_trees=[tree],
-                clientapp_runtime_list=[0.0],
-            )
-            response = self._call(self._client.PushMessages, request)
-            wanted = set(response.objects_to_push)
-            if not wanted:
-                raise RunOverError("nobody waits for this answer any more, or it is there already")
-            parts = [(name, part.deflate()) for name, part in nested.items() if name in wanted]
-        push = partial(self._push, reply.metadata.run_id, response.session_id)
-        _at_once(lambda each: push(*each), parts)
+            tree = get_object_tree(reply)
+            parts = {name: part.deflate() for name, part in get_all_nested_objects(reply).items()}
+        run = reply.metadata.run_id
+        if begun:  # of what is there, the SuperLink says that it does not keep it: that is well
+            _at_once(lambda name: self._keeps(run, begun, name, parts[name]), parts)
+        request = PushMessagesRequest(
+            node=self._node,
+            messages_list=[message_to_proto(remove_content_from_message(reply))],
+            message_object_trees=[tree],
+            clientapp_runtime_list=[0.0],
+        )
+        response = self._call(self._client.PushMessages, request)
+        wanted, session = [*response.objects_to_push], response.session_id
+        if not wanted:
+            if begun:
+                return
+            raise RunOverError("nobody waits for this answer any more, or it is there already")
+        began(session)
+        if not all(_at_once(lambda name: self._keeps(run, session, name, parts[name]), wanted)):
+            raise UnreachableError(f"superlink={self.address}: did not keep a part of an answer")
 
     def check_version(self) -> None:
         """Raises: NotAdmittedError if the SuperLink says that it is of another flwr minor.
@@ -309,12 +316,11 @@ class Fleet:
                 return bytes(response.object_content)
             sleep(ASK_AGAIN_S)
 
-    def _push(self, run: int, session: str, name: str, part: bytes) -> None:
+    def _keeps(self, run: int, session: str, name: str, part: bytes) -> bool:
         request = PushObjectRequest(
             node=self._node, run_id=run, object_id=name, object_content=part, session_id=session
         )
-        if not self._call(self._client.PushObject, request).stored:
-            raise UnreachableError(f"superlink={self.address}: did not keep a part of an answer")
+        return bool(self._call(self._client.PushObject, request).stored)
 
     def _call(self, call: Callable[[Request], Response], request: Request) -> Response:
         try:

@@ -12,7 +12,7 @@ from client.fleet import Parcel
 from common.durable import sync_folder, write_atomic
 from common.errors import ConfigError, VerificationError
 
-INSTRUCTION, IDENTITY, LOCK = "instruction", "node", "lock"
+INSTRUCTION, SENDING, IDENTITY, LOCK = "instruction", "sending", "node", "lock"
 """Files of the folder."""
 
 
@@ -50,6 +50,7 @@ class Inbox:
 
     def put(self, parcel: Parcel) -> None:
         """Keeps an instruction; on disk when this returns."""
+        (self.folder / SENDING).unlink(missing_ok=True)
         write_atomic(self.folder / INSTRUCTION, parcel.to_bytes())
 
     def waiting(self) -> Parcel | None:
@@ -63,7 +64,24 @@ class Inbox:
         except VerificationError as error:
             raise VerificationError(f"{self.folder / INSTRUCTION}: {error}") from error
 
+    def sending(self, reply: str, session: str) -> None:
+        """Keeps in which session of the SuperLink a reply, by its id, goes there."""
+        write_atomic(self.folder / SENDING, f"{reply} {session}\n")
+
+    def session(self, reply: str) -> str:
+        """In which session an earlier process began to send this reply; empty if none did.
+
+        The SuperLink hands a reply on before all parts of it are there, and takes the others in
+        that session only: its coordinator would wait three minutes for them.
+        """
+        try:
+            known, _, session = (self.folder / SENDING).read_text("ascii").partition(" ")
+        except (FileNotFoundError, ValueError):
+            return ""
+        return session.strip() if known == reply else ""
+
     def clear(self) -> None:
         """Forgets the instruction: its answer was sent, or nobody waits for it."""
         (self.folder / INSTRUCTION).unlink(missing_ok=True)
+        (self.folder / SENDING).unlink(missing_ok=True)
         sync_folder(self.folder)

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from random import uniform
 from time import monotonic, time
@@ -43,6 +43,7 @@ from common.certificates import read_node_key
 from common.config import ModelConfig, PrivacyMode
 from common.data import check_files, load_splits
 from common.errors import ConfigError, CoterieError, FederationError, VerificationError
+from common.privacy.chain import Head
 from common.privacy.mechanism import counting
 from common.tasks import TASKS, FileTask, reader_of
 
@@ -176,6 +177,8 @@ class Node:
         self._app: ClientApp = client_app(
             lambda _: site, allow_unprotected=settings.allow_unprotected
         )
+        self._foreseen: Head | None = None
+        """The end of the ledger when what comes next was priced."""
         self.answered = self.refused = 0
 
     def serve(self) -> None:
@@ -194,9 +197,17 @@ class Node:
                 return
             else:
                 if parcel is None:
-                    stopping.wait(self._poll_s)
+                    self._rest()
                 else:
                     self._answer(parcel)
+
+    def _rest(self) -> None:
+        """While there is nothing to answer, what the next answer will say is priced, once."""
+        ledger = self._site.ledger
+        if ledger is not None and ledger.head != self._foreseen:
+            ledger.books.foresee()
+            self._foreseen = ledger.head
+        self._line.stopping.wait(self._poll_s)
 
     def _receive(self) -> Parcel | None:
         """The next instruction, on disk here when this returns; None if there is none."""
@@ -208,13 +219,27 @@ class Node:
         try:
             parcel = self._line.call(lambda: self._fleet.fetch(run, envelope, tree))
             # 1. On disk before the SuperLink may forget it.
-            self._inbox.put(parcel)
+            try:
+                self._inbox.put(parcel)
+            except OSError as error:
+                self._refuse_unkept(parcel, error)
+                return None
             self._line.call(lambda: self._fleet.confirm(run, parcel.root))
         except (RunOverError, VerificationError) as error:
             self._inbox.clear()
             log.warning("%s: run %d: an instruction was lost: %s", self._site.name, run, error)
             return None
         return parcel
+
+    def _refuse_unkept(self, parcel: Parcel, error: OSError) -> None:
+        """No disk, no charge, no answer: the coordinator asks again, where a spare round pays."""
+        addressed = parcel.addressed()
+        log.error(
+            "%s: %s: cannot be kept in %s: %s",
+            *(self._site.name, _what(addressed), self._inbox.folder, error.strerror),
+        )
+        reply = _dated(_refusal(messages.LOCAL_FAILURE, addressed), addressed)
+        self._sent(reply, until=monotonic() + _expires_in(addressed))
 
     def _answer_left_over(self) -> None:
         """What an earlier process had received, and did not get to answer."""
@@ -261,7 +286,7 @@ class Node:
         except VerificationError as error:
             log.warning("%s: %s", self._site.name, error)
             return _refusal(messages.INVALID_INSTRUCTION, addressed)
-        if left_over and self._was_lost(message):
+        if self._was_lost(message) and left_over:
             # The coordinator counts attempts: it asks again, if a spare round pays for it.
             log.warning("%s: %s: was charged, and is lost", self._site.name, _what(addressed))
             return _refusal(messages.LOCAL_FAILURE, addressed)
@@ -279,7 +304,11 @@ class Node:
             return _refusal(messages.INVALID_INSTRUCTION, addressed)
 
     def _was_lost(self, message: Message) -> bool:
-        """Whether the last attempt at what is asked ended before it was prepared."""
+        """Whether the last attempt at what is asked ended before it was prepared.
+
+        Also declares such an attempt lost, where it did not come to that: on a full disk, or where
+        another program had the ledger open when this node was started.
+        """
         ledger = self._site.ledger
         try:
             asked = messages.read_instruction(message)
@@ -287,8 +316,9 @@ class Node:
             return False
         if ledger is None:
             return False
-        # The inbox is this process's alone: whoever reserved for that run here is dead.
-        ledger.lose_unfinished(asked.run_id, counting(asked.run_id))
+        # The inbox is this process's alone: nobody else can be at work on that run here.
+        if ledger.books.open_reservations("reserved"):
+            ledger.lose_unfinished(asked.run_id, counting(asked.run_id))
         counts = message.metadata.message_type.startswith("evaluate")
         key = (counting(asked.run_id), 1) if counts else (asked.run_id, asked.round)
         books = ledger.books
@@ -299,7 +329,7 @@ class Node:
         """What became of a reply, in words; None if it is to be sent when the node is back."""
         error = reply.error.code if reply.has_error() else None
         try:
-            self._line.call(lambda: self._fleet.send(reply), until=until)
+            self._line.call(lambda: self._send(reply), until=until)
         except UnreachableError as unreachable:  # stopped meanwhile
             log.warning("%s: %s; kept for the next start", self._site.name, unreachable)
             return None
@@ -310,6 +340,16 @@ class Node:
             return "answered"
         self.refused += 1
         return f"refused: {messages.REFUSALS.get(error, 'for no known reason')}"
+
+    def _send(self, reply: Message) -> None:
+        name = reply.object_id
+        begun = self._inbox.session(name)
+
+        def began(session: str) -> None:
+            with suppress(OSError):  # a full disk costs no more than the time to send it again
+                self._inbox.sending(name, session)
+
+        self._fleet.send(reply, begun, began)
 
     def _join_again(self, error: NotAdmittedError) -> None:
         """The coordinator let this node in before: what is wrong with it now may pass."""
@@ -442,23 +482,8 @@ def _summary(settings: NodeSettings, node_id: int, answered: int, refused: int) 
     return {"site": settings.name, "node": node_id, "answered": answered, "refused": refused}
 
 
-class _OneLine(logging.Formatter):
-    """A message is one line, whatever a stranger's words in it hold."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
-        """As the format says, without control characters."""
-        line = super().formatMessage(record)
-        return "".join(each if each.isprintable() else " " for each in line)
-
-
 def _configure_process(settings: NodeSettings) -> None:
-    """Memory, threads, and a log that says in plain words what this node does, and nothing that
-    was measured on records.
-    """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(asctime)s %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("flwr").setLevel(logging.WARNING)
+    """Memory and threads; and what must be said at the start."""
     keep_freed_memory()
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     if settings.allow_unprotected:

@@ -20,6 +20,9 @@ from client.clipping.tape import FanUse, MatrixUse, TableUse, Tape, per_record
 # torch.autograd.Function ships no types.
 # mypy: disable-error-code="no-untyped-call,misc"
 
+NORMED_TOGETHER = 8
+"""Records whose inputs to a layer norm are centred at a time: they stay in the cache."""
+
 
 def applied(function: type[Function], *arguments: Any) -> Tensor:
     """`function.apply`, typed."""
@@ -191,30 +194,35 @@ class LayerNorm(Function):
         weight: Tensor,
         bias: Tensor | None,
     ) -> tuple[Tensor | None, None, None, None, None]:
-        """Gradient of x, of the whole batch; (B, d) of the parameters, a record at a time.
-
-        Both by torch's fused kernel, which sums parameters over whatever it is given.
+        """Gradient of x by torch's fused kernel; (B, d) of the parameters as products, as that
+        kernel sums parameters over whatever it is given.
         """
         records, shape = ctx.tape.records, weight.shape
         rows = [t.reshape(records, -1, t.shape[-1]) for t in (g, x, mean, scale)]
         live = ctx.tape.live_rows(ctx.weight, rows[0])
         rows = [t[:, live].contiguous() for t in rows]
-        kernel = torch.ops.aten.native_layer_norm_backward.default
         gradient = None
         if ctx.needs_input_grad[0]:
+            kernel = torch.ops.aten.native_layer_norm_backward.default
             wanted = [True, False, False]
             of_rows = kernel(*rows[:2], shape, *rows[2:], weight, bias, wanted)[0]
             gradient = _widened(of_rows, live, x.shape)
-        wanted = [False, True, bias is not None]
-        found = [
-            kernel(g_i, x_i, shape, mean_i, scale_i, weight, bias, wanted)
-            for g_i, x_i, mean_i, scale_i in zip(*(t.unbind() for t in rows), strict=True)
-        ]
         if ctx.weight.requires_grad:
-            ctx.tape.keep(ctx.weight, torch.cat([each[1] for each in found]).view(records, -1))
+            ctx.tape.keep(ctx.weight, _scale_gradients(*rows))
         if ctx.bias is not None and ctx.bias.requires_grad:
-            ctx.tape.keep(ctx.bias, torch.cat([each[2] for each in found]).view(records, -1))
+            ctx.tape.keep(ctx.bias, _row_sums(rows[0].float()))
         return gradient, None, None, None, None
+
+
+def _scale_gradients(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """(B, d) sums over rows of g * (x - mean) * scale; a few records at a time, in the cache."""
+    pieces = [t.float().split(NORMED_TOGETHER) for t in (g, x, mean, scale)]
+    return torch.cat(
+        [
+            torch.bmm(scales.transpose(1, 2), torch.sub(inputs, means).mul_(outer))
+            for outer, inputs, means, scales in zip(*pieces, strict=True)
+        ]
+    )[:, 0]
 
 
 @dataclass(frozen=True)

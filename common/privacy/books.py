@@ -135,6 +135,19 @@ class Books:
         """Epsilon of what was charged, by PLD; by RDP where PLD's grid has drifted above it."""
         return min(self.spent_rdp(), epsilon_pld(self.charges(), self.delta))
 
+    def foresee(self) -> None:
+        """Prices what one more round of the run that was charged last will make of these books.
+
+        That is half a second by PLD, and kept: whoever is answered then need not wait for it.
+        """
+        last = next(reversed(self.reservations.values()), None)
+        if last is None or self.filtered or not self.remaining_rounds(last.run):
+            return
+        plan = self.plans[last.run]
+        ahead = replace(plan, reserved=plan.reserved + 1)
+        plans = [ahead if each is plan else each for each in self.plans.values()]
+        epsilon_pld([*(each.charged for each in plans), *self.misc], self.delta)
+
     def spent_rdp(self) -> float:
         """Epsilon of what was charged, by RDP."""
         return epsilon_rdp(self.charges(), self.delta)

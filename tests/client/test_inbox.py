@@ -56,3 +56,16 @@ def test_the_node_id_is_of_one_key_at_one_address(inbox):
 
 def test_others_cannot_read_what_a_coordinator_sent(inbox):
     assert inbox.folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_reply_that_was_being_sent_goes_on_in_its_own_session_and_no_other(inbox):
+    inbox.put(parcel())
+    assert inbox.session("reply") == ""
+    inbox.sending("reply", "session-1")
+    assert inbox.session("reply") == "session-1"
+    assert inbox.session("another") == ""
+    inbox.clear()
+    assert inbox.session("reply") == ""
+    inbox.sending("reply", "session-2")
+    inbox.put(parcel())  # another instruction: what was sent before is of the past
+    assert inbox.session("reply") == ""

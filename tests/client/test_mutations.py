@@ -663,6 +663,7 @@ def private_configs(compose_config, tiny_overrides, tiny_csv, models):
             yield [f"{group}={choice}", f"privacy={unit}"], config
 
 
+@pytest.mark.slow
 def test_no_seed_of_any_config_reaches_the_noise(
     compose_config, tiny_overrides, tiny_csv, tmp_path
 ):

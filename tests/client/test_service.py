@@ -6,21 +6,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from flwr.app import Error, Message, Metadata
+from flwr.app import Context, Error, Message, Metadata, RecordDict
 
 from client import service
 from client.fleet import NotAdmittedError, RunOverError, UnreachableError
 from client.inbox import Inbox
 from client.ledger import Store, Terms
+from client.node import OneLine
 from client.service import FIRST_DELAY_S, MAX_DELAY_S, Line, Node, open_site
 from client.settings import NODE
 from client.site import Site
 from common import messages, parameters
 from common.cli import Invocation
 from common.composition import run_with
+from common.config import NodeConfig, NoiseSource
 from common.errors import ConfigError, FederationError
 from common.messages import Instruction, pack_instruction
 from common.parameters import Layout
+from common.privacy import accounting
 from common.privacy.mechanism import round_event
 from common.tasks import build_model
 
@@ -161,8 +164,63 @@ def test_only_a_round_that_was_charged_and_not_prepared_is_reported_lost(
     inbox.close()
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        ({}, {}, None),
+        ({}, {"noise": NoiseSource.seeded}, messages.INVALID_INSTRUCTION),
+        ({"allow_unprotected": True}, {"noise": NoiseSource.seeded}, None),
+        ({"node": NodeConfig(max_epsilon=0.1)}, {}, messages.AGAINST_POLICY),
+    ],
+    ids=["private", "seeded", "seeded, and allowed by the site", "against the site's policy"],
+)
+def test_the_sites_own_settings_decide_whatever_a_coordinator_writes(
+    settings, store, tiny_config, tmp_path, case
+):
+    """The coordinator's idea of a policy travels with its config, and is not read."""
+    own, asked, code = case
+    settings = replace(settings, **{"node": NodeConfig(), **own})
+    ledger = store.open("site-1", Terms("trial", 100.0, 1e-3, "1" * 64))
+    site = open_site(settings, ledger)
+    before, inbox = ledger.head, Inbox(tmp_path / "inbox")
+    config = replace(
+        tiny_config, privacy=replace(tiny_config.privacy, **asked), node=NodeConfig(max_epsilon=1e9)
+    )
+    model = build_model(config)
+    layout, vector = Layout.of(model), parameters.flatten(model)
+    content = pack_instruction(Instruction("run", 1, config, layout.digest, vector))
+    facts = Metadata(7, "m-1", 1, 2, "", "1", 1_800_000_000.0, 60.0, "train")
+    node = Node(settings, site, None, Line(settings, Clock()), inbox)
+    reply = node._app(Message(content, metadata=facts), Context(7, 2, {}, RecordDict(), {}))
+    assert (reply.error.code if reply.has_error() else None) == code
+    assert (ledger.head == before) is (code is not None)
+    inbox.close()
+
+
+def test_what_the_next_answer_says_is_priced_while_nothing_is_asked(
+    settings, store, tiny_config, tmp_path
+):
+    """Half a second of each round in which a coordinator would wait."""
+    ledger = store.open("site-1", Terms("trial", 100.0, 1e-3, "1" * 64))
+    event = replace(round_event(tiny_config), noise_multiplier=2.125)  # priced by nobody before
+    ledger.commit("run", event, rounds=3, spare_rounds=0, plan="0" * 64, model="m", unit="record")
+    inbox = Inbox(tmp_path / "inbox")
+    site = Site("site-1", open_site(settings, None).records, ("sport", "money"), ledger)
+    node = Node(settings, site, None, Line(settings, Clock()), inbox)
+    for number in (1, 2, 3):
+        at = ledger.reserve("run", number, event)
+        before = accounting._epsilon_pld.cache_info().misses
+        ledger.books.spent()
+        priced = accounting._epsilon_pld.cache_info().misses - before
+        assert priced == (1 if number == 1 else 0)
+        ledger.prepare(at, b"update", steps=event.steps)
+        ledger.release(at)
+        node._rest()
+    inbox.close()
+
+
 def test_a_line_of_the_log_is_one_line_whatever_a_coordinator_writes():
-    formatter = service._OneLine("%(message)s")
+    formatter = OneLine("%(message)s")
     record = logging.LogRecord("n", logging.INFO, "p", 1, "model %s", ("a\nb\x1b[2Jc",), None)
     assert formatter.format(record) == "model a b [2Jc"
 

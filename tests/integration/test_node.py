@@ -89,6 +89,7 @@ app = ClientApp()
 """
 """What the same coordinator would have a stock node run."""
 DYING = """
+import errno
 from pathlib import Path
 import client.fleet, client.inbox, client.ledger, client.train
 
@@ -106,14 +107,23 @@ def dies(phase, owner, name, *, after):
         return result
     setattr(owner, name, method)
 
+put = client.inbox.Inbox.put
+
+def full(*args):
+    if not Path("was-full").exists():
+        Path("was-full").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    put(*args)
+
+client.inbox.Inbox.put = full
 dies("received", client.inbox.Inbox, "put", after=True)
 dies("training", client.train.Trainer, "train", after=True)
 dies("prepared", client.ledger.Ledger, "prepare", after=True)
 dies("released", client.ledger.Ledger, "release", after=True)
-dies("pushing", client.fleet.Fleet, "_push", after=True)
+dies("pushing", client.fleet.Fleet, "_keeps", after=True)
 dies("sent", client.inbox.Inbox, "clear", after=False)
 """
-"""Kills the node once in each phase of an answer, one after the other."""
+"""No room on the disk at first; then kills the node in each phase of an answer, one by one."""
 SLOW = """
 import time
 import client.train
@@ -217,7 +227,7 @@ def test_three_nodes_train_privately_and_one_is_killed_and_comes_back(lab, tmp_p
     report, _ = read_report(run_dir)
     assert report["privacy"]["private"] is True
     assert report["privacy"]["epsilon"]["pld"] <= 3.0
-    charged = {site["name"]: site["rounds"] for site in report["sites"]}
+    charged = {site["name"]: site["rounds"] + site["repeated"] for site in report["sites"]}
     for node in nodes:
         books = books_of(node)
         assert books.spent() <= 3.0
@@ -233,7 +243,7 @@ def test_a_node_that_dies_in_every_phase_of_an_answer_ends_where_an_unbroken_run
     """Seeded noise, so that the parameters tell: nothing is lost, and nothing is done twice."""
     own = [each for each in tiny_overrides if not each.startswith("federation.")]
     more = ["federation.sites=1", "federation.rounds=2", "federation.local_steps=2"]
-    more += ["privacy.noise=seeded", "privacy.spare_rounds=1"]
+    more += ["privacy.noise=seeded", "privacy.spare_rounds=2"]
     unbroken = tmp_path / "unbroken"
     assert coterie("simulate", *own, *more, f"run_dir={unbroken}").code == 0
     config = from_yaml((unbroken / "config.yaml").read_text())
@@ -247,40 +257,42 @@ def test_a_node_that_dies_in_every_phase_of_an_answer_ends_where_an_unbroken_run
     assert len(died) == 6, died
     vectors = [read_checkpoint(folder / "checkpoints", 2).vector for folder in (unbroken, run_dir)]
     assert np.array_equal(*vectors)
+    assert not np.array_equal(vectors[0], read_checkpoint(run_dir / "checkpoints", 0).vector)
     books = books_of(node)
     states = [each.state for each in books.reservations.values()]
     assert sorted(states) == ["lost", "released", "released"]
     report, _ = read_report(run_dir)
-    assert report["sites"][0]["rounds"] == 3  # the lost one is charged, and said to be
+    told = report["sites"][0]
+    assert (told["rounds"], told["repeated"]) == (2, 2)  # what was asked again counts as charged
+    assert "cannot be kept" in node.said
     assert "NOT PRIVATE" in node.said
 
 
-def test_a_node_ends_its_answer_when_it_is_stopped_and_loses_it_when_stopped_twice(
-    lab, tmp_path, configured
-):
+def test_a_node_stopped_twice_loses_its_answer_and_stopped_once_ends_it(lab, tmp_path, configured):
     config = configured(
         *("federation.rounds=2", "privacy.spare_rounds=1", "data.declared_records=84"),
         sites=1,
     )
     (file,) = dealt(tmp_path, config)
     with NodeProcess(lab, "site-1", file, before=SLOW) as node:
+        again = node.log.with_name("again")
         node.wait_for("waiting for instructions")
         run, _ = submitted(lab, config)
         node.wait_for("TRAINING")
+        again.touch()
+        stop(node)
+        node.wait_for("again to stop at once")
+        stop(node)
+        wait_until(lambda: again.read_text() == "130", "the node stops at once")
+        node.wait_for("TRAINING", times=2)
+        assert next(iter(books_of(node).reservations.values())).state == "lost"
+        node.wait_for("TRAINING", times=3)  # the second round
         stop(node)
         assert node.wait() == 0
-        assert "round 1: answered" in node.said
-        node.start()
-        node.wait_for("TRAINING", times=2)
-        stop(node)
-        node.wait_for("again to stop at once", times=2)
-        stop(node)
-        assert node.wait() == 130
-        assert [each.state for each in books_of(node).reservations.values()] == ["released", "lost"]
-        node.start()
+        assert "round 2: answered" in node.said
         finished(lab, run)
     states = [each.state for each in books_of(node).reservations.values()]
-    assert states == ["released", "lost", "released"]
+    assert states == ["lost", "released", "released"]
 
 
 def stop(node):

@@ -221,6 +221,7 @@ def test_whether_a_run_is_private_follows_from_unit_and_noise(tiny_config, perso
             assert not is_private(dataclasses.replace(config, privacy=privacy))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_a_two_hundredth_of_the_full_model_on_the_wire(coterie):
     """What travels each way per round and site, of the pretrained MiniLM of the main job; with
     adapters in its top block, as by default, and in all of them.

@@ -353,6 +353,7 @@ def test_a_group_in_full_batches_is_a_gaussian_of_that_sensitivity():
     )
 
 
+@pytest.mark.slow
 def test_what_would_take_too_long_is_priced_by_rdp_which_is_above():
     """Peers choose what is priced: 10^9 steps took PLD minutes, 10^15 forever."""
     many = [Event(10.0 + index / 100, 0.5, 1) for index in range(200)]

@@ -5,7 +5,9 @@ records that the config names; private ones it has none of.
 """
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +37,8 @@ HASH_KEY = "config-hash"
 PATIENCE_S = 60.0
 """How long to wait for another attempt at the same run that is ending: Flower notices a dead
 parent, or a stopped run, within a heartbeat."""
+PARENT_POLL_S, GRACE_S = 0.5, 10.0
+"""Between two looks for the parent; and what an orphan may take to end by itself."""
 
 
 def check_origin() -> None:
@@ -93,6 +97,29 @@ def _watch(config: Config, standings: Standings) -> Watch:
     return Watch(lambda _, site: standings.heard(site), on_round, on_resume)
 
 
+@contextmanager
+def ending_with_parent(grace_s: float = GRACE_S) -> Iterator[None]:
+    """Ends this process once the one that started it is gone, whatever Flower does then.
+
+    Flower interrupts an orphan, which first tries to tell a SuperLink that is gone, at times for
+    ever; and whoever would go on with the run waits for this process. All on disk is whole.
+    """
+    parent, over = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            if over.wait(PARENT_POLL_S):
+                return
+        if not over.wait(grace_s):
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
 def bundled_app(public: Callable[[Config], Records] = public_records) -> ServerApp:
     """The ServerApp of a deployed run. Args: public: the records to evaluate on."""
     app = ServerApp()
@@ -104,7 +131,7 @@ def bundled_app(public: Callable[[Config], Records] = public_records) -> ServerA
         keep_freed_memory()
         torch.set_num_threads(config.engine.threads or len(os.sched_getaffinity(0)))
         run_dir = Path(config.run_dir)
-        with occupied(run_dir, patience_s=PATIENCE_S):
+        with ending_with_parent(), occupied(run_dir, patience_s=PATIENCE_S):
             now = Standing(context.run_id, rounds=config.federation.rounds)
             standings = Standings(run_dir, now)
             with standings.kept():

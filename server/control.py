@@ -116,7 +116,9 @@ class Link:
         return answer
 
     def _refused(self, doing: str, reason: str) -> str:
-        text = " ".join(str(reason).replace("Error:", " ").split())
+        # What the command printed comes first, and its error last.
+        lines = [line for line in str(reason).splitlines() if line.strip()] or ["it said nothing"]
+        text = " ".join(lines[-1].replace("Error:", " ").split())
         return f"superlink.address={self.address.address}: could not {doing}: {text[:400]}"
 
     @contextmanager

@@ -24,10 +24,18 @@ from simulations.deployment import COTERIE, Deployment
 
 pytestmark = pytest.mark.slow
 ROUNDS = 8
-NODE = ("data.labels=[sport,money]", "node=open", "allow_unprotected=true", "poll_s=0.05")
+NODE = ("data.labels=[sport,money]", "node=open", "allow_unprotected=true")
 NAMES = ("site-1", "site-2", "site-3")
 PUBLIC = 30
 """Of the tiny records the first are public, and the rest are dealt to the sites in turn."""
+
+
+LISTENING = (
+    *(sys.executable, "-c"),
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from common.cli import main; sys.exit(main())",
+)
+"""`coterie` that hears Ctrl-C, though a shell in the background has its children ignore it."""
 
 
 def write(path, header, rows):
@@ -65,7 +73,7 @@ def settings(records, tiny_overrides):
         "data.declared_records=90",
         "federation.sites=3",
         f"federation.rounds={ROUNDS}",
-        "federation.local_steps=2",
+        "federation.local_steps=1",
         "federation.round_timeout_s=120",
         "privacy.noise=seeded",
         "privacy.spare_rounds=2",
@@ -121,15 +129,23 @@ def lines_of(run_dir):
 
 def submitted(deployment, run_dir, settings, *more):
     """A `coterie submit` in the background, returned once two rounds are over."""
-    command = [*COTERIE, "submit", *deployment.submitted_to, f"run_dir={run_dir}", *settings, *more]
-    log = (deployment.folder / f"{run_dir.name}.log").open("ab")
-    process = subprocess.Popen(
-        command, env=deployment.environment, cwd=deployment.folder, stdout=log, stderr=log
-    )
+    command = [
+        *LISTENING,
+        "submit",
+        *deployment.submitted_to,
+        f"run_dir={run_dir}",
+        *settings,
+        *more,
+    ]
+    path = deployment.folder / f"{run_dir.name}.log"
+    with path.open("ab") as log:
+        process = subprocess.Popen(
+            command, env=deployment.environment, cwd=deployment.folder, stdout=log, stderr=log
+        )
     deadline = time.monotonic() + 120
     while len(lines_of(run_dir)) < 2:
-        assert process.poll() is None, Path(log.name).read_text()
-        assert time.monotonic() < deadline, Path(log.name).read_text()
+        assert process.poll() is None, path.read_text()
+        assert time.monotonic() < deadline, path.read_text()
         time.sleep(0.05)
     return process
 
@@ -206,10 +222,13 @@ def test_a_serverapp_that_is_killed_costs_no_round(deployment, settings, expecte
 def test_a_run_that_is_stopped_goes_on_where_it_was(deployment, settings, expected, tmp_path):
     run_dir = tmp_path / "stopped"
     process = submitted(deployment, run_dir, settings)
+    node = deployment.nodes["site-1"].process
+    node.send_signal(signal.SIGSTOP)  # so that the run cannot end meanwhile
     call(deployment, "submit", "resume=auto", f"run_dir={run_dir}", code=2)  # it goes on
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     assert "resume=auto" in call(deployment, "stop", run_dir)
+    node.send_signal(signal.SIGCONT)
     deadline = time.monotonic() + 90
     while json.loads(call(deployment, "status", run_dir, "--json"))["state"] != "interrupted":
         assert time.monotonic() < deadline

@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import subprocess
+import sys
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -155,6 +157,27 @@ def test_how_a_run_failed_is_told_and_it_can_be_taken_up_again(deployed, tmp_pat
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2]
     assert from_yaml((run_dir / "config.yaml").read_text()).privacy == deployed.privacy
+
+
+ORPHAN = """
+import os, sys, time
+from server.bundled import ending_with_parent
+if os.fork():
+    time.sleep(0.2)
+    os._exit(0)
+with ending_with_parent(grace_s=0.5):
+    print("orphan", flush=True)
+    time.sleep(60)
+print("went on", flush=True)
+"""
+
+
+def test_an_orphan_ends_by_itself():
+    """Whoever goes on with the run waits for it, and Flower's own way out may hang."""
+    done = subprocess.run(
+        [sys.executable, "-c", ORPHAN], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.stdout == "orphan\n"  # which closed it within the time
 
 
 def hold(run_dir, ready, seconds):

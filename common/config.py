@@ -564,8 +564,9 @@ class Config:
     def digest(self) -> str:
         """See `config_hash`."""
         values = _plain(asdict(self))
-        for where in WHERE:
-            values.pop(where)
+        for name in FREE:
+            group, _, last = name.rpartition(".")
+            (_at(values, group) if group else values).pop(last)
         return digest(values)
 
     @property
@@ -729,7 +730,7 @@ def differences(config: Config, other: Config) -> list[str]:
     """Names of the settings in which what two runs compute differs."""
     ours, theirs = _plain(asdict(config)), _plain(asdict(other))
     differ = [name for name in field_names() if _at(ours, name) != _at(theirs, name)]
-    return [name for name in differ if name not in WHERE and not isinstance(_at(ours, name), dict)]
+    return [name for name in differ if name not in FREE and not isinstance(_at(ours, name), dict)]
 
 
 def setting(config: Config, name: str) -> Any:
@@ -737,7 +738,7 @@ def setting(config: Config, name: str) -> Any:
     return _at(_plain(asdict(config)), name)
 
 
-WHERE = ("run_dir", "ledger", "heads", "resume")
+FREE = ("run_dir", "ledger", "heads", "resume", "engine.workers")
 """Settings that do not change what a run computes."""
 
 

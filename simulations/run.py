@@ -90,7 +90,6 @@ def simulate(invocation: Invocation) -> None:
 
     def job(config: Config) -> None:
         console = Console(stderr=invocation.json, markup=False)
-        _configure_process(config)
         run_dir = run_simulation(config, console)
         content, _ = read_report(run_dir)
         finished.append(Finished(replace(config, run_dir=str(run_dir)), content))
@@ -129,6 +128,7 @@ def run_simulation(config: Config, console: Console) -> Path:
     check_installed(config.engine)
     run_dir = _run_dir(config)
     config = as_begun(replace(config, run_dir=str(run_dir)))
+    _configure_process(config)
     if config.resume is Resume.auto and is_finished(run_dir):
         console.print(f"{run_dir}: is finished already; nothing was run", highlight=False)
         return run_dir

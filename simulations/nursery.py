@@ -98,7 +98,7 @@ def _spawned(requests: socket.socket, life: int) -> int:
     for handle in (requests.fileno(), life):
         os.set_inheritable(handle, True)
     command = [sys.executable, "-P", "-c", _MAIN, json.dumps(sys.path)]
-    return os.posix_spawn(  # noqa: S606 - this program itself
+    return os.posix_spawn(
         sys.executable,
         [*command, str(requests.fileno()), str(life)],
         os.environ,

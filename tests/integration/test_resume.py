@@ -374,7 +374,7 @@ def test_the_runs_own_settings_may_be_given_again(coterie, tiny_overrides, broke
 
 @pytest.mark.parametrize("repeated", [False, True])
 def test_another_number_of_workers_may_go_on(
-    repeated, coterie, tiny_overrides, broken, unbroken, monkeypatch
+    repeated, coterie, tiny_overrides, *, broken, unbroken, monkeypatch
 ):
     """Alone beside `resume` and `run_dir`, and with the run's own settings given again."""
     asked, count = [], simulations.run.workers_of

@@ -1,4 +1,4 @@
-"""What `coterie simulate` imports before it does anything: seconds, which a first reply waits for."""
+"""What `coterie simulate` imports before it does anything: seconds that a first reply waits for."""
 
 import json
 import subprocess

@@ -21,6 +21,12 @@ from typing import Any
 
 QUIET = {"HF_HUB_OFFLINE": "1", "FLWR_TELEMETRY_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
 COTERIE = "import sys; from common.cli import main; sys.exit(main())"
+WORK = ("digits", "lora")
+"""See `benchmarks.workers_run`."""
+READY_S = 60.0
+"""After which processes that are started together have all read their records."""
+IMPORTS = "from common.cli import importing\nwith importing(): import simulations.run"
+"""What the command imports before it does anything, as it does."""
 Found = dict[str, float]
 
 
@@ -85,13 +91,18 @@ def first(repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def speedup(repeats: int) -> Iterator[dict[str, Any]]:
-    """One worker's seconds over those of two, one thread each."""
-    found = []
+    """One worker's seconds over those of two, one thread each; and what the machine allows: how
+    much more two processes at once train than one alone, without any engine.
+    """
+    found: dict[str, list[Found]] = {work: [] for work in WORK}
     for _ in range(repeats):
-        one, two = measured("rounds", 1), measured("rounds", 2)
-        times = {"one_s": one["round_s"], "two_s": two["round_s"]}
-        found.append({**times, "speedup": one["round_s"] / two["round_s"], "load": one["load"]})
-    yield middle(found)
+        for work, rows in found.items():
+            one, two = measured("rounds", work, 1), measured("rounds", work, 2)
+            times = {"one_s": one["round_s"], "two_s": two["round_s"]}
+            gain = {"speedup": one["round_s"] / two["round_s"], "ceiling": _ceiling(work)}
+            rows.append({**times, **gain, "load": one["load"]})
+    for work, rows in found.items():
+        yield middle(rows, work=work)
 
 
 def books(_: int) -> Iterator[dict[str, Any]]:
@@ -100,9 +111,26 @@ def books(_: int) -> Iterator[dict[str, Any]]:
         yield {"sites": count, "workers": workers, **measured("books", count, workers)}
 
 
+def _ceiling(work: str) -> float:
+    alone, together = (sum(_bare(work, processes)) for processes in (1, 2))
+    return together / alone
+
+
+def _bare(work: str, processes: int) -> list[float]:
+    """Sites a second of so many processes at once."""
+    command = [sys.executable, "-m", "benchmarks.workers_run", "bare", work]
+    start_at = str(time.time() + READY_S)
+    started = [
+        subprocess.Popen([*command, start_at], stdout=subprocess.PIPE, text=True)
+        for _ in range(processes)
+    ]
+    answers = [process.communicate()[0].splitlines()[-1] for process in started]
+    return [json.loads(answer)["sites_per_s"] for answer in answers]
+
+
 def _import_seconds() -> float:
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import simulations.run"], check=True)
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True)
     return time.perf_counter() - started
 
 

@@ -1,6 +1,6 @@
 """One measurement of `benchmarks.workers`, in this process; prints one JSON object.
 
-python -m benchmarks.workers_run echo|loop|rounds|books|settings [ARGUMENT ...]
+python -m benchmarks.workers_run echo|loop|rounds|bare|books|settings [ARGUMENT ...]
 """
 
 import json
@@ -19,14 +19,25 @@ from typing import Any
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import simulations.run as simulation
+from client.site import Site
 from client.train import Trainer
 from common.cli import Invocation
+from common.parameters import Vector
 from common.tasks.text_classification import FILLING, TOPICS
 from server.app import Watch
 from simulations.answer import Answer
 from simulations.nursery import _NURSERY
 from simulations.sites import Sites
 
+EIGHT = ("federation.sites=8", "evaluation.every=0", "engine.threads=1")
+WORK = {
+    "digits": (*EIGHT, "+experiment=digits", "federation.local_steps=8"),
+    "lora": EIGHT,
+}
+"""What eight sites of equal size train: a ViT whose matrices are so small that starting operations
+is most of it, and the main job."""
+WINDOW_S = 10.0
+"""For which training alone is counted."""
 WIDTH = 1204
 """Of a made model whose head of two classes has 2,410 parameters."""
 Mark = dict[str, float]
@@ -83,13 +94,37 @@ def loop() -> Mark:
     }
 
 
-def rounds(workers: str) -> Mark:
+def rounds(work: str, workers: str) -> Mark:
     """Seconds of a round of eight equal sites, which is almost all training."""
-    marks = run(
-        *("+experiment=digits", "federation.sites=8", "federation.rounds=5", "evaluation.every=0"),
-        *("federation.local_steps=8", "engine.threads=1", f"engine.workers={workers}"),
-    )
+    marks = run(*WORK[work], "federation.rounds=5", f"engine.workers={workers}")
     return {"round_s": statistics.median(steps(marks, "at")[:-1])}
+
+
+def bare(work: str, start_at: str) -> Mark:
+    """Sites a second of the same training called by nobody but itself, from a moment on.
+
+    Several processes that are told the same moment show what the machine gives them together.
+    """
+    found: Mark = {}
+    train = Trainer.train
+
+    def timed(trainer: Trainer, site: Site, vector: Vector, *, round_number: int) -> Any:
+        def once() -> Any:
+            return train(trainer, site, vector, round_number=round_number)
+
+        if not found:
+            once()
+            time.sleep(max(0.0, float(start_at) - time.time()))
+            started, trained = time.perf_counter(), 0
+            while time.perf_counter() - started < WINDOW_S:
+                once()
+                trained += 1
+            found["sites_per_s"] = trained / (time.perf_counter() - started)
+        return once()
+
+    Trainer.train = timed  # type: ignore[method-assign]
+    run(*WORK[work], "federation.rounds=1", "engine.workers=1", "engine.together=1")
+    return found
 
 
 def books(sites: str, workers: str) -> Mark:
@@ -97,6 +132,7 @@ def books(sites: str, workers: str) -> Mark:
     marks = run(
         *toy(made_model(32), int(sites), 20, int(workers)),
         *("tuning=head", "privacy.delta=1e-3", "privacy.epsilon=8"),
+        "evaluation.every=5",  # both rounds that are compared
     )
     spent, fifth, last = steps(marks, "at")[:-1], marks[4], marks[-1]
     return {
@@ -193,6 +229,7 @@ MEASUREMENTS: dict[str, Callable[..., Any]] = {
     "echo": echo,
     "loop": loop,
     "rounds": rounds,
+    "bare": bare,
     "books": books,
     "settings": settings,
 }

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -120,7 +120,7 @@ def batch_rows(expected: float, sample_rate: float, most: int, *, fillers: int =
     >>> batch_rows(150, 0.5, 16), batch_rows(150, 0.5, 256), batch_rows(10, 0.5, 256)
     (16, 176, 16)
     """
-    drawn = stats.norm.ppf(QUANTILES) * math.sqrt(expected * (1.0 - sample_rate)) + expected
+    drawn = special.ndtri(QUANTILES) * math.sqrt(expected * (1.0 - sample_rate)) + expected
     choices = range(EVEN_ROWS, most + 1, EVEN_ROWS) or range(most, most + 1)
     used = {rows: float(rows * np.ceil(drawn / max(1, rows - fillers)).mean()) for rows in choices}
     return max(rows for rows in choices if used[rows] <= SPARED * min(used.values()))

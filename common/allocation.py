@@ -29,6 +29,18 @@ def return_freed_memory() -> bool:
     return _set({MMAP_MAX: 65536, MMAP_THRESHOLD: 1 << 20, TRIM_THRESHOLD: 1 << 20})
 
 
+def trim_freed_memory() -> bool:
+    """What is free by now goes back, once, whatever was asked for; a millisecond or two.
+
+    Returns: False where there is no glibc to ask.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return False
+    return True
+
+
 def _set(settings: dict[int, int]) -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt

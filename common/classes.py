@@ -8,13 +8,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_confusion_matrix,
-    multiclass_f1_score,
-    multiclass_precision,
-    multiclass_recall,
-)
 from transformers import PreTrainedModel
 
 from common.config import Config, HeadName, ModelConfig
@@ -56,6 +49,11 @@ class ClassTask:
         self, scores: Inputs, _records: Records, _processor: Any, config: Config
     ) -> dict[str, float]:
         """Accuracy and macro-F1, both in [0, 1]."""
+        from torchmetrics.functional.classification import (  # noqa: PLC0415 - after training only
+            multiclass_accuracy,
+            multiclass_f1_score,
+        )
+
         classes, predicted, labels = len(config.data.labels), scores[PREDICTED], scores[LABELS]
         accuracy = multiclass_accuracy(predicted, labels, num_classes=classes, average="micro")
         macro = multiclass_f1_score(predicted, labels, num_classes=classes, average="macro")
@@ -65,10 +63,22 @@ class ClassTask:
         """Precision, recall, F1 and number of records of each class, and the confusion matrix: a
         row a true class, a column a predicted one. What would divide by nothing is 0.
         """
+        from torchmetrics.functional.classification import (  # noqa: PLC0415 - the same
+            multiclass_confusion_matrix,
+            multiclass_f1_score,
+            multiclass_precision,
+            multiclass_recall,
+        )
+
         names, predicted, labels = config.data.labels, scores[PREDICTED], scores[LABELS]
+        by_class = {
+            "precision": multiclass_precision,
+            "recall": multiclass_recall,
+            "f1": multiclass_f1_score,
+        }
         measures = {
             name: measure(predicted, labels, num_classes=len(names), average="none").tolist()
-            for name, measure in _BY_CLASS.items()
+            for name, measure in by_class.items()
         }
         counts = multiclass_confusion_matrix(predicted, labels, num_classes=len(names))
         rows = [
@@ -121,13 +131,6 @@ class ClassTask:
             model.classifier.weight.copy_(weight)
             model.classifier.bias.copy_(bias)
         return model
-
-
-_BY_CLASS = {
-    "precision": multiclass_precision,
-    "recall": multiclass_recall,
-    "f1": multiclass_f1_score,
-}
 
 
 def build_classifier(config: Config, probe: Inputs, family: Any) -> FineTuned:

@@ -599,8 +599,9 @@ class Config:
     def digest(self) -> str:
         """See `config_hash`."""
         values = _plain(asdict(self))
-        for where in WHERE:
-            values.pop(where)
+        for name in FREE:
+            group, _, last = name.rpartition(".")
+            (_at(values, group) if group else values).pop(last)
         return digest(values)
 
     @property
@@ -809,7 +810,7 @@ def differences(config: Config, other: Config) -> list[str]:
     return [
         name
         for name in differ
-        if name.split(".")[0] not in WHERE and not isinstance(_at(ours, name), dict)
+        if not {name, name.split(".")[0]} & {*FREE} and not isinstance(_at(ours, name), dict)
     ]
 
 
@@ -818,7 +819,7 @@ def setting(config: Config, name: str) -> Any:
     return _at(_plain(asdict(config)), name)
 
 
-WHERE = ("run_dir", "ledger", "heads", "resume", "superlink")
+FREE = ("run_dir", "ledger", "heads", "resume", "superlink", "engine.workers")
 """Settings that do not change what a run computes."""
 
 

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from common.config import FOLDERS, DataConfig, DataSource
 from common.digests import Digests, among, firsts_of, gathered, torn
 from common.errors import ConfigError
-from common.folders import labelled_files
-from common.hub import is_local, open_split
+from common.folders import is_local, labelled_files
 from common.intake import fact_columns, read_file, records_of, rows_with_texts, text_columns
 from common.media import Reader
 from common.progress import Told, telling, untold
@@ -273,6 +272,8 @@ def _read_hub(
 
     Raises: ConfigError naming the row that is not as it must be.
     """
+    from common.hub import open_split  # noqa: PLC0415 - `datasets`: a second, for these data only
+
     table = open_split(config, path, split, name)
     if config.labels:
         table.check_labels(config)

@@ -61,6 +61,11 @@ def labelled_files(config: DataConfig, path: str, name: str) -> list[LabelledFil
     return files
 
 
+def is_local(path: str) -> bool:
+    """Whether a path is meant, and not a name of the hub."""
+    return path.startswith((".", "/", "~")) or Path(path).is_dir()
+
+
 def _folders(root: Path, config: DataConfig, where: str) -> dict[str, Path]:
     """The folder of each label that has one. Raises: ConfigError."""
     found: dict[str, Path] = {}

@@ -18,6 +18,7 @@ from pyarrow import parquet
 
 from common.config import DataConfig
 from common.errors import ConfigError, first_line
+from common.folders import is_local
 from common.media import File, Reader
 from common.records import Content
 from common.tables import Column
@@ -137,11 +138,6 @@ def open_split(config: DataConfig, path: str, split: str, name: str) -> HubTable
     else:
         rows = _of_parquet(folder, split, where)
     return HubTable(rows.with_format(None), where, local)
-
-
-def is_local(path: str) -> bool:
-    """Whether a path is meant, and not a name of the hub."""
-    return path.startswith((".", "/", "~")) or Path(path).is_dir()
 
 
 def _from_hub(config: DataConfig, path: str, split: str, where: str) -> Dataset:

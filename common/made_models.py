@@ -12,23 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers  # which imports a kind of model when it is named, and that is when one is made
 from torch import Tensor
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTImageProcessorPil,
-    ViTModel,
-    Wav2Vec2Config,
-    Wav2Vec2FeatureExtractor,
-    Wav2Vec2Model,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from common.errors import ConfigError
 from common.word_pieces import END, PAD, WORD_PIECES, word_pieces
@@ -53,8 +39,8 @@ class MadeModel:
 
 def _vit_digits() -> PreTrainedModel:
     """For gray images of 8 x 8, in four patches: 68,544 parameters."""
-    return ViTModel(
-        ViTConfig(
+    return transformers.ViTModel(
+        transformers.ViTConfig(
             image_size=8,
             patch_size=4,
             num_channels=1,
@@ -67,15 +53,17 @@ def _vit_digits() -> PreTrainedModel:
     )
 
 
-def _digits_processor() -> ViTImageProcessorPil:
+def _digits_processor() -> Any:
     """To 8 x 8 pixels in [-1, 1]."""
-    return ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
+    return transformers.ViTImageProcessorPil(
+        size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5]
+    )
 
 
 def _wav2vec2_tiny() -> PreTrainedModel:
     """For sounds at 16 kHz: a state every 20 ms. No masking, no skipped layers."""
-    return Wav2Vec2Model(
-        Wav2Vec2Config(
+    return transformers.Wav2Vec2Model(
+        transformers.Wav2Vec2Config(
             hidden_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -90,10 +78,15 @@ def _wav2vec2_tiny() -> PreTrainedModel:
     )
 
 
+def _sound_processor() -> Any:
+    """Each sound to mean 0 and variance 1."""
+    return transformers.Wav2Vec2FeatureExtractor()  # type: ignore[no-untyped-call]
+
+
 def _gpt2_tiny() -> PreTrainedModel:
     """GPT-2 of two blocks, its output layer the transposed embeddings: 173,824 parameters."""
-    return GPT2LMHeadModel(
-        GPT2Config(
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
             vocab_size=WORD_PIECES,
             n_positions=128,
             n_embd=64,
@@ -108,7 +101,7 @@ def _gpt2_tiny() -> PreTrainedModel:
 
 def _t5_tiny() -> PreTrainedModel:
     """T5 of a block a side, its output layer the transposed embeddings: 148,160 parameters."""
-    config = T5Config(
+    config = transformers.T5Config(
         vocab_size=WORD_PIECES,
         d_model=64,
         d_kv=16,
@@ -120,7 +113,7 @@ def _t5_tiny() -> PreTrainedModel:
         eos_token_id=END,
     )
     config.decoder_start_token_id = PAD
-    return T5ForConditionalGeneration(config)
+    return transformers.T5ForConditionalGeneration(config)
 
 
 MADE: dict[str, MadeModel] = {
@@ -130,7 +123,10 @@ MADE: dict[str, MadeModel] = {
         # Beside the positions, which are the same in every image, an image would weigh little.
         {"embeddings.patch_embeddings.projection.weight": 3.0},
     ),
-    "made/wav2vec2-tiny": MadeModel(_wav2vec2_tiny, Wav2Vec2FeatureExtractor),
+    "made/wav2vec2-tiny": MadeModel(
+        _wav2vec2_tiny,
+        _sound_processor,
+    ),
     "made/gpt2-tiny": MadeModel(
         _gpt2_tiny,
         word_pieces,

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.signal import resample_poly
 
 from common.config import MAX_SECONDS
 from common.errors import ConfigError
@@ -106,6 +105,8 @@ def sound_of(file: File, where: str, *, rate: int) -> NDArray[np.float32]:
         raise ConfigError(f"{where}: holds no sound")
     if not np.isfinite(samples).all():
         raise ConfigError(f"{where}: holds samples that are no numbers")
+    from scipy.signal import resample_poly  # noqa: PLC0415 - for sounds only
+
     common = gcd(rate, own_rate)
     mono = resample_poly(samples.mean(1), rate // common, own_rate // common)
     return np.asarray(mono, dtype=np.float32)

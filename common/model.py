@@ -2,15 +2,17 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from common.prefix import FrozenPrefix, Inputs, NoPrefixError, find_blocks, trainable_depth
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +40,11 @@ class FineTuned(nn.Module):
         self._adapters: tuple[PeftModel | None] = (None,)
 
     @property
-    def adapters(self) -> PeftModel | None:
+    def adapters(self) -> "PeftModel | None":
         """The wrapper that holds the adapters of `encoder`, if it has any."""
         return self._adapters[0]
 
-    def adopt(self, wrapper: PeftModel) -> None:
+    def adopt(self, wrapper: "PeftModel") -> None:
         """Remembers the wrapper of adapters that are in `encoder` already."""
         self._adapters = (wrapper,)
 

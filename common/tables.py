@@ -15,10 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-import pandas as pd
-import pyarrow as pa
-from pyarrow import parquet
-
 from common.config import DataSource
 from common.dialect import Dialect, separator_of
 from common.errors import ConfigError
@@ -115,6 +111,8 @@ def _parted_otherwise(found: Collection[str], column: str) -> str:
 
 def _read_csv(path: Path, where: str, asked: list[str], dialect: Dialect) -> Iterator[_Batch]:
     """All columns: told of some only, pandas passes over rows that have too many fields."""
+    import pandas as pd  # noqa: PLC0415 - half a second, for CSV only
+
     packed = _PACKED.get(path.suffix)
     try:
         with path.open("rb") as file, ExitStack() as stack:
@@ -191,6 +189,9 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 
 def _read_parquet(path: Path, where: str, asked: list[str], _dialect: Dialect) -> Iterator[_Batch]:
+    import pyarrow as pa  # noqa: PLC0415 - for Parquet only
+    from pyarrow import parquet  # noqa: PLC0415 - the same
+
     try:
         with parquet.ParquetFile(path) as file:
             names, total, done = file.schema_arrow.names, file.metadata.num_rows, 0

@@ -3,10 +3,9 @@
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +14,9 @@ from common.config import Config, TaskName, TuningConfig, TuningMethod
 from common.errors import ConfigError, first_line
 from common.model import FineTuned
 from common.prefix import NoPrefixError, find_blocks
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 QUERY_AND_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"))
 """What models call the projections that adapters usually sit on, for kinds that peft knows not."""
@@ -126,8 +128,10 @@ def _check_reads(model: FineTuned, config: Config, probe: Mapping[str, Tensor]) 
     assert len(output) == len(next(iter(probe.values())))
 
 
-def _add_adapters(encoder: PreTrainedModel, tuning: TuningConfig, seed: int) -> PeftModel:
+def _add_adapters(encoder: PreTrainedModel, tuning: TuningConfig, seed: int) -> "PeftModel":
     """Puts LoRA matrices into the top blocks of `encoder`, in place. Raises: ConfigError."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - a second, for adapters only
+
     adapters = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,
@@ -180,6 +184,10 @@ def _places(encoder: PreTrainedModel, tuning: TuningConfig) -> list[str]:
 
 def _usual(kind: str) -> list[Sequence[str]]:
     """Names to look for in a model of this kind: those of peft, then a query's and a value's."""
+    from peft.utils import (  # noqa: PLC0415 - the same
+        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS,
+    )
+
     return [USUAL_TARGETS.get(kind, ()), *QUERY_AND_VALUE]
 
 

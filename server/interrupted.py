@@ -18,8 +18,9 @@ from server.cohort import POLL_S
 from server.plan import solved
 from server.resume import CHECKPOINTS, CONFIG, check_same, has_begun, stored_config
 
-ENOUGH = {"run_dir", "resume"}
-"""Settings that name a run; alone they ask for all of its own."""
+WORKERS = "engine.workers"
+ENOUGH = {"run_dir", "resume", WORKERS}
+"""Settings that name a run, or only change how quick it is; alone they ask for all of its own."""
 LEDGERS = "ledgers"
 """Where a run folder holds the sites' books."""
 
@@ -27,6 +28,7 @@ LEDGERS = "ledgers"
 def as_begun(config: Config, beside: Set[str] = frozenset()) -> Config:
     """The resolved settings of the run in `run_dir`, where one is to go on; else `config`.
 
+    How many processes answer need not be as before, where the command line says it.
     Args: beside: more settings, or groups of them, that say nothing of what the run computes.
     Raises: ConfigError if the folder holds no run, or the command line names other settings.
     """
@@ -40,7 +42,16 @@ def as_begun(config: Config, beside: Set[str] = frozenset()) -> Config:
         check_same(solved(_filled(config, stored)), stored, run_dir)
         for name in ("ledger", "heads"):
             _check_same_file(name, getattr(config, name), getattr(stored, name))
-    return replace(stored, run_dir=config.run_dir, resume=config.resume, superlink=config.superlink)
+    told = given is None or WORKERS in given
+    workers = (config if told else stored).engine.workers
+    engine = replace(stored.engine, workers=workers)
+    return replace(
+        stored,
+        run_dir=config.run_dir,
+        resume=config.resume,
+        engine=engine,
+        superlink=config.superlink,
+    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from time import perf_counter
 
 from flwr.serverapp import Grid
 
+from common import messages
 from common.config import Config, as_told, share_of
 from common.errors import FederationError
 from common.messages import Instruction, SiteBooks
@@ -163,5 +164,16 @@ def _check_quorum(
         raise FederationError(
             f"round {number}: {len(verdicts.accepted)} of {sites} sites answered, "
             f"federation.quorum={quorum:g} asks for more ({'; '.join(reasons)}); "
-            "see the sites' own logs"
+            "see the sites' own logs; resume=auto goes on after the last whole round"
+            f"{_beforehand(verdicts)}"
         )
+
+
+def _beforehand(verdicts: Verdicts) -> str:
+    """What would have let the run go on by itself, where a site lost what it was charged for."""
+    if messages.REFUSALS[messages.LOCAL_FAILURE] not in verdicts.refused.values():
+        return ""
+    return (
+        "; in runs to come privacy.spare_rounds pays for attempts that sites lose, and a lower "
+        "federation.quorum goes on without them"
+    )

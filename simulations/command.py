@@ -1,6 +1,8 @@
-"""`coterie simulate`, as far as it must be there before anything large is imported."""
+"""`coterie simulate`, from before anything large is imported until all of it is."""
 
-from common.cli import Invocation
+import sys
+
+from common.cli import Invocation, importing
 from simulations.nursery import nursery
 
 ASKED = "engine.workers="
@@ -8,10 +10,12 @@ ASKED = "engine.workers="
 
 def simulate(invocation: Invocation) -> None:
     """Fine-tune one model across simulated sites, privately; the main job."""
-    if are_asked(invocation.arguments):
-        nursery()  # imports beside this process
-    from simulations.run import simulate as run  # noqa: PLC0415 - torch and all: after the nursery
+    fresh = "torch" not in sys.modules  # or something of it may have run
+    with importing():
+        from simulations.run import simulate as run  # noqa: PLC0415 - see above
 
+    if fresh and are_asked(invocation.arguments):
+        nursery(fork=True)
     run(invocation)
 
 

@@ -6,21 +6,17 @@ stands for them where labels are skewed.
 """
 
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    IidPartitioner,
-    LinearPartitioner,
-    Partitioner,
-    PathologicalPartitioner,
-)
 from numpy.typing import NDArray
 
 from common.config import FederationConfig, Partition
 from common.errors import ConfigError
 from common.records import Records
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
 
 def deal(records: Records, config: FederationConfig, *, seed: int) -> list[Records]:
@@ -86,9 +82,12 @@ def _dealt(
             f"the number of training {what}"
         )
     order = np.random.default_rng(seed).permutation(len(labels))
-    rows = Dataset.from_dict({"row": order, "label": labels[order]})
+    if config.partition is Partition.iid:
+        return np.array_split(order, config.sites)
+    from datasets import Dataset  # noqa: PLC0415 - pandas, seaborn and all, for these deals only
+
     partitioner = _partitioner(config, seed)
-    partitioner.dataset = rows
+    partitioner.dataset = Dataset.from_dict({"row": order, "label": labels[order]})
     try:
         with warnings.catch_warnings():
             # Each failed Dirichlet attempt warns; what matters is whether one succeeds.
@@ -101,7 +100,7 @@ def _dealt(
         ) from error
 
 
-def _load(partitioner: Partitioner, sites: int, everybody: int) -> list[NDArray[np.int64]]:
+def _load(partitioner: "Partitioner", sites: int, everybody: int) -> list[NDArray[np.int64]]:
     """Raises: ValueError if a site is left with nothing, or a record with no site."""
     parts = (partitioner.load_partition(site).with_format("numpy") for site in range(sites))
     rows = [part["row"][:] for part in parts]
@@ -111,7 +110,6 @@ def _load(partitioner: Partitioner, sites: int, everybody: int) -> list[NDArray[
 
 
 _REMEDY = {
-    Partition.iid: "give more records",
     Partition.dirichlet: "raise it",
     Partition.pathological: "take no more than there are classes, and all of them somewhere",
     Partition.quantity: "give more records",
@@ -127,9 +125,13 @@ def _setting(config: FederationConfig) -> str:
     return f"federation.partition={config.partition.name}"
 
 
-def _partitioner(config: FederationConfig, seed: int) -> Partitioner:
-    if config.partition is Partition.iid:
-        return IidPartitioner(num_partitions=config.sites)
+def _partitioner(config: FederationConfig, seed: int) -> "Partitioner":
+    from flwr_datasets.partitioner import (  # noqa: PLC0415 - the same
+        DirichletPartitioner,
+        LinearPartitioner,
+        PathologicalPartitioner,
+    )
+
     if config.partition is Partition.quantity:
         return LinearPartitioner(num_partitions=config.sites)
     if config.partition is Partition.pathological:

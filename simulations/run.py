@@ -90,7 +90,6 @@ def simulate(invocation: Invocation) -> None:
 
     def job(config: Config) -> None:
         console = Console(stderr=invocation.json, markup=False)
-        _configure_process(config)
         run_dir = run_simulation(config, console)
         content, _ = read_report(run_dir)
         finished.append(Finished(replace(config, run_dir=str(run_dir)), content))
@@ -131,6 +130,7 @@ def run_simulation(config: Config, console: Console) -> Path:
     config = as_begun(replace(config, run_dir=str(run_dir)))
     if config.is_deployed:
         raise ConfigError("engine=superlink: its sites are elsewhere; give it to coterie submit")
+    _configure_process(config)
     if config.resume is Resume.auto and is_finished(run_dir):
         console.print(f"{run_dir}: is finished already; nothing was run", highlight=False)
         return run_dir

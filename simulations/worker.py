@@ -13,7 +13,7 @@ import torch
 from flwr.app import Message, RecordDict
 
 import client.app  # noqa: F401 - what every worker needs is imported once, in the nursery
-from common.allocation import keep_freed_memory
+from common.allocation import keep_freed_memory, trim_freed_memory
 from simulations.answer import Answer, answered, context_of, identify, partition_of
 from simulations.link import Link
 
@@ -74,6 +74,8 @@ def _serve(link: Link) -> None:
     identify()
     answer: Answer = link.receive_parcel()()
     while True:
+        if not link.connection.poll():  # the round is over, as far as it is this one's
+            trim_freed_memory()
         job: Job = link.receive()
         link.keep_only(job.shared)
         link.send(_done(answer, job, settings.partitions))

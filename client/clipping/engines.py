@@ -14,7 +14,6 @@ from enum import Enum
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
 from client.clipping.capture import Capture, Plan, UncoveredError
@@ -156,6 +155,8 @@ class Hooks(ClippingEngine):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._model = model
+        from opacus.grad_sample import GradSampleHooks  # noqa: PLC0415 - few models need it
+
         try:
             self._hooks = GradSampleHooks(model, loss_reduction="sum", strict=True)
         except NotImplementedError as error:

@@ -10,14 +10,17 @@ import functools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
 
+import numpy as np
 from absl import logging as absl_logging
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
+from scipy import fft
 
 from common.errors import ConfigError, VerificationError
 
@@ -37,6 +40,8 @@ HOPELESS_MIXTURE = 60.0
 """The same for a mixture, whose losses take ten times as long."""
 SIGMA_DIGITS = 4
 """Decimals of a solved noise multiplier, rounded up."""
+REMEMBERED_LENGTHS = range(2, 34)
+"""Short transforms, more than scipy remembers."""
 MIN_SIGMA, MAX_SIGMA = 1e-3, 1e6
 """Below the one an epsilon is called infinite, above the other noise is priced as if it were it:
 both on the safe side, and within what the libraries can compute.
@@ -114,7 +119,8 @@ def epsilon_pld(events: Iterable[Event], delta: float, interval: float = REPORT_
 @functools.lru_cache(maxsize=1024)
 def _epsilon_pld(history: tuple[Event, ...], delta: float, interval: float) -> float:
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
-    return _compose(accountant, history, delta)
+    with _transforms_forgotten():
+        return _compose(accountant, history, delta)
 
 
 def epsilon_rdp(events: Iterable[Event], delta: float, order: float | None = None) -> float:
@@ -203,7 +209,8 @@ def _epsilon_of_group(history: tuple[Event, ...], size: int, delta: float) -> fl
         deviation = min(event.noise_multiplier, MAX_SIGMA)
         step = dp_event.MixtureOfGaussiansDpEvent(deviation, list(sizes), chances)
         accountant.compose(step, event.steps)
-    return float(accountant.get_epsilon(delta))
+    with _transforms_forgotten():
+        return float(accountant.get_epsilon(delta))
 
 
 def epsilons(events: Iterable[Event], delta: float) -> Epsilons:
@@ -347,13 +354,30 @@ def _compose(
     return float(epsilon)
 
 
+@contextmanager
+def _transforms_forgotten() -> Iterator[None]:
+    """Afterwards scipy keeps nothing of the transforms made inside.
+
+    It keeps tables for the last 16 lengths of each kind, and a price has lengths of its own: 4 MB
+    for every round of a run. Short ones take their place.
+    """
+    try:
+        yield
+    finally:
+        for length in REMEMBERED_LENGTHS:
+            fft.fft(np.zeros(length, np.complex128))
+            fft.rfft(np.zeros(length))
+
+
 def _sampled(q: float, noise: dp_event.DpEvent) -> dp_event.DpEvent:
     return dp_event.PoissonSampledDpEvent(q, noise)
 
 
 def _hopeless(history: tuple[Event, ...], delta: float) -> bool:
     many = len(history) > MANY_EVENTS or sum(event.steps for event in history) > MANY_STEPS
-    return many or _epsilon_rdp(history, delta, None) > HOPELESS
+    # One order is quick, and never below the best of all.
+    bounds = (_epsilon_rdp(history, delta, order) for order in (2.0, None))
+    return many or all(bound > HOPELESS for bound in bounds)
 
 
 def _unprotected(history: tuple[Event, ...]) -> bool:

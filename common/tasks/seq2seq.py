@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics.bleu import BLEU
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -164,6 +162,10 @@ class Seq2Seq(GenerativeTask):
 
 def judged(written: list[str], targets: list[str]) -> dict[str, float]:
     """BLEU and ROUGE-L of texts against one target each."""
+    # nltk, scikit-learn and pandas come with them, for this task and after training only.
+    from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415
+    from sacrebleu.metrics.bleu import BLEU  # noqa: PLC0415
+
     rouge = RougeScorer(["rougeL"])
     shared = [
         rouge.score(target, text)["rougeL"].fmeasure

@@ -151,7 +151,7 @@ def test_the_yaml_people_read_is_the_same_config(tiny_config):
     assert from_canonical(json.dumps(plain)) == tiny_config
 
 
-def test_hash_ignores_where_files_are_and_nothing_else(tiny_config):
+def test_hash_ignores_where_files_are_and_who_computes_and_nothing_else(tiny_config):
     before = config_hash(tiny_config)
     paths = list(leaves(tiny_config))
     assert sorted(".".join(path) for path in paths) == LEAVES
@@ -162,7 +162,8 @@ def test_hash_ignores_where_files_are_and_nothing_else(tiny_config):
     ]
     of_submitting = [("superlink", name) for name in ("address", "ca", "detach")]
     wherever = [("heads",), ("ledger",), ("resume",), ("run_dir",)]
-    assert sorted(ignored) == sorted([*wherever, *of_submitting])
+    who = ("engine", "workers")
+    assert sorted(ignored) == sorted([*wherever, *of_submitting, who])
 
 
 def test_a_config_is_frozen_all_through(tiny_config):

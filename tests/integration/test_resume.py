@@ -372,6 +372,22 @@ def test_the_runs_own_settings_may_be_given_again(coterie, tiny_overrides, broke
     assert np.array_equal(final_vector(broken), final_vector(unbroken))
 
 
+@pytest.mark.parametrize("repeated", [False, True])
+def test_another_number_of_workers_may_go_on(
+    repeated, coterie, tiny_overrides, *, broken, unbroken, monkeypatch
+):
+    """Alone beside `resume` and `run_dir`, and with the run's own settings given again."""
+    asked, count = [], simulations.run.workers_of
+    monkeypatch.setattr(
+        "simulations.run.workers_of",
+        lambda engine, sites: asked.append(engine) or count(engine, min(sites, 1)),
+    )
+    own = settings_of(tiny_overrides) if repeated else []
+    assert resume(coterie, broken, *own, "engine.workers=2").code == 0
+    assert {(engine.workers, engine.threads) for engine in asked} == {(2, 1)}
+    assert np.array_equal(final_vector(broken), final_vector(unbroken))
+
+
 def state_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -231,6 +231,10 @@ def test_a_round_without_its_quorum_waits_until_the_deadline(go, planned):
     with pytest.raises(FederationError, match="2 of 3 sites"):
         list(go(grid, with_spares(planned(round_timeout_s=1.0), 1)))
     assert 0.9 < time.monotonic() - started < 20
+def test_a_run_that_ends_for_a_lost_attempt_says_what_would_have_paid_for_it(go, planned):
+    grid = FakeGrid(named(3), nodes_that(n2=LosesFirst(1)))
+    with pytest.raises(FederationError, match=r"local failure.*privacy\.spare_rounds pays.*quorum"):
+        next(go(grid, planned()))
 
 
 @pytest.mark.parametrize("code", sorted({*messages.REFUSALS} - {messages.LOCAL_FAILURE}))
@@ -571,8 +575,10 @@ def test_a_round_asks_its_cohort_and_nobody_else(go, half):
 def test_the_quorum_is_a_share_of_the_sites_asked(go, half):
     first, second = half.schedule.cohort(1)
     refusing = {f"n{second.removeprefix('site-')}": refuse}
-    with pytest.raises(FederationError, match=r"1 of 2 sites .*quorum=1 asks for more"):
+    with pytest.raises(FederationError, match=r"1 of 2 sites .*quorum=1 asks for more") as failed:
         next(go(FakeGrid(named(4), nodes_that(**refusing)), half))
+    assert "resume=auto goes on after the last whole round" in str(failed.value)
+    assert "spare_rounds" not in str(failed.value)  # which pay for no refusal
     federation = replace(half.config.federation, quorum=0.5)
     lower = replace(half, config=replace(half.config, federation=federation))
     outcome = next(go(FakeGrid(named(4), nodes_that(**refusing)), lower))

@@ -176,6 +176,8 @@ class Node:
         self._app: ClientApp = client_app(
             lambda _: site, allow_unprotected=settings.allow_unprotected
         )
+        self._unfinished = False
+        """Whether an answer failed, and the ledger may not have taken that it did."""
         self.answered = self.refused = 0
 
     def serve(self) -> None:
@@ -208,13 +210,28 @@ class Node:
         try:
             parcel = self._line.call(lambda: self._fleet.fetch(run, envelope, tree))
             # 1. On disk before the SuperLink may forget it.
-            self._inbox.put(parcel)
+            kept = self._keep(parcel)
             self._line.call(lambda: self._fleet.confirm(run, parcel.root))
         except (RunOverError, VerificationError) as error:
             self._inbox.clear()
             log.warning("%s: run %d: an instruction was lost: %s", self._site.name, run, error)
             return None
+        if not kept:
+            self._send(_refusal(messages.LOCAL_FAILURE, parcel.addressed()), parcel.addressed())
+            return None
         return parcel
+
+    def _keep(self, parcel: Parcel) -> bool:
+        """Whether this machine could: what it cannot keep is not begun, and nothing is charged."""
+        try:
+            self._inbox.put(parcel)
+        except OSError as error:
+            log.warning(
+                "%s: an instruction cannot be kept, and is not begun: %s: %s",
+                *(self._site.name, self._inbox.folder, error.strerror),
+            )
+            return False
+        return True
 
     def _answer_left_over(self) -> None:
         """What an earlier process had received, and did not get to answer."""
@@ -245,9 +262,16 @@ class Node:
             self._inbox.clear()
             return
         # 2. The same as everywhere.
-        reply = _dated(self._reply(parcel, addressed, left_over=left_over), addressed)
+        reply = self._reply(parcel, addressed, left_over=left_over)
+        self._unfinished = reply.has_error() and reply.error.code == messages.LOCAL_FAILURE
         # 3. Forgotten only when the answer is there.
-        outcome = self._sent(reply, until=started + _expires_in(addressed))
+        self._send(reply, addressed, started)
+
+    def _send(self, reply: Message, addressed: Message, started: float | None = None) -> None:
+        """Sends a reply, and forgets the instruction once the reply is there."""
+        started = monotonic() if started is None else started
+        until = started + _expires_in(addressed)
+        outcome = self._sent(_dated(reply, addressed), until=until)
         if outcome is None:
             return
         log.info(
@@ -261,7 +285,12 @@ class Node:
         except VerificationError as error:
             log.warning("%s: %s", self._site.name, error)
             return _refusal(messages.INVALID_INSTRUCTION, addressed)
-        if left_over and self._was_lost(message):
+        try:
+            lost = (left_over or self._unfinished) and self._was_lost(message)
+        except OSError as error:
+            log.warning("%s: the ledger cannot be written: %s", self._site.name, error.strerror)
+            return _refusal(messages.LOCAL_FAILURE, addressed)
+        if lost and left_over:
             # The coordinator counts attempts: it asks again, if a spare round pays for it.
             log.warning("%s: %s: was charged, and is lost", self._site.name, _what(addressed))
             return _refusal(messages.LOCAL_FAILURE, addressed)

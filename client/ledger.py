@@ -652,9 +652,10 @@ def _begin(connection: sqlite3.Connection, path: Path) -> None:
 
 def _of_disk(error: sqlite3.OperationalError, path: Path) -> Exception:
     """The fault of a disk under SQLite's, if that is what it was: a file system's, as any other."""
-    if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_IOERR:
+    if code == sqlite3.SQLITE_IOERR:
         return OSError(errno.EIO, os.strerror(errno.EIO), str(path))
     return error
 

@@ -291,19 +291,14 @@ def full(disk: Path) -> Iterator[None]:
         ballast.unlink()
 
 
-def killed(phase: str) -> Callable[[Ground, Follower], str]:
+def killed(ground: Ground, run: Follower) -> str:
     """A node that dies in a phase of its third answer, and is started again."""
-
-    def fault(ground: Ground, run: Follower) -> str:
-        site = ground.sites[HIT]
-        node = ground.deployment.nodes[site.name]
-        wait(lambda: node.process.poll() is not None, f"{site.name} dies")
-        node.start()
-        assert run.end() == 0, run.said
-        return "started again at once; it went on from its disk"
-
-    fault.__doc__ = phase
-    return fault
+    site = ground.sites[HIT]
+    node = ground.deployment.nodes[site.name]
+    wait(lambda: node.process.poll() is not None, f"{site.name} dies")
+    node.start()
+    assert run.end() == 0, run.said
+    return "started again at once; it went on from its disk"
 
 
 def hang(ground: Ground, run: Follower) -> str:
@@ -403,7 +398,7 @@ class Fault:
 
 def _killed(words: str, phase: str) -> Fault:
     order = f"{phase} {signal.SIGKILL.name} {BEFORE + 1}"
-    return Fault(words, HIT, killed(phase), order=order)
+    return Fault(words, HIT, killed, order=order)
 
 
 FAULTS = {
@@ -442,7 +437,18 @@ def make(ground: Ground, name: str) -> Row:
     finally:
         if run.process.poll() is None:
             run.process.kill()
+        _mend(ground, site)
     return _row(ground, run, fault, happened)
+
+
+def _mend(ground: Ground, site: SiteFiles) -> None:
+    """Leaves the next fault a whole deployment, also where this one did not end as it must."""
+    (site.folder / FAULT).unlink(missing_ok=True)
+    for node in ground.deployment.nodes.values():
+        if node.process.poll() is None:
+            os.kill(node.process.pid, signal.SIGCONT)
+        else:
+            node.start()
 
 
 def _row(ground: Ground, run: Follower, fault: Fault, happened: str) -> Row:

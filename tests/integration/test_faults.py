@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    with Ground(tmp_path_factory.mktemp("faults") / "ground") as made:
+    with Ground(tmp_path_factory.mktemp("ground")) as made:
         yield made
 
 

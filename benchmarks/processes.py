@@ -33,6 +33,29 @@ def resident_mb(root: int) -> float:
     return sum(_pss_kb(pid) for pid in family(root)) / 1024
 
 
+def resident_of(pid: int) -> float:
+    """Resident memory of one process, in MB."""
+    return _field_kb(pid, "status", "VmRSS:") / 1024
+
+
+def handles_of(pid: int) -> int:
+    """How many file handles a process has open; 0 if it has ended."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return 0
+
+
+def command_of(pid: int) -> str:
+    """The program that a process runs, without its folder; of a script, the script."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    names = [Path(word.decode(errors="replace")).name for word in words[:2] if word]
+    return names[-1] if names and names[0].startswith("python") else "".join(names[:1])
+
+
 def peak_mb(root: int) -> float:
     """The peak of each member, added up: shared memory counts once for each who maps it."""
     return sum(_field_kb(pid, "status", "VmHWM:") for pid in family(root)) / 1024

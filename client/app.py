@@ -5,7 +5,7 @@ Steps 1, 2 and 8 to 12 are the coordinator's; see `server/rounds.py`.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -136,7 +136,9 @@ def _lost_on_failure(ledger: Ledger, reservation: int) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        ledger.lose(reservation)
+        # A disk that is full takes no entry that says so either; the charge is there, and enough.
+        with suppress(OSError):
+            ledger.lose(reservation)
         if not isinstance(error, Exception):  # somebody stops this process
             raise
         raise RoundLostError(f"a round was charged, and is lost: {error}") from error

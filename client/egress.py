@@ -47,7 +47,7 @@ def egress(message: Message, context: Context, call_next: ClientAppCallable) -> 
         reply = call_next(message, context)
     except Exception as error:
         code = code_of(error)
-        unexpected = code == messages.LOCAL_FAILURE
+        unexpected = code == messages.LOCAL_FAILURE and not isinstance(error, OSError)
         log.error(  # noqa: TRY400 - a traceback only of what nobody expects
             "not answered (%s): %s", messages.REFUSALS[code], error, exc_info=unexpected
         )

@@ -20,6 +20,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from threading import Lock
 from time import monotonic, sleep, time
 from typing import Any, TypeVar
 
@@ -60,6 +61,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from common.errors import ConfigError, CoterieError, FederationError, VerificationError
+from common.messages import MAX_VECTOR_BYTES
 
 CALL_S = 30.0
 """Deadline of one call."""
@@ -70,6 +72,10 @@ TRANSFERS = 4
 """Parts that travel at a time."""
 MAX_PARTS = 100_000
 """Of one instruction: at Flower's 5 MiB each, more than a protobuf frame could ever name."""
+MAX_ANSWER_BYTES = 128 << 20
+"""Of one call. Flower's parts are 5 MiB; a coordinator may choose larger ones."""
+MAX_PARCEL_BYTES = MAX_VECTOR_BYTES + (16 << 20)
+"""Of all parts of one instruction: the parameters, and what stands beside them."""
 CLOCK_TOLERANCE_S = 4.0
 """Flower takes no call that is dated 5 s ahead of it or 305 s behind."""
 UNAUTHORIZED, FORBIDDEN, PRECONDITION_FAILED = 401, 403, 412
@@ -170,11 +176,13 @@ class Fleet:
         self.address, self._version = address, version or metadata.version("flwr")
         self._trust = _trusting(authority)
         self._public = public_key_to_bytes(key.public_key())
+        self._bounded = _Bounded(self._trust)
         self._client = FleetHttpClient(
             f"https://{address}",
             interceptors=[
                 _Version(self._version),
                 NodeAuthHttpInterceptor(key, key.public_key()),
+                self._bounded,
             ],
             verify=self._trust,
             timeout=CALL_S,
@@ -212,6 +220,7 @@ class Fleet:
             pass
         finally:
             self._client.close()
+            self._bounded.close()
 
     def beat(self) -> None:
         """Says that this node is alive; every 30 s would do."""
@@ -228,11 +237,17 @@ class Fleet:
         return response.SerializeToString(), response.message_object_trees[0]
 
     def fetch(self, run: int, envelope: bytes, tree: ObjectTree) -> Parcel:
-        """All parts of an instruction. Raises: VerificationError if one is not what its id says."""
+        """All parts of an instruction. Raises: VerificationError if one is not what its id says, or
+        if together they are larger than an instruction may be.
+        """
         ids = [*dict.fromkeys(each.object_id for each in iterate_object_tree(tree))]
         if len(ids) > MAX_PARTS:
             raise VerificationError("an instruction has too many parts")
-        parts = _at_once(partial(self._part, run, until=monotonic() + OBJECTS_S), ids)
+        room, part = (
+            _Room(MAX_PARCEL_BYTES),
+            partial(self._part, run, until=monotonic() + OBJECTS_S),
+        )
+        parts = _at_once(lambda name: room.take(part(name)), ids)
         parcel = Parcel(envelope, tree.object_id, dict(zip(ids, parts, strict=True)))
         parcel._check()
         return parcel
@@ -282,10 +297,11 @@ class Fleet:
         What stands before a SuperLink may hide what it is; then nothing is known, and nothing said.
         """
         try:
-            with httpx.Client(verify=self._trust, timeout=CALL_S) as client:
-                answer = client.get(f"https://{self.address}/openapi.json")
+            answer = self._bounded.get(f"https://{self.address}/openapi.json")
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
+        except ValueError as error:
+            raise UnreachableError(f"superlink={self.address}: its answer is none") from error
         try:
             theirs = str(answer.json()["info"]["version"]) if answer.is_success else ""
         except (ValueError, KeyError, TypeError):
@@ -367,6 +383,57 @@ class Fleet:
         if status in PASSING:
             return UnreachableError(f"{where}: answers with status {status}")
         return NotAdmittedError(f"{where}: is no SuperLink, or speaks otherwise (status {status})")
+
+
+class _Room:
+    """How much of an instruction may still come."""
+
+    def __init__(self, size: int) -> None:
+        self._left, self._turn = size, Lock()
+
+    def take(self, part: bytes) -> bytes:
+        """The part. Raises: VerificationError if it is one too many."""
+        with self._turn:
+            self._left -= len(part)
+            if self._left < 0:
+                raise VerificationError("an instruction is too large")
+        return part
+
+
+class _Bounded:
+    """The last of the interceptors: it makes the call itself, and reads no more of an answer than a
+    SuperLink can have to say, whatever it is packed in. It follows nobody elsewhere.
+    """
+
+    def __init__(self, trust: ssl.SSLContext) -> None:
+        self._client = httpx.Client(verify=trust, timeout=CALL_S)
+
+    def intercept(self, context: ProtobufRequestContext, _: ProtobufCall) -> httpx.Response:
+        """Raises: ValueError if there is no end to the answer."""
+        return self._answer(context.request)
+
+    def get(self, url: str) -> httpx.Response:
+        """What is there. Raises: as before."""
+        return self._answer(self._client.build_request("GET", url))
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
+        content, unpacked = bytearray(), {"content-encoding", "content-length", "transfer-encoding"}
+        response = self._client.send(request, stream=True)
+        try:
+            for chunk in response.iter_bytes():
+                content += chunk
+                if len(content) > MAX_ANSWER_BYTES:
+                    raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+        finally:
+            response.close()
+        headers = [each for each in response.headers.multi_items() if each[0] not in unpacked]
+        return httpx.Response(
+            response.status_code, headers=headers, content=bytes(content), request=request
+        )
+
+    def close(self) -> None:
+        """Ends the line."""
+        self._client.close()
 
 
 class _Version:

@@ -10,6 +10,7 @@ again: only these may be sent a second time; and a tag of every text that was ev
 so that no record comes under two.
 """
 
+import errno
 import fcntl
 import hashlib
 import math
@@ -210,7 +211,10 @@ class Store:
 
     @contextmanager
     def together(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, one fsync, for everything appended inside; nested ones join it."""
+        """One transaction, one fsync, for everything appended inside; nested ones join it.
+
+        Raises: OSError where the disk does not take it; it is as if nothing had been appended.
+        """
         with self.turn():
             if self._inside:
                 yield self._connection
@@ -226,6 +230,8 @@ class Store:
                     for ledger in self._ledgers.values():
                         ledger.forget()
                 self._connection.rollback()
+                if isinstance(error, sqlite3.OperationalError):
+                    raise _of_disk(error, self.path) from error
                 raise
             finally:
                 self._inside = False
@@ -642,6 +648,16 @@ def _begin(connection: sqlite3.Connection, path: Path) -> None:
         connection.execute("BEGIN IMMEDIATE")
     except sqlite3.OperationalError as error:
         raise ConfigError(f"{path}: another process holds it ({error}); try again") from error
+
+
+def _of_disk(error: sqlite3.OperationalError, path: Path) -> Exception:
+    """The fault of a disk under SQLite's, if that is what it was: a file system's, as any other."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    if code == sqlite3.SQLITE_IOERR:
+        return OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+    return error
 
 
 def _connect(path: Path) -> sqlite3.Connection:

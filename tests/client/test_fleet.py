@@ -4,6 +4,7 @@ A test that fails here says which flwr broke what; `client.node.FLOWERS` is wide
 """
 
 import ast
+import gzip
 import inspect
 from base64 import b64encode
 from importlib import metadata
@@ -31,8 +32,9 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 import client.fleet
-from client.fleet import Parcel, run_of
+from client.fleet import Fleet, Parcel, UnreachableError, run_of
 from client.node import FLOWERS, check_flower
+from common.certificates import make_authority
 from common.errors import ConfigError, VerificationError
 
 FLWR = f"flwr {metadata.version('flwr')}"
@@ -181,6 +183,66 @@ def test_an_instruction_that_was_altered_is_not_read(fault):
     else:
         with pytest.raises(VerificationError):
             Parcel.from_bytes(bytes(content))
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    """A line to nobody."""
+    authority = make_authority(tmp_path / "authority").certificate
+    return Fleet("127.0.0.1:1", authority, ec.generate_private_key(ec.SECP384R1()))
+
+
+def pulled(fleet, monkeypatch, parcel):
+    """Fetches an instruction whose parts lie in a parcel; how many were asked for."""
+    asked = []
+
+    def pull(request):
+        asked.append(request.object_id)
+        content = parcel.parts[request.object_id]
+        return message_pb2.PullObjectResponse(
+            object_found=True, object_available=True, object_content=content
+        )
+
+    monkeypatch.setattr(fleet._client, "PullObject", pull)
+    response = PullMessagesResponse.FromString(parcel.envelope)
+    return fleet.fetch(7, parcel.envelope, response.message_object_trees[0]), len(asked)
+
+
+def test_a_node_takes_an_instruction_of_the_size_allowed_and_no_larger_one(fleet, monkeypatch):
+    """A coordinator cannot fill a node's memory: parts are counted while they come."""
+    parcel = parcel_of(message())
+    size = sum(map(len, parcel.parts.values()))
+    monkeypatch.setattr(client.fleet, "MAX_PARCEL_BYTES", size)
+    assert pulled(fleet, monkeypatch, parcel) == (parcel, len(parcel.parts))
+    monkeypatch.setattr(client.fleet, "MAX_PARCEL_BYTES", size - 1)
+    with pytest.raises(VerificationError, match="too large"):
+        pulled(fleet, monkeypatch, parcel)
+
+
+def test_a_node_reads_no_more_of_an_answer_than_a_superlink_can_have_to_say(fleet, monkeypatch):
+    """Also where a few packed bytes would become many."""
+    monkeypatch.setattr(client.fleet, "MAX_ANSWER_BYTES", 100_000)
+    read, packed = [], gzip.compress(bytes(50_000_000))
+
+    def endless(request):
+        if request.url.path.endswith("get-run"):
+            return httpx.Response(200, headers={"content-encoding": "gzip"}, content=packed)
+
+        def chunks():
+            while True:
+                read.append(10_000)
+                yield bytes(10_000)
+
+        return httpx.Response(200, content=chunks())
+
+    monkeypatch.setattr(
+        fleet._bounded, "_client", httpx.Client(transport=httpx.MockTransport(endless))
+    )
+    with pytest.raises(UnreachableError, match="its answer is none"):
+        fleet.receive()
+    assert sum(read) <= 110_000
+    with pytest.raises(UnreachableError, match="its answer is none"):
+        fleet.check_running(7)
 
 
 def test_no_instruction_makes_a_node_evaluate_what_it_names():

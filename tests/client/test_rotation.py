@@ -405,7 +405,7 @@ def test_a_full_disk_leaves_the_key_there_is(path):
     with Store(path) as store:
         pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
         store._connection.execute(f"PRAGMA max_page_count = {pages}")
-        with pytest.raises((sqlite3.Error, CoterieError)):
+        with pytest.raises((OSError, CoterieError)):
             rotate_often(store)
         store._connection.execute("PRAGMA max_page_count = 1000000")
         assert not file_of(path, ".key.new").exists()

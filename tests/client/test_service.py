@@ -1,17 +1,21 @@
 """A node's patience, its records, and what it makes of an instruction that was left over."""
 
+import errno
 import logging
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from flwr.app import Context, Error, Message, Metadata, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from client import service
 from client.fleet import NotAdmittedError, RunOverError, UnreachableError
 from client.inbox import Inbox
-from client.ledger import Store, Terms
+from client.ledger import Ledger, Store, Terms
 from client.node import OneLine
 from client.service import FIRST_DELAY_S, MAX_DELAY_S, Line, Node, open_site
 from client.settings import NODE
@@ -217,6 +221,73 @@ def test_what_the_next_answer_says_is_priced_while_nothing_is_asked(
         ledger.release(at)
         node._rest()
     inbox.close()
+
+
+class Kept:
+    """An instruction on its way."""
+
+    def __init__(self, content):
+        facts = Metadata(7, "m-1", 1, 2, "", "1", 1_800_000_000.0, 60.0, "train")
+        self.root, self._whole = "m-1", Message(content, metadata=facts)
+        self.envelope = b""
+
+    def message(self):
+        return self._whole
+
+    addressed = message
+
+
+@pytest.fixture
+def asked(tiny_config):
+    model = build_model(tiny_config)
+    layout, vector = Layout.of(model), parameters.flatten(model)
+    config = replace(tiny_config, privacy=replace(tiny_config.privacy, spare_rounds=1))
+    instruction = Instruction("run", 1, config, layout.digest, vector)
+    return Kept(pack_instruction(instruction))
+
+
+@pytest.fixture
+def node(settings, store, tmp_path):
+    """A node whose coordinator takes everything."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 2, 1
+    ledger = store.open("site-1", Terms("trial", 100.0, 1e-3, "1" * 64))
+    site = Site("site-1", open_site(settings, None).records, ("sport", "money"), ledger)
+    inbox, sent = Inbox(tmp_path / "inbox"), []
+    fleet = SimpleNamespace(
+        node_id=2, confirm=lambda *_: None, send=lambda reply, *_: sent.append(reply)
+    )
+    yield Node(replace(settings, threads=1), site, fleet, Line(settings, Clock()), inbox), sent
+    inbox.close()
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "books.db")
+
+
+def test_a_full_disk_costs_an_attempt_and_not_the_round(node, asked, monkeypatch):
+    """The ledger could not even say that the attempt was lost; asked again, the node says it."""
+    one, _ = node
+    ledger = one._site.ledger
+    with monkeypatch.context() as disk:
+        disk.setattr(Ledger, "prepare", full)
+        disk.setattr(Ledger, "lose", full)
+        one._answer(asked)
+    assert [each.state for each in ledger.books.reservations.values()] == ["reserved"]
+    reply = one._reply(asked, asked.addressed(), left_over=False)
+    assert not reply.has_error()
+    assert [each.state for each in ledger.books.reservations.values()] == ["lost", "released"]
+
+
+def test_an_instruction_that_cannot_be_kept_is_refused_and_not_begun(node, asked, monkeypatch):
+    """The node stays: another one it may have room for."""
+    one, sent = node
+    fleet = one._fleet
+    fleet.receive, fleet.fetch = (lambda: (b"", None)), (lambda *_: asked)
+    monkeypatch.setattr(service, "run_of", lambda _: 7)
+    monkeypatch.setattr(Inbox, "put", full)
+    assert one._receive() is None
+    assert [reply.error.code for reply in sent] == [messages.LOCAL_FAILURE]
+    assert one._site.ledger.books.reservations == {}
 
 
 def test_a_line_of_the_log_is_one_line_whatever_a_coordinator_writes():

@@ -231,6 +231,8 @@ def test_a_round_without_its_quorum_waits_until_the_deadline(go, planned):
     with pytest.raises(FederationError, match="2 of 3 sites"):
         list(go(grid, with_spares(planned(round_timeout_s=1.0), 1)))
     assert 0.9 < time.monotonic() - started < 20
+
+
 def test_a_run_that_ends_for_a_lost_attempt_says_what_would_have_paid_for_it(go, planned):
     grid = FakeGrid(named(3), nodes_that(n2=LosesFirst(1)))
     with pytest.raises(FederationError, match=r"local failure.*privacy\.spare_rounds pays.*quorum"):

@@ -462,7 +462,7 @@ def _row(ground: Ground, run: Follower, fault: Fault, happened: str) -> Row:
         happened=happened,
         exit_code=run.process.returncode,
         rounds=len(lines),
-        taken_up_again=len(report["resumed_after"]),
+        taken_up_again=len(report.get("resumed_after", ())),
         without_it=tuple(line.round for line in lines if site.name in line.refused),
         charged=sum(map(len, charged[site.name].values())),
         reported=reported[site.name],

@@ -646,7 +646,7 @@ def private_configs(compose_config, tiny_overrides, tiny_csv, models):
     needed = NEEDS | {task: [f"model.name={at}", "tuning=full"] for task, at in models.items()}
     units = [path.stem for path in files if path.parent.name == "privacy"]
     base = [o for o in tiny_overrides if not o.startswith(("data", "federation.sites"))]
-    own = [f"data.path={tiny_csv}", "data.labels=[sport,money]"]
+    own = ["data.labels=[sport,money]"]
     few = ["federation.sites=8", "data.declared_records=84", "privacy.noise_multiplier=2"]
     for unit, path in itertools.product(units, files):
         group, choice = path.parent.name, path.stem
@@ -658,7 +658,10 @@ def private_configs(compose_config, tiny_overrides, tiny_csv, models):
         asked = [f"{group}={choice}", f"privacy={unit}", *base, *needed.get(choice, [])]
         asked += ["data=csv", "data.person_column=person"] if by_person else []
         table = {f"data={name}" for name in OWN} & {*asked}
-        config = compose_config(*dict.fromkeys([*asked, *(own if table else []), *few]))
+        # Sites of their own have their own files; the coordinator's is public.
+        file = "data.test_path" if choice == "superlink" else "data.path"
+        asked += [*own, f"{file}={tiny_csv}"] if table else []
+        config = compose_config(*dict.fromkeys([*asked, *few]))
         if config.privacy.noise is NoiseSource.entropy:
             yield [f"{group}={choice}", f"privacy={unit}"], config
 
@@ -667,7 +670,8 @@ def private_configs(compose_config, tiny_overrides, tiny_csv, models):
 def test_no_seed_of_any_config_reaches_the_noise(
     compose_config, tiny_overrides, tiny_csv, tmp_path
 ):
-    assert [path.name for path in CONF.glob("*.yaml")] == ["simulate.yaml"]
+    # A node's own settings, the other file, say nothing of noise: an instruction does.
+    assert {path.name for path in CONF.glob("*.yaml")} == {"simulate.yaml", "node.yaml"}
     models = {"causal_lm": tmp_path / "gpt2", "seq2seq": tmp_path / "t5"}
     save_gpt2(models["causal_lm"])
     save_t5(models["seq2seq"])

@@ -119,9 +119,9 @@ class Line:
                 self._whole.wait()
                 sink.sendall(data)
         for end in (source, sink):
-            with suppress(OSError):
+            with suppress(OSError):  # closed from the other side already
                 end.shutdown(socket.SHUT_RDWR)
-                end.close()
+            end.close()
 
     def close(self) -> None:
         """Takes no more."""

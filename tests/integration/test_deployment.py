@@ -291,6 +291,7 @@ def test_what_a_superlink_that_is_not_there_is_told_in_one_line(deployment, sett
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.alone
 def test_the_demonstration_ends_with_a_report_within_three_minutes():
     """`make deploy-demo`, as it stands, on BBC News and the pretrained model."""
     started = time.monotonic()

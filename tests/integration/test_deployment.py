@@ -150,6 +150,12 @@ def submitted(deployment, run_dir, settings, *more):
     return process
 
 
+def wait_until_interrupted(deployment, run_dir):
+    deadline = time.monotonic() + 90
+    while json.loads(call(deployment, "status", run_dir, "--json"))["state"] != "interrupted":
+        assert time.monotonic() < deadline
+
+
 def check_finished(deployment, run_dir, expected):
     """It ended as an unbroken run does: the same bits, no round lost or doubled, and books that
     hold at least what was released.
@@ -201,6 +207,7 @@ def test_a_superlink_that_is_killed_costs_no_round(deployment, settings, expecte
     process.wait(60)
     assert len(lines_of(run_dir)) < ROUNDS
     deployment.start_superlink()
+    wait_until_interrupted(deployment, run_dir)  # its ServerApp ends by itself, in a moment
     call(deployment, "submit", "resume=auto", f"run_dir={run_dir}")
     report = check_finished(deployment, run_dir, expected)
     assert len(report["resumed_after"]) == 1
@@ -229,9 +236,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(deployment, settings, expect
     assert process.wait(60) == 130
     assert "resume=auto" in call(deployment, "stop", run_dir)
     node.send_signal(signal.SIGCONT)
-    deadline = time.monotonic() + 90
-    while json.loads(call(deployment, "status", run_dir, "--json"))["state"] != "interrupted":
-        assert time.monotonic() < deadline
+    wait_until_interrupted(deployment, run_dir)
     call(deployment, "submit", "resume=auto", f"run_dir={run_dir}")
     check_finished(deployment, run_dir, expected)
 

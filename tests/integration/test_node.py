@@ -504,6 +504,10 @@ def test_a_clock_that_is_far_off_is_named(refusing, words, tmp_path, monkeypatch
     monkeypatch.setattr(client.fleet, "time", lambda: real_time() + ahead.total_seconds())
     key = read_node_key(tmp_path / "node.key")
     fleet = Fleet(refusing.address, refusing.authority.certificate, key)
-    with pytest.raises(NotAdmittedError, match=r"this machine's clock is (599|600|601) s ahead of"):
-        fleet.join()
-    fleet.leave()
+    try:  # to a second of the date, and those that the way takes
+        with pytest.raises(
+            NotAdmittedError, match=r"this machine's clock is (599|60\d) s ahead of"
+        ):
+            fleet.join()
+    finally:
+        fleet.leave()

@@ -286,7 +286,12 @@ class Node:
         except VerificationError as error:
             log.warning("%s: %s", self._site.name, error)
             return _refusal(messages.INVALID_INSTRUCTION, addressed)
-        if self._was_lost(message) and left_over:
+        try:
+            lost = self._was_lost(message)
+        except OSError as error:  # nothing can be charged then, and nothing is begun
+            log.warning("%s: its ledger cannot be written: %s", self._site.name, error.strerror)
+            return _refusal(messages.LOCAL_FAILURE, addressed)
+        if lost and left_over:
             # The coordinator counts attempts: it asks again, if a spare round pays for it.
             log.warning("%s: %s: was charged, and is lost", self._site.name, _what(addressed))
             return _refusal(messages.LOCAL_FAILURE, addressed)

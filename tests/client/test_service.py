@@ -271,7 +271,11 @@ def test_a_full_disk_costs_an_attempt_and_not_the_round(node, asked, monkeypatch
     with monkeypatch.context() as disk:
         disk.setattr(Ledger, "prepare", full)
         disk.setattr(Ledger, "lose", full)
+        disk.setattr(Ledger, "lose_unfinished", full)
         one._answer(asked)
+        # It is full still: the node refuses once more, and stays.
+        again = one._reply(asked, asked.addressed(), left_over=False)
+        assert again.error.code == messages.LOCAL_FAILURE
     assert [each.state for each in ledger.books.reservations.values()] == ["reserved"]
     reply = one._reply(asked, asked.addressed(), left_over=False)
     assert not reply.has_error()

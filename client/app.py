@@ -90,6 +90,8 @@ def _answer(site: Site, trainer: Trainer, instruction: Instruction) -> Update:
     charge = round_event(instruction.config)
     if instruction.config.privacy.mode is PrivacyMode.none:
         vector, _ = trainer.train(site, instruction.vector, round_number=instruction.round)
+        if instruction.config.federation.coding is Coding.float32:
+            return update_of(instruction, charge, vector)  # as it is: no books want its bytes
         return _update(instruction, charge, _coded(vector, site, instruction))
     ledger = ledger_of(site)
     # Prepared before, and perhaps lost on its way: the same bytes once more, and no other.

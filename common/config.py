@@ -795,7 +795,9 @@ def without_terms(config: Config) -> Config:
 
 
 def as_told(config: Config) -> Config:
-    """What a site of its own machine is told: nothing of where the coordinator keeps its files."""
+    """What a site of its own machine is told: of where the coordinator keeps its files nothing but
+    `data.test_path`, which the rules for data ask for.
+    """
     if not config.is_deployed:
         return config
     return replace(

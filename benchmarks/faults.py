@@ -225,9 +225,13 @@ class Follower:
         wait(lambda: holds(self.lines) or self.process.poll() is not None, what)
         assert holds(self.lines), f"it ended before: {what}: {self.said[-2000:]}"
 
+    def until_over(self, rounds: int) -> None:
+        """Returns once so many rounds are over."""
+        self.until(lambda lines: len(lines) >= rounds, f"round {rounds}")
+
     def until_before(self) -> None:
         """Returns once so many rounds are over that something may go wrong."""
-        self.until(lambda lines: len(lines) >= BEFORE, "two rounds")
+        self.until_over(BEFORE)
 
     def until_without(self, name: str) -> None:
         """Returns once a round has closed without a site."""
@@ -275,7 +279,7 @@ def small_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=False)  # noqa: S607
+        subprocess.run(["umount", "--lazy", str(folder)], check=False)  # noqa: S607 - root's
 
 
 @contextmanager

@@ -217,8 +217,8 @@ def federated(config: Config, images: list[Records], together: int) -> list[floa
 
 
 def bare(model: str, images: list[Records]) -> list[float]:
-    """CPU seconds of as many rounds of one loop: one model and optimiser, set and read in place, and
-    a running sum.
+    """CPU seconds of as many rounds of one loop: one model and optimiser, set and read in place,
+    and a running sum.
     """
     sizes = (SIDE * SIDE, *WIDTHS[model], CLASSES)
     layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]

@@ -70,7 +70,7 @@ class Row:
     charged: int
     """Attempts in the ledger of the site that was hit."""
     reported: int
-    """The same as the coordinator's report says: never fewer."""
+    """The same as the coordinator's report says, rounds and what it had repeated: never fewer."""
     spares_used: int
     same_weights: bool
     """As the run without a fault, to the bit."""
@@ -458,7 +458,7 @@ def _mend(ground: Ground, site: SiteFiles) -> None:
 def _row(ground: Ground, run: Follower, fault: Fault, happened: str) -> Row:
     lines, state, site = run.lines, run.state, ground.sites[fault.hit]
     report, _ = read_report(run.run_dir)
-    reported = {each["name"]: each["rounds"] for each in report["sites"]}
+    reported = {each["name"]: each["rounds"] + each["repeated"] for each in report["sites"]}
     charged = {each.name: _charged(ground, each, state.run_id) for each in ground.sites}
     assert [line.round for line in lines] == [*range(1, ROUNDS + 1)]
     return Row(

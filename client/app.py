@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -30,6 +31,7 @@ from common.config import (
     config_hash,
     without_terms,
 )
+from common.device import CPU
 from common.errors import PrivacyRefusedError, VerificationError
 from common.messages import Count, Instruction, SiteBooks, Update
 from common.parameters import Vector
@@ -54,13 +56,14 @@ def client_app(
     *,
     allow_unprotected: bool = False,
     trainers: dict[str, Trainer] | None = None,
+    device: torch.device = CPU,
 ) -> ClientApp:
     """The ClientApp that answers training instructions for the sites `open_site` knows.
 
     Guarantee: whatever arrives, the reply is an `Update` or one of the fixed refusals of
     `common.messages`; see `client.egress`.
     Args: allow_unprotected: True in simulations only, for seeded noise and for none at all;
-    trainers: the warm ones, shared with whoever else answers in this process.
+    trainers: the warm ones, shared with whoever else answers in this process; device: theirs.
     """
     app = ClientApp()
     warm: dict[str, Trainer] = {} if trainers is None else trainers
@@ -69,7 +72,7 @@ def client_app(
         instruction = messages.read_instruction(message)
         site = open_site(context)
         check_terms(site, instruction, allow_unprotected=allow_unprotected)
-        return site, warm_trainer(warm, instruction.config), instruction
+        return site, warm_trainer(warm, instruction.config, device), instruction
 
     @app.train(mods=[egress])
     def train(message: Message, context: Context) -> Message:
@@ -285,7 +288,9 @@ def ledger_of(site: Site) -> Ledger:
     return site.ledger
 
 
-def warm_trainer(trainers: dict[str, Trainer], config: Config) -> Trainer:
+def warm_trainer(
+    trainers: dict[str, Trainer], config: Config, device: torch.device = CPU
+) -> Trainer:
     """One trainer per configuration and process: the model is loaded once, and sites that differ
     in their terms alone take turns on it.
     """
@@ -294,7 +299,7 @@ def warm_trainer(trainers: dict[str, Trainer], config: Config) -> Trainer:
         return known
     key = config_hash(without_terms(config))
     if key not in trainers:
-        trainer = Trainer(config)
+        trainer = Trainer(config, device)
         trainer.rehearse()
         trainers.clear()
         trainers[key] = trainer

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -34,6 +35,7 @@ from client.site import Site
 from client.train import Trained, Trainer
 from common import messages
 from common.config import PrivacyMode
+from common.device import CPU
 from common.messages import Instruction, Update
 from common.privacy.mechanism import round_event
 
@@ -78,12 +80,25 @@ class Cohort:
     site's vector does not depend on who else is asked, or on how many at a time.
     """
 
-    def __init__(self, open_site: OpenSite, *, most: int, allow_unprotected: bool = False) -> None:
-        """Args: most: messages that are answered at once, of `client.agreement.sites_together`."""
+    def __init__(
+        self,
+        open_site: OpenSite,
+        *,
+        most: int,
+        allow_unprotected: bool = False,
+        device: torch.device = CPU,
+    ) -> None:
+        """Args: most: messages that are answered at once, of `client.agreement.sites_together`;
+        device: where models are.
+        """
         self._open_site, self._most, self._allow = open_site, most, allow_unprotected
+        self._device = device
         self._trainers: dict[str, Trainer] = {}
         self.app = client_app(
-            open_site, allow_unprotected=allow_unprotected, trainers=self._trainers
+            open_site,
+            allow_unprotected=allow_unprotected,
+            trainers=self._trainers,
+            device=device,
         )
         """Answers what is asked of one site alone."""
 
@@ -137,7 +152,7 @@ class Cohort:
         """Takes cases of one instruction through the round, or leaves them to the ClientApp."""
         asked = cases[0].asked
         try:
-            trainer = warm_trainer(self._trainers, asked.config)
+            trainer = warm_trainer(self._trainers, asked.config, self._device)
             if trainer.together == 1:
                 self._most = 1
                 return

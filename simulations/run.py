@@ -39,6 +39,7 @@ from common.config import (
     to_canonical,
 )
 from common.data import Splits, check_files, load_splits
+from common.device import device_of
 from common.errors import ConfigError, PrivacyRefusedError
 from common.keys import generate_key
 from common.messages import read_instruction
@@ -128,6 +129,7 @@ def run_simulation(config: Config, console: Console) -> Path:
     if config.is_deployed:
         raise ConfigError("engine=superlink: its sites are elsewhere; give it to coterie submit")
     _configure_process(config)
+    device_of(config.engine.device)  # one that is not there is said at once
     if config.resume is Resume.auto and is_finished(run_dir):
         console.print(f"{run_dir}: is finished already; nothing was run", highlight=False)
         return run_dir
@@ -177,6 +179,7 @@ def _run(config: Config, run_dir: Path, console: Console) -> None:
             books,
             1 if may_crash(config.faults) else sites_together(config, model),
             config.faults,
+            config.engine.device,
         )
         with _grid(config, opened, store, ledgers) as grid, _progress(config, console) as watch:
             app = server_app(lambda _: _public(config, splits), watch, left_out, _sections(config))

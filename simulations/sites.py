@@ -12,6 +12,7 @@ from client.cohort import TOGETHER, Cohort
 from client.ledger import Store
 from client.site import Site
 from common.config import FaultsConfig, NodeConfig
+from common.device import CPU, device_of
 from common.records import Records
 from simulations.answer import Answer
 from simulations.faults import FaultySites
@@ -31,14 +32,22 @@ class Sites:
     """How many may be answered at once; see `client.agreement.sites_together`."""
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     """What befalls them on purpose."""
+    device: str = CPU.type
+    """Where models are, as `engine.device` names it."""
 
     def app(self, store: Store | None) -> ClientApp:
         """The ClientApp of them all. Args: store: `books`, as this process has opened it."""
-        return client_app(self._opening(store), allow_unprotected=True)
+        device = device_of(self.device)
+        return client_app(self._opening(store), allow_unprotected=True, device=device)
 
     def answer(self, store: Store | None) -> Cohort:
         """What answers for them in this process, for many at once where it can; see `app`."""
-        return Cohort(self._opening(store), most=self.most, allow_unprotected=True)
+        return Cohort(
+            self._opening(store),
+            most=self.most,
+            allow_unprotected=True,
+            device=device_of(self.device),
+        )
 
     def _opening(self, store: Store | None) -> OpenSite:
         """A site, and its ledger, is opened when it is first asked."""

@@ -18,7 +18,9 @@ from common.pretrained import load_encoder
 from common.records import Records
 from common.tuning import tune
 
-HEAD_WEIGHT, HEAD_BIAS, WEIGHTS = "classifier.weight", "classifier.bias", "model.safetensors"
+HEAD_WEIGHT, HEAD_BIAS = "mean_pooled_head.weight", "mean_pooled_head.bias"
+"""Names that no head of transformers has: it would take them for its own, over another pooling."""
+WEIGHTS = "model.safetensors"
 COTERIE_KEY = "coterie"
 """Entry of a released `config.json` that says how the head reads the encoder."""
 LABELS, PREDICTED = "target_labels", "predicted"

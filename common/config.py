@@ -919,6 +919,7 @@ def _broken(config: Config) -> Iterator[str]:
         )
     yield from _broken_of_persons(config)
     yield from _broken_of_contents(config)
+    yield from _broken_of_columns(config)
     yield from _broken_of_groups(config)
     yield from _broken_of_left_out(config.federation)
     yield from _broken_of_participation(config)
@@ -955,6 +956,35 @@ def _broken_of_persons(config: Config) -> Iterator[str]:
         )
     elif data.person_column and data.person_column in (data.text_column, data.label_column):
         yield f"data.person_column={data.person_column}: must be a column of its own"
+
+
+_TEXTS = {
+    TaskName.text_classification: ("text",),
+    TaskName.causal_lm: ("text",),
+    TaskName.question_answering: ("question", "context", "answer"),
+    TaskName.seq2seq: ("source", "target"),
+}
+"""What the texts of a record are, of tasks that have no other."""
+
+
+def _broken_of_columns(config: Config) -> Iterator[str]:
+    """Columns that are not the texts of the task's records, where columns hold them."""
+    columns, task = config.data.columns, config.task.name
+    texts, given = _TEXTS.get(task, ()), f"data.columns=[{','.join(config.data.columns)}]"
+    if config.data.source not in (*FILES, DataSource.hub):
+        return
+    if len({*columns}) < len(columns):
+        yield f"{given}: must be different columns"
+    if len(texts) == 1 and columns:
+        yield (
+            f"{given}: must be left out with task={task.name}, whose records are one text; "
+            "data.text_column names its column"
+        )
+    if len(texts) > 1 and len(columns) != len(texts):
+        yield (
+            f"{given}: must name {len(texts)} columns with task={task.name}: of "
+            f"{', '.join(texts)}, in this order"
+        )
 
 
 def _broken_of_contents(config: Config) -> Iterator[str]:

@@ -113,7 +113,10 @@ def export(invocation: Invocation) -> None:
 
     def command(
         run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-        to: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
+        to: Annotated[
+            Path | None,
+            typer.Option(help="Folder to write, new or empty; by default RUN/exports/FORMAT."),
+        ] = None,
         form: Annotated[Format, typer.Option("--format", help="What to write.")] = Format.merged,
         max_error: Annotated[
             float | None,
@@ -125,6 +128,7 @@ def export(invocation: Invocation) -> None:
 
         Example: coterie export runs/demo --to exports/demo --format onnx
         """
+        to = to or run / "exports" / form.value
         record = export_run(run, to, form, max_error)
         if invocation.json:
             emit_json(record)

@@ -194,7 +194,7 @@ def plain_outputs(config, folder, inputs):
         mean = (states * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True)
         scaled = torch.nn.functional.normalize(mean, dim=1) * config.model.feature_scale
         head = load_file(folder / "model.safetensors")
-        return scaled @ head["classifier.weight"].T + head["classifier.bias"]
+        return scaled @ head["mean_pooled_head.weight"].T + head["mean_pooled_head.bias"]
     return output.logits
 
 

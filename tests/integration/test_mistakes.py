@@ -58,6 +58,22 @@ MISTAKES = {
     "missing labels": (["data.labels=???"], "no value for data.labels"),
     "no hold-out": (["data.holdout_fraction=0"], "evaluation.split=holdout: has no records"),
     "wrong declaration": (["data.declared_records=500"], "data.declared_records=500: the training"),
+    "columns of a task that reads one": (
+        ["data.columns=[text,label]"],
+        "data.columns=[text,label]: must be left out with task=text_classification",
+    ),
+    "a column too few": (
+        ["task=question_answering", "data.columns=[text,label]", "data.labels=[]"],
+        "data.columns=[text,label]: must name 3 columns with task=question_answering: of question,",
+    ),
+    "no columns": (
+        ["task=seq2seq", "data.text_column=text", "data.labels=[]"],
+        "data.columns=[]: must name 2 columns with task=seq2seq: of source, target, in this order",
+    ),
+    "a column twice": (
+        ["task=seq2seq", "data.columns=[text,text]", "data.labels=[]"],
+        "data.columns=[text,text]: must be different columns",
+    ),
     "not a word": (["privacy.epsilon=[1"], "an argument cannot be read"),
 }
 

@@ -232,7 +232,7 @@ def test_an_export_that_answers_otherwise_is_refused_and_leaves_nothing(coterie,
 def test_a_released_model_that_is_not_the_checkpoints_is_refused(damaged, tmp_path):
     path = damaged / "model" / "model.safetensors"
     weights = load_file(path)
-    weights["classifier.bias"][0] += 0.1
+    weights["mean_pooled_head.bias"][0] += 0.1
     save_file(weights, path, metadata={"format": "pt"})
     for form in (Format.merged, Format.adapter):
         with pytest.raises(VerificationError, match="an output is off by"):
@@ -243,7 +243,7 @@ def test_a_released_model_that_is_not_the_checkpoints_is_refused(damaged, tmp_pa
 def test_a_model_of_numbers_that_are_none_is_refused(damaged, tmp_path):
     path = damaged / "model" / "model.safetensors"
     weights = load_file(path)
-    weights["classifier.bias"] = weights["classifier.bias"] * torch.nan
+    weights["mean_pooled_head.bias"] = weights["mean_pooled_head.bias"] * torch.nan
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(VerificationError, match="an output is off by"):
         export_run(damaged, tmp_path / "x", Format.merged)
@@ -276,6 +276,12 @@ def test_a_folder_of_no_finished_run_is_one_line(damage, coterie, damaged, tmp_p
     answer = coterie("export", damaged, "--to", tmp_path / "x", "--json")
     one_line(answer, 5)
     assert not (tmp_path / "x").exists()
+
+
+def test_an_export_has_a_place_of_its_own_in_the_run(coterie, damaged):
+    answer = coterie("export", damaged, "--json")
+    assert answer.code == 0, answer.err
+    assert (damaged / "exports" / "merged" / "export.json").is_file()
 
 
 def test_mistakes_are_one_line(coterie, run, tmp_path):

@@ -152,6 +152,20 @@ def test_a_pipeline_gives_the_classes_the_probabilities_that_we_give(name, folde
     assert abs(ours[0] - 0.5) > 1e-3  # or a head of zeros would do
 
 
+def test_a_mean_pooled_head_is_not_taken_for_another(tiny_config, folders, tmp_path):
+    """Over another pooling it would answer, and wrongly."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = toy_config(TaskName.text_classification, tiny_config, tmp_path)
+    model = build_model(config)
+    released = folders[TaskName.text_classification].parent / "mean"
+    released.mkdir()
+    TASKS[config.task.name].save(model, released, {"feature_scale": config.model.feature_scale})
+    _, info = AutoModelForSequenceClassification.from_pretrained(released, output_loading_info=True)
+    assert {"classifier.weight", "classifier.bias"} <= {*info["missing_keys"]}
+    assert {"mean_pooled_head.weight", "mean_pooled_head.bias"} <= {*info["unexpected_keys"]}
+
+
 def test_a_pipeline_continues_a_text_as_we_do(folders, found):
     prompt = asked_of(TaskName.causal_lm)
     (ours,) = answers_of(folders[TaskName.causal_lm], [prompt])

@@ -191,7 +191,7 @@ def cut_weights(folder):
 
 
 def drop_encoder(weights):
-    for name in [name for name in weights if not name.startswith("classifier.")]:
+    for name in [name for name in weights if not name.startswith("mean_pooled_head.")]:
         del weights[name]
 
 
@@ -211,15 +211,15 @@ FAULTS = {
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "weights cut off": cut_weights,
     "weights are no safetensors": lambda folder: (folder / "model.safetensors").write_text("x"),
-    "no head": edit_weights(lambda weights: weights.pop("classifier.weight")),
+    "no head": edit_weights(lambda weights: weights.pop("mean_pooled_head.weight")),
     "head of another width": edit_weights(
-        lambda weights: weights.update({"classifier.weight": torch.zeros(2, 31)})
+        lambda weights: weights.update({"mean_pooled_head.weight": torch.zeros(2, 31)})
     ),
     "head of another class count": edit_weights(
-        lambda weights: weights.update({"classifier.weight": torch.zeros(3, 32)})
+        lambda weights: weights.update({"mean_pooled_head.weight": torch.zeros(3, 32)})
     ),
     "bias of another size": edit_weights(
-        lambda weights: weights.update({"classifier.bias": torch.zeros(3)})
+        lambda weights: weights.update({"mean_pooled_head.bias": torch.zeros(3)})
     ),
     "no encoder weights": edit_weights(drop_encoder),
 }

@@ -11,6 +11,7 @@ verified after each fault. Linux; a full disk needs the right to mount one.
 import argparse
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -45,6 +46,8 @@ ROUNDS, BEFORE = 8, 2
 GOES_ON = ("federation.quorum=0.6", "federation.round_timeout_s=8")
 """Of runs that do without one site."""
 CUT_S = 30.0
+CALL_S = 30
+"""Longest that a call may take on a busy machine."""
 AHEAD_S = 600.0
 DISK_MB = 32
 WAIT_S = 240.0
@@ -382,7 +385,9 @@ def clock(ground: Ground, run: Follower) -> str:
         wrong.unlink()
     assert run.end() == 0, run.said
     said = ground.deployment.nodes[site.name].said
-    assert f"clock is {AHEAD_S:.0f} s ahead" in said or "clock is 599 s ahead" in said, said[-2000:]
+    named = re.search(r"clock is (\d+) s ahead", said)  # with the time that the call itself took
+    assert named is not None, said[-2000:]
+    assert abs(int(named[1]) - AHEAD_S) < CALL_S, named[0]
     return "its calls were refused and its log named the clock; back once that was right"
 
 

@@ -18,7 +18,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -606,6 +606,25 @@ class Ledger:
         )
         for seq, line in rows:
             yield chain.read_entry(str(line), seq)
+
+
+def read_chain(path: Path, site: str) -> list[Entry]:
+    """The entries of a site, unjudged; nothing is written or settled.
+
+    Raises: ConfigError if the site has none there; VerificationError if it is no ledger file.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as file:
+            rows = file.execute("SELECT site, seq, line FROM entry ORDER BY site, seq").fetchall()
+    except sqlite3.Error as error:
+        raise VerificationError(f"{path}: is not a ledger file ({error})") from error
+    entries = [chain.read_entry(str(line), seq) for name, seq, line in rows if name == site]
+    if not entries:
+        known = ", ".join(sorted({str(name) for name, *_ in rows})) or "none"
+        raise ConfigError(
+            f"{path}#{site}: no such site, it holds {known}; correct name, or give ledger=FILE#SITE"
+        )
+    return entries
 
 
 def _overlap(path: Path, site: str, other: str) -> str:

@@ -6,11 +6,8 @@ from importlib import metadata
 
 from client.settings import NODE, NodeSettings
 from common.cli import Invocation, emit_json
+from common.code import check_flower
 from common.composition import run_with
-from common.errors import ConfigError
-
-FLOWERS = ((1, 41), (1, 42))
-"""Minor versions of flwr whose fleet protocol `client.fleet` speaks; see its contract tests."""
 
 
 def node(invocation: Invocation) -> None:
@@ -44,16 +41,3 @@ class OneLine(logging.Formatter):
         """As the format says, without control characters."""
         line = super().formatMessage(record)
         return "".join(each if each.isprintable() else " " for each in line)
-
-
-def check_flower(version: str) -> None:
-    """Raises: ConfigError if this flwr is none whose protocol is known here.
-
-    >>> check_flower("1.41.0")
-    >>> check_flower("1.43.0")
-    Traceback (most recent call last):
-    common.errors.ConfigError: flwr 1.43.0: a node needs 1.41 or 1.42; pip install 'flwr<1.43'
-    """
-    first, second, *_ = (*version.split("."), "", "")
-    if not (first.isdigit() and second.isdigit() and (int(first), int(second)) in FLOWERS):
-        raise ConfigError(f"flwr {version}: a node needs 1.41 or 1.42; pip install 'flwr<1.43'")

@@ -45,6 +45,7 @@ from common.data import check_files, load_splits
 from common.errors import ConfigError, CoterieError, FederationError, VerificationError
 from common.privacy.chain import Head
 from common.privacy.mechanism import counting
+from common.records import Records
 from common.tasks import TASKS, FileTask, reader_of
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def run_node(settings: NodeSettings) -> dict[str, Any]:
         stopping = stack.enter_context(_stopped_by_signals())
         line = Line(settings, stopping)
         stack.enter_context(_leaving(fleet))
-        node_id = _join(fleet, line, inbox, _fingerprint(settings, key))
+        node_id = _join(fleet, line, inbox, fingerprint(settings, key))
         if node_id is None:  # stopped before it got there
             return _summary(settings, 0, 0, 0)
         stack.enter_context(_beating(fleet))
@@ -96,17 +97,7 @@ def open_site(settings: NodeSettings, ledger: Ledger | None) -> Site:
 
     Raises: ConfigError if the records are not as the settings say, or are another ledger's.
     """
-    task = TASKS[settings.task.name]
-    read = None
-    if isinstance(task, FileTask):
-        if not settings.reader:
-            raise ConfigError(
-                "reader='': must name the model, by its model.name, whose processor reads the "
-                f"files of task={settings.task.name.name}"
-            )
-        model = ModelConfig(name=settings.reader, feature_scale=1.0)
-        read = reader_of(settings.task.name, task.load_processor(model))
-    records = load_splits(settings.data, task.toy_examples, read).train
+    records = read_records(settings)
     if ledger is not None:
         unit = ledger.books.unit
         if unit == PrivacyMode.person.name and records.persons is None:
@@ -117,6 +108,21 @@ def open_site(settings: NodeSettings, ledger: Ledger | None) -> Site:
         ledger.bind(commit_to(records, ledger.store.secret, unit=unit))
     classes = tuple(settings.data.labels)
     return Site(settings.name, records, classes, ledger, settings.node)
+
+
+def read_records(settings: NodeSettings) -> Records:
+    """All records of these settings. Raises: ConfigError if they are not as the settings say."""
+    task = TASKS[settings.task.name]
+    read = None
+    if isinstance(task, FileTask):
+        if not settings.reader:
+            raise ConfigError(
+                "reader='': must name the model, by its model.name, whose processor reads the "
+                f"files of task={settings.task.name.name}"
+            )
+        model = ModelConfig(name=settings.reader, feature_scale=1.0)
+        read = reader_of(settings.task.name, task.load_processor(model))
+    return load_splits(settings.data, task.toy_examples, read).train
 
 
 class Line:
@@ -381,7 +387,7 @@ def _join(fleet: Fleet, line: Line, inbox: Inbox, fingerprint: str) -> int | Non
     return fleet.node_id
 
 
-def _fingerprint(settings: NodeSettings, key: ec.EllipticCurvePrivateKey) -> str:
+def fingerprint(settings: NodeSettings, key: ec.EllipticCurvePrivateKey) -> str:
     """Of a key at an address: a node id is of both."""
     public = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(public + settings.superlink.encode()).hexdigest()

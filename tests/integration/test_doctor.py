@@ -1,0 +1,463 @@
+"""A set-up that is good, broken in one way each: the doctor names the fault, its remedy, its code.
+
+What needs somebody at another machine is broken against a real SuperLink, in the slow half; the
+rest is looked at with `--offline`. Nothing that the doctor says is of a record.
+"""
+
+import csv
+import os
+import shutil
+import sqlite3
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from client.checkup import Checkup
+from client.ledger import Store, Terms
+from common import peer, premises
+from common.certificates import make_authority, make_node_key
+from common.doctor import HELP
+from common.errors import PrivacyRefusedError, VerificationError
+from common.keys import generate_key, write_private
+from common.privacy import chain
+from common.privacy.accounting import Event
+from common.privacy.chain import Kind
+from server.heads import HeadBook
+from tests.integration.superlink import SuperLink, free_port, wait_until
+
+PRIVATE = "zebra"
+"""Stands in the records, and nowhere else."""
+CODES = {"config": 2, "privacy": 3, "federation": 4, "verification": 5}
+
+
+TRIAL = {
+    "event": chain.event_body(Event(3.0, 1.0, 1)),
+    "purpose": "a trial",
+    "unit": "record",
+    "admission": "plan",
+}
+
+
+@dataclass
+class SetUp:
+    """A node's files and settings, all of them good, and the run that is to come."""
+
+    folder: Path
+    patch: pytest.MonkeyPatch
+    settings: dict[str, str]
+    run: dict[str, str] | None = None
+    flags: list[str] = field(default_factory=list)
+
+    def file(self, name: str) -> Path:
+        return self.folder / name
+
+    def words(self, side="node"):
+        told = [f"{name}={value}" for name, value in self.settings.items()]
+        run = ["--", *(f"{n}={v}" for n, v in self.run.items())] if self.run is not None else []
+        return ["doctor", side, *self.flags, *told, *run]
+
+    def ledger(self):
+        return Store(self.file("books.db"))
+
+
+def private_records(tiny_csv, path):
+    """The suite's, with a word in each that no output may hold."""
+    with tiny_csv.open(newline="") as source, path.open("w", newline="") as file:
+        rows = csv.reader(source)
+        writer = csv.writer(file)
+        writer.writerow(next(rows))
+        writer.writerows((f"{PRIVATE} {text}", label) for text, label in rows)
+
+
+@pytest.fixture
+def good(tmp_path, tiny_csv, tiny_model, monkeypatch):
+    """A node's set-up in which nothing is wrong."""
+    make_authority(tmp_path)
+    make_node_key(tmp_path / "node.key")
+    private_records(tiny_csv, tmp_path / "records.csv")
+    with Store.create(tmp_path / "books.db") as store:
+        store.open("ward-1", Terms("notes", 20.0, 1e-3, "1" * 64))
+    shutil.copytree(tiny_model, tmp_path / "model")
+    settings = {
+        "name": "ward-1",
+        "superlink": "127.0.0.1:1",
+        "authority": f"{tmp_path / 'ca.crt'}",
+        "key": f"{tmp_path / 'node.key'}",
+        "ledger": f"{tmp_path / 'books.db'}",
+        "data.path": f"{tmp_path / 'records.csv'}",
+        "data.labels": "[sport,money]",
+        "node.max_epsilon": "9",
+        "node.models": f"[{tmp_path / 'model'}]",
+    }
+    run = {
+        "data": "csv",
+        "data.test_path": "public.csv",
+        "data.labels": "[sport,money]",
+        "data.declared_records": "90",
+        "federation.sites": "3",
+        "federation.rounds": "2",
+        "privacy.epsilon": "3",
+        "privacy.delta": "1e-3",
+        "model.name": f"{tmp_path / 'model'}",
+    }
+    return SetUp(tmp_path, monkeypatch, settings, run, ["--offline"])
+
+
+def spent(good, events=1):
+    """A ledger that charged something."""
+    with good.ledger() as store:
+        ledger = store.ledger("ward-1")
+        for _ in range(events):
+            ledger.append(Kind.MISC_EVENT, TRIAL)
+        return str(ledger.head)
+
+
+def edit_entry(good):
+    spent(good)
+    with sqlite3.connect(good.file("books.db")) as file:
+        file.execute("DROP TRIGGER entry_is_not_edited")
+        file.execute("UPDATE entry SET line = replace(line, '\"steps\":1', '\"steps\":0')")
+    file.close()
+
+
+def older_ledger(good):
+    names = ("books.db", "books.db-wal")
+    kept = {name: good.file(name).read_bytes() for name in names if good.file(name).exists()}
+    good.flags += ["--head", spent(good)]
+    for path in good.folder.glob("books.db-*"):
+        path.unlink()
+    for name, content in kept.items():
+        good.file(name).write_bytes(content)
+
+
+def other_key(good):
+    good.file("books.db.key").unlink()
+    generate_key(good.file("books.db.key"))
+
+
+def spend_all(good):
+    good.run = None
+    with Store.create(good.file("small.db")) as store:
+        ledger = store.open("ward-1", Terms("notes", 20.0, 1e-3, "1" * 64))
+        ledger.append(Kind.MISC_EVENT, TRIAL)
+    good.settings["ledger"] = f"{good.file('small.db')}"
+    good.patch.setattr("common.privacy.books.Books.spent", lambda books: books.cap)
+
+
+def no_model_weights(good):
+    for path in good.file("model").glob("*.safetensors"):
+        path.rename(path.with_name("pytorch_model.bin"))
+
+
+def full_disk(good):
+    usage = shutil.disk_usage(good.folder)._replace(free=1 << 20)
+    good.patch.setattr(premises.shutil, "disk_usage", lambda _: usage)
+
+
+def expired_authority(good):
+    for name in ("ca.crt", "ca.key"):
+        good.file(name).unlink()
+    make_authority(good.folder, days=10, now=datetime.now(UTC) - timedelta(days=20))
+
+
+def leaf_for_authority(good):
+    made = make_authority(good.folder / "other").issue("superlink", ["localhost"])
+    good.settings["authority"] = f"{made.certificate}"
+
+
+def bad_row(good):
+    with good.file("records.csv").open("a") as file:
+        file.write(f"{PRIVATE} and {PRIVATE},nonsense-{PRIVATE}\n")
+
+
+def put(name, value):
+    return lambda good: good.settings.__setitem__(name, value)
+
+
+def run_with(name, value):
+    return lambda good: good.run.__setitem__(name, value)
+
+
+def chmod(name):
+    return lambda good: good.file(name).chmod(0o644)
+
+
+def unlink(name):
+    return lambda good: good.file(name).unlink()
+
+
+FAULTS: dict[str, tuple[Callable[[SetUp], object], str, str, str, int]] = {
+    "flwr of another minor": (
+        lambda good: good.patch.setattr(premises.metadata, "version", lambda _: "1.39.0"),
+        *("versions", "flwr 1.39.0", "pip install 'flwr<1.43'", 2),
+    ),
+    "no authority": (unlink("ca.crt"), "authority", "no such file", "must hold the certif", 2),
+    "an authority that is a server": (
+        leaf_for_authority,
+        *("authority", "of a server", "get the authority's (ca.crt)", 2),
+    ),
+    "an expired authority": (expired_authority, "authority", "has expired", "get a new one", 2),
+    "a node key for all": (chmod("node.key"), "node key", "others may read", "run chmod 600", 2),
+    "no node key": (unlink("node.key"), "node key", "no such key", "ssh-keygen -t ecdsa", 2),
+    "a node key of another kind": (
+        lambda good: good.file("node.key").write_text("no key\n"),
+        *("node key", "holds no private key", "ssh-keygen -t ecdsa", 2),
+    ),
+    "a full disk": (full_disk, "disk", "0.0 GB are free", "make room", 2),
+    "no GPU": (
+        lambda good: good.flags.append("--gpu"),
+        *("GPU", "no GPU that torch", "or leave out --gpu", 2),
+    ),
+    "pickled weights": (no_model_weights, "model", "no weights", "expected *.safetensors", 2),
+    "no model": (
+        lambda good: shutil.rmtree(good.file("model")),
+        *("model", "no folder with a config.json", "save a model there", 2),
+    ),
+    "no records": (unlink("records.csv"), "records", "records.csv", "correct data.*", 2),
+    "a row with another label": (bad_row, "records", "row 121", "correct data.*", 2),
+    "a column that is not there": (
+        put("data.text_column", "body"),
+        *("records", "body: no such column", "its first line must name them", 2),
+    ),
+    "no ledger": (put("ledger", "gone.db"), "ledger", "no such file", "coterie ledger init", 2),
+    "a ledger of another site": (
+        put("name", "ward-2"),
+        *("ledger", "no such site", "give ledger=FILE#SITE", 2),
+    ),
+    "a ledger key for all": (chmod("books.db.key"), "ledger key", "others may", "chmod 600", 2),
+    "another key beside the ledger": (
+        other_key,
+        *("ledger", "signed by another key", "put the key back", 5),
+    ),
+    "an edited ledger": (edit_entry, "ledger", "entry 2", "find the latest copy", 5),
+    "an older ledger": (older_ledger, "ledger", "never had the head", "do not train on this", 5),
+    "a cap that is spent": (spend_all, "ledger", "is spent", "only its officer", 3),
+    "a program nobody reviewed": (
+        put("node.code", f"[{'0' * 64}]"),
+        *("policy", "not one that was reviewed", "have it reviewed", 3),
+    ),
+    "a run beyond the policy": (
+        run_with("privacy.epsilon", "10"),
+        *("coming run", "is above 9", "ask the coordinator", 3),
+    ),
+    "a run beyond the cap": (
+        lambda good: (good.settings.update({"node": "open", "node.max_epsilon": "90"}), run_with("privacy.epsilon", "80")(good)),
+        *("coming run", "exceed the cap", "the officer for a higher cap", 3),
+    ),
+    "a run that protects nothing": (
+        run_with("privacy.noise", "seeded"),
+        *("coming run", "protect nothing", "submitted with privacy", 3),
+    ),
+    "a run of another unit": (
+        lambda good: good.run.update(
+            {
+                "privacy": "person",
+                "privacy.max_records_per_person": "2",
+                "data.person_column": "who",
+            }
+        ),
+        *("coming run", "the unit of", "submitted for that unit", 3),
+    ),
+    "other labels": (
+        run_with("data.labels", "[money,sport]"),
+        *("coming run", "differ between", "agree on names and order", 2),
+    ),
+}
+
+
+def findings(answer):
+    return {each["check"]: each for each in answer["checks"]}
+
+
+def check_one_fault(answer, code, check, found, remedy):
+    """Exactly one fault, of these words and this code, and nothing private."""
+    assert answer.code == code, answer.out + answer.err
+    faulty = {
+        name: each
+        for name, each in findings(answer.json).items()
+        if each["verdict"] not in ("well", "not checked", "doubtful")
+    }
+    assert set(faulty) >= {check}
+    assert found in faulty[check]["found"], faulty[check]
+    assert remedy in faulty[check]["remedy"], faulty[check]
+    assert faulty[check]["code"] == code
+    # What rests on a broken thing cannot be well either; it says so by itself.
+    assert set(faulty) - {check} <= RESTS_ON.get(check, set())
+    assert PRIVATE not in answer.out + answer.err
+    assert check in answer.json["error"]["message"]
+    assert answer.json["error"]["code"] == code
+
+
+RESTS_ON = {
+    "ledger": {"ledger key"},
+    "policy": {"coming run"},
+    "port": {"certificate", "flwr there", "clock", "registered", "sites"},
+    "certificate": {"flwr there", "clock", "registered", "sites"},
+}
+"""What cannot be well where something else is not."""
+
+
+def test_a_good_set_up_has_no_fault(good, coterie):
+    answer = coterie(*good.words(), "--json")
+    assert answer.code == 0, answer.out + answer.err
+    verdicts = {name: each["verdict"] for name, each in findings(answer.json).items()}
+    assert {name for name, verdict in verdicts.items() if verdict == "not checked"} == {
+        *("port", "certificate", "flwr there", "clock", "registered")
+    }
+    assert len([v for v in verdicts.values() if v in ("well", "doubtful")]) == len(verdicts) - 5
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_has_its_name_remedy_and_code(fault, good, coterie):
+    broken, check, found, remedy, code = FAULTS[fault]
+    broken(good)
+    if check != "coming run":  # which takes a second to price
+        good.run = None
+    words = good.words()
+    words.insert(2, "--json")
+    check_one_fault(coterie(*words), code, check, found, remedy)
+
+
+def test_there_are_faults_of_every_class():
+    assert len(FAULTS) + len(FAULTS_THERE) + len(COORDINATORS) >= 15
+    codes = {fault[-1] for table in (FAULTS, FAULTS_THERE, COORDINATORS) for fault in table.values()}
+    assert codes == {2, 3, 4, 5}
+
+
+def test_the_worst_of_several_faults_is_the_code(good, coterie):
+    chmod("node.key")(good)
+    edit_entry(good)
+    good.run = None
+    answer = coterie(*good.words())
+    assert answer.code == 5
+    assert "2 of 15 checks found a fault: node key, ledger" in answer.err
+    table = " ".join(answer.out.split())
+    assert "chmod 600" in table
+    assert "2 FAULTY" in table
+    assert PRIVATE not in answer.out + answer.err
+
+
+def test_the_doctor_changes_nothing(good, coterie):
+    def state():
+        return {
+            path: (path.stat().st_mtime_ns, path.stat().st_mode, path.read_bytes())
+            for path in good.folder.rglob("*")
+            if path.is_file() and not path.name.endswith(("-shm", "-wal"))
+        }
+
+    spent(good)
+    before = state()
+    assert coterie(*good.words()).code == 0
+    assert state() == before
+
+
+def test_a_doctor_without_a_patient_says_whom_it_sees(coterie):
+    answer = coterie("doctor", "nobody")
+    assert answer.code == 2
+    assert answer.err == (
+        "coterie doctor: doctor nobody: whom shall it look at? coterie doctor node or coterie "
+        "doctor coordinator\n"
+    )
+    assert coterie("doctor", "node", "--help").out == f"{HELP}\n"
+    assert "Example: coterie doctor node" in HELP
+
+
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory):
+    with SuperLink(tmp_path_factory.mktemp("doctor")) as running:
+        yield running
+
+
+@pytest.fixture
+def there(good, superlink):
+    """The same set-up, registered at a real SuperLink."""
+    shutil.copy(superlink.authority.certificate, good.file("ca.crt"))
+    shutil.copy(superlink.authority.key, good.file("ca.key"))
+    superlink.register(good.file("node.key.pub"), good.folder.name[:30].replace("_", "-"))
+    good.settings["superlink"] = superlink.address
+    good.run, good.flags, good.superlink = None, [], superlink
+    return good
+
+
+def nobody_there(good):
+    good.settings[address_of(good)] = f"127.0.0.1:{free_port()}"
+
+
+def nowhere(good):
+    good.settings[address_of(good)] = "coordinator.invalid:8000"
+
+
+def address_of(good):
+    return "superlink" if "superlink" in good.settings else "superlink.address"
+
+
+def other_authority(good):
+    made = make_authority(good.folder / "another")
+    good.settings["authority" if "authority" in good.settings else "superlink.ca"] = (
+        f"{made.certificate}"
+    )
+
+
+def wrong_name(good):
+    good.settings["superlink"] = good.superlink.address.replace("127.0.0.1", "127.0.0.2")
+
+
+def unregistered(good):
+    for path in good.folder.glob("node.key*"):
+        path.unlink()
+    make_node_key(good.file("node.key"))
+
+
+def fast_clock(good):
+    """As if this machine's clock were 90 s ahead, in what is compared and in what is signed."""
+    real = peer.time
+    good.patch.setattr(peer, "time", lambda: real() + 90)
+
+
+def other_flower(good):
+    good.patch.setattr(checkup.metadata, "version", lambda _: "1.42.0")
+
+
+def expired_server(good):
+    """A server of this authority whose certificate is of last year."""
+    past = datetime.now(UTC) - timedelta(days=40)
+    authority = good.superlink.authority.__class__(good.file("ca.crt"), good.file("ca.key"))
+    good.settings["superlink"] = good.serve(authority.issue("late", ["127.0.0.1"], days=10, now=past))
+
+
+def no_tls(good):
+    good.settings["superlink"] = good.serve(None)
+
+
+FAULTS_THERE: dict[str, tuple[Callable[[SetUp], object], str, str, str, int]] = {
+    "nobody at the port": (nobody_there, "port", "refused", "start the SuperLink", 4),
+    "no such machine": (nowhere, "port", "no machine of that name", "correct the name", 4),
+    "a coordinator of another authority": (
+        other_authority,
+        *("certificate", "signed by another authority", "give the authority that signed it", 2),
+    ),
+    "a coordinator by another name": (
+        wrong_name,
+        *("certificate", "for another name", "reach it by a name that is in it", 2),
+    ),
+    "a coordinator's expired certificate": (
+        expired_server,
+        *("certificate", "has expired", "have the coordinator renew it", 2),
+    ),
+    "a coordinator without TLS": (
+        no_tls,
+        *("certificate", "does not speak TLS", "--ssl-certfile", 2),
+    ),
+    "a key that is not registered": (
+        unregistered,
+        *("registered", "lets this node's key in no more than once", "register it", 2),
+    ),
+    "a clock ahead": (fast_clock, "clock", "90 s ahead of", "by NTP", 2),
+    "another flwr there": (other_flower, "flwr there", "flwr 1.42.0 here, and '1.41", "install one", 2),
+}

@@ -261,7 +261,7 @@ class Fleet:
         """Raises: RunOverError if nobody would take an answer."""
         self._call(self._client.GetRun, GetRunRequest(node=self._node, run_id=run))
 
-    def send(self, reply: Message, begun: str, began: Callable[[str], None]) -> None:
+    def send(self, reply: Message, begun: str, began: Callable[[str], None]) -> int:
         """Sends a reply, the whole of it or nothing that counts; it may be sent again.
 
         How long the answer took is not told: a node's own clock is its own.
@@ -283,13 +283,15 @@ class Fleet:
         )
         response = self._call(self._client.PushMessages, request)
         wanted, session = [*response.objects_to_push], response.session_id
+        size = sum(map(len, parts.values()))
         if not wanted:
             if begun:
-                return
+                return size
             raise RunOverError("nobody waits for this answer any more, or it is there already")
         began(session)
         if not all(_at_once(lambda name: self._keeps(run, session, name, parts[name]), wanted)):
             raise UnreachableError(f"superlink={self.address}: did not keep a part of an answer")
+        return size
 
     def check_version(self) -> None:
         """Raises: NotAdmittedError if the SuperLink says that it is of another flwr minor.

@@ -37,12 +37,14 @@ from client.inbox import Inbox
 from client.ledger import Ledger, Store
 from client.settings import NodeSettings
 from client.site import Site
+from client.vitals import Vitals
 from common import messages
 from common.allocation import keep_freed_memory
 from common.certificates import read_node_key
 from common.config import ModelConfig, PrivacyMode
 from common.data import check_files, load_splits
 from common.errors import ConfigError, CoterieError, FederationError, VerificationError
+from common.exposition import health_at, metrics_at
 from common.privacy.chain import Head
 from common.privacy.mechanism import counting
 from common.records import Records
@@ -72,18 +74,21 @@ def run_node(settings: NodeSettings) -> dict[str, Any]:
     key = read_node_key(Path(settings.key).expanduser())
     fleet = Fleet(settings.superlink, Path(settings.authority), key)
     with ExitStack() as stack:
+        health = stack.enter_context(health_at("health", settings.health))
+        vitals = Vitals(settings.name, health)
+        stack.enter_context(metrics_at("metrics", settings.metrics, vitals.families))
         inbox = Inbox(settings.inbox_path)
         stack.callback(inbox.close)
         ledger = _ledger(settings, stack)
         stopping = stack.enter_context(_stopped_by_signals())
-        line = Line(settings, stopping)
+        line = Line(settings, stopping, vitals)
         stack.enter_context(_leaving(fleet))
         node_id = _join(fleet, line, inbox, fingerprint(settings, key))
         if node_id is None:  # stopped before it got there
             return _summary(settings, 0, 0, 0)
         stack.enter_context(_beating(fleet))
         site = open_site(settings, ledger)
-        node = Node(settings, site, fleet, line, inbox)
+        node = Node(settings, site, fleet, line, inbox, vitals)
         log.info(
             "%s: connected to %s as node %d; waiting for instructions",
             *(settings.name, settings.superlink, node_id),
@@ -128,7 +133,10 @@ def read_records(settings: NodeSettings) -> Records:
 class Line:
     """Calls that are tried again until somebody answers."""
 
-    def __init__(self, settings: NodeSettings, stopping: threading.Event) -> None:
+    def __init__(
+        self, settings: NodeSettings, stopping: threading.Event, vitals: Vitals | None = None
+    ) -> None:
+        self._vitals = vitals or Vitals(settings.name)
         self._name, self._patience_s = settings.name, settings.patience_s or float("inf")
         self.stopping = stopping
 
@@ -159,6 +167,7 @@ class Line:
                 if monotonic() > until:
                     raise RunOverError("nobody waits for this answer any more") from error
                 if not told:
+                    self._vitals.online(connected=False)
                     log.warning("%s: %s; trying again until it is otherwise", self._name, error)
                 told = True
                 self.stopping.wait(_apart(delay))
@@ -169,6 +178,8 @@ class Line:
                         "%s: the coordinator answers again, after %.0f s",
                         *(self._name, monotonic() - since),
                     )
+                if not self._vitals.connected:
+                    self._vitals.online(connected=True)
                 return result
 
 
@@ -176,8 +187,15 @@ class Node:
     """One site's answers, over one line."""
 
     def __init__(
-        self, settings: NodeSettings, site: Site, fleet: Fleet, line: Line, inbox: Inbox
+        self,
+        settings: NodeSettings,
+        site: Site,
+        fleet: Fleet,
+        line: Line,
+        inbox: Inbox,
+        vitals: Vitals | None = None,
     ) -> None:
+        self._vitals = vitals or Vitals(settings.name)
         self._site, self._fleet, self._line, self._inbox = site, fleet, line, inbox
         self._poll_s = settings.poll_s
         self._app: ClientApp = client_app(
@@ -211,6 +229,7 @@ class Node:
         """While there is nothing to answer, what the next answer will say is priced, once."""
         ledger = self._site.ledger
         if ledger is not None and ledger.head != self._foreseen:
+            self._vitals.priced(ledger.books)
             ledger.books.foresee()
             self._foreseen = ledger.head
         self._line.stopping.wait(self._poll_s)
@@ -224,6 +243,7 @@ class Node:
         run = run_of(envelope)
         try:
             parcel = self._line.call(lambda: self._fleet.fetch(run, envelope, tree))
+            self._vitals.moved(received=sum(map(len, parcel.parts.values())))
             # 1. On disk before the SuperLink may forget it.
             try:
                 self._inbox.put(parcel)
@@ -281,9 +301,9 @@ class Node:
         outcome = self._sent(reply, until=started + _expires_in(addressed))
         if outcome is None:
             return
-        log.info(
-            "%s: %s: %s, %.1f s", self._site.name, _what(addressed), outcome, monotonic() - started
-        )
+        seconds = monotonic() - started
+        self._vitals.took(reply.error.code if reply.has_error() else None, seconds)
+        log.info("%s: %s: %s, %.1f s", self._site.name, _what(addressed), outcome, seconds)
         self._inbox.clear()
 
     def _reply(self, parcel: Parcel, addressed: Message, *, left_over: bool) -> Message:
@@ -360,11 +380,12 @@ class Node:
             with suppress(OSError):  # a full disk costs no more than the time to send it again
                 self._inbox.sending(name, session)
 
-        self._fleet.send(reply, begun, began)
+        self._vitals.moved(sent=self._fleet.send(reply, begun, began) or 0)
 
     def _join_again(self, error: NotAdmittedError) -> None:
         """The coordinator let this node in before: what is wrong with it now may pass."""
         log.warning("%s: %s; trying again until it is otherwise", self._site.name, error)
+        self._vitals.online(connected=False)
         self._line.stopping.wait(FIRST_DELAY_S)
         try:
             self._line.call(

@@ -37,6 +37,8 @@ from common.config import (
     opened,
 )
 from common.errors import ConfigError
+from common.exposition import ADDRESS_RULE, is_listen_address
+from common.log_lines import LogForm
 from common.strategies import StrategyConfig
 
 MIN_POLL_S, MAX_POLL_S = 0.01, 60.0
@@ -77,6 +79,14 @@ class NodeSettings:
     """Seconds between two questions for an instruction."""
     patience_s: float = 0.0
     """Seconds without an answer from the coordinator after which the node gives up; 0: never."""
+    metrics: str = ""
+    """Where Prometheus may read how this node does, under /metrics: PORT of loopback, or HOST:PORT.
+    In the clear, to whoever reaches it. Empty: nowhere."""
+    health: str = ""
+    """Where probes may ask by `grpc.health.v1` whether it is well: as `metrics`. Service "" is the
+    process, `node` whether the coordinator answers. Empty: nowhere."""
+    log: LogForm = LogForm.text
+    """A line of the log: `text`, or a `json` object."""
     allow_unprotected: bool = False
     """Answers instructions that protect nothing, with seeded noise or none: for demonstrations, on
     records that are not private."""
@@ -174,5 +184,7 @@ _RULES: dict[str, tuple[str, Callable[..., bool]]] = {
     "key": ("the path of a private key", bool),
     "threads": ("between 0 and 1024", lambda value: 0 <= value <= MAX_THREADS),
     "poll_s": ("between 0.01 and 60", lambda value: MIN_POLL_S <= value <= MAX_POLL_S),
+    "metrics": (ADDRESS_RULE, is_listen_address),
+    "health": (ADDRESS_RULE, is_listen_address),
     "patience_s": ("0 or more", lambda value: value >= 0),
 }

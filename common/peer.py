@@ -49,8 +49,10 @@ class Peer:
 
     @property
     def host_and_port(self) -> tuple[str, int]:
-        """Without the brackets of IPv6."""
+        """Without the brackets of IPv6. Raises: ConfigError if it is no address."""
         host, _, port = self.address.rpartition(":")
+        if not host or "/" in host or not port.isdecimal():
+            raise ConfigError(f"{self.name}: is no address; give HOST:PORT")
         return host.strip("[]"), int(port)
 
     def reach(self) -> str:

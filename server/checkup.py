@@ -18,6 +18,7 @@ from common.peer import Peer, check_authority
 from common.premises import check_gpu, check_model, check_room, check_versions
 from common.privacy.accounting import shown
 from server.control import Address, Link
+from server.occupation import is_occupied
 
 ENGINE = "engine="
 ONLINE = "online"
@@ -87,7 +88,6 @@ class Checkup:
 
     def door(self) -> str:
         """Whether the control API is asked where nobody else should reach it."""
-        Address.checked(self.config.superlink.address, self.config.superlink.ca)
         host, _ = self.peer.host_and_port
         if host != "localhost" and not _is_loopback(host):
             raise DoubtError(
@@ -117,8 +117,6 @@ class Checkup:
 
     def run_folder(self) -> str:
         """Whether a run can begin, or go on, in it."""
-        from server.interrupted import is_occupied  # noqa: PLC0415 - torch comes with it
-
         if not self.config.run_dir:
             return "a new one, runs/DATE/TIME"
         path = Path(self.config.run_dir).expanduser()

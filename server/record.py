@@ -5,11 +5,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from common.durable import write_atomic
 from common.errors import VerificationError
-from common.messages import SiteBooks
+
+if TYPE_CHECKING:  # torch would come with it, and who only reads lines needs none
+    from common.messages import SiteBooks
 
 FILE = "metrics.jsonl"
 
@@ -95,7 +97,7 @@ def _text(line: RoundLine) -> str:
     return json.dumps(asdict(line), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def site_lines(books: Mapping[str, SiteBooks]) -> dict[str, SiteLine]:
+def site_lines(books: "Mapping[str, SiteBooks]") -> dict[str, SiteLine]:
     """What sites said of their ledgers, by name, as plain values."""
     return {
         name: SiteLine(

@@ -8,32 +8,31 @@ import csv
 import os
 import shutil
 import sqlite3
-import sys
+import ssl
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from client.checkup import Checkup
 from client.ledger import Store, Terms
 from common import peer, premises
-from common.certificates import make_authority, make_node_key
+from common.certificates import Authority, make_authority, make_node_key
 from common.doctor import HELP
-from common.errors import PrivacyRefusedError, VerificationError
-from common.keys import generate_key, write_private
+from common.keys import generate_key
 from common.privacy import chain
 from common.privacy.accounting import Event
 from common.privacy.chain import Kind
 from server.heads import HeadBook
-from tests.integration.superlink import SuperLink, free_port, wait_until
+from tests.integration.superlink import SuperLink, free_port
 
 PRIVATE = "zebra"
 """Stands in the records, and nowhere else."""
-CODES = {"config": 2, "privacy": 3, "federation": 4, "verification": 5}
 
 
 TRIAL = {
@@ -192,7 +191,10 @@ def unlink(name):
     return lambda good: good.file(name).unlink()
 
 
-FAULTS: dict[str, tuple[Callable[[SetUp], object], str, str, str, int]] = {
+Fault = tuple[Callable[[SetUp], object], str, str, str, int]
+"""What breaks a set-up; the check that finds it; words of what is found and of the remedy; code."""
+
+FAULTS: dict[str, Fault] = {
     "flwr of another minor": (
         lambda good: good.patch.setattr(premises.metadata, "version", lambda _: "1.39.0"),
         *("versions", "flwr 1.39.0", "pip install 'flwr<1.43'", 2),
@@ -299,6 +301,7 @@ RESTS_ON = {
     "policy": {"coming run"},
     "port": {"certificate", "flwr there", "clock", "registered", "sites"},
     "certificate": {"flwr there", "clock", "registered", "sites"},
+    "flwr there": {"registered"},
 }
 """What cannot be well where something else is not."""
 
@@ -368,6 +371,26 @@ def test_a_doctor_without_a_patient_says_whom_it_sees(coterie):
     assert "Example: coterie doctor node" in HELP
 
 
+@pytest.fixture
+def serve():
+    """Starts servers that are no SuperLinks; the address of each."""
+    with ExitStack() as stack:
+
+        def started(credentials):
+            server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+            if credentials is not None:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.load_cert_chain(credentials.certificate, credentials.key)
+                server.socket = context.wrap_socket(server.socket, server_side=True)
+            server.handle_error = lambda *_: None  # whoever does not believe it hangs up
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            stack.callback(lambda: (server.shutdown(), server.server_close(), thread.join()))
+            return f"127.0.0.1:{server.server_address[1]}"
+
+        yield started
+
+
 @pytest.fixture(scope="module")
 def superlink(tmp_path_factory):
     with SuperLink(tmp_path_factory.mktemp("doctor")) as running:
@@ -375,37 +398,46 @@ def superlink(tmp_path_factory):
 
 
 @pytest.fixture
-def there(good, superlink):
+def there(good, superlink, serve):
     """The same set-up, registered at a real SuperLink."""
+    for name in ("ca.crt", "ca.key"):
+        good.file(name).unlink()
     shutil.copy(superlink.authority.certificate, good.file("ca.crt"))
     shutil.copy(superlink.authority.key, good.file("ca.key"))
-    superlink.register(good.file("node.key.pub"), good.folder.name[:30].replace("_", "-"))
+    superlink.register(good.file("node.key.pub"), f"ward-{os.urandom(3).hex()}")
     good.settings["superlink"] = superlink.address
-    good.run, good.flags, good.superlink = None, [], superlink
+    good.run, good.flags, good.serve = None, [], serve
     return good
 
 
+def authority_of(good):
+    return Authority(good.file("ca.crt"), good.file("ca.key"))
+
+
 def nobody_there(good):
-    good.settings[address_of(good)] = f"127.0.0.1:{free_port()}"
-
-
-def nowhere(good):
-    good.settings[address_of(good)] = "coordinator.invalid:8000"
-
-
-def address_of(good):
-    return "superlink" if "superlink" in good.settings else "superlink.address"
+    name = "superlink" if "superlink" in good.settings else "superlink.address"
+    good.settings[name] = f"127.0.0.1:{free_port()}"
 
 
 def other_authority(good):
     made = make_authority(good.folder / "another")
-    good.settings["authority" if "authority" in good.settings else "superlink.ca"] = (
-        f"{made.certificate}"
-    )
+    good.settings["authority"] = f"{made.certificate}"
 
 
 def wrong_name(good):
-    good.settings["superlink"] = good.superlink.address.replace("127.0.0.1", "127.0.0.2")
+    own = authority_of(good).issue("elsewhere", ["elsewhere.example"])
+    good.settings["superlink"] = good.serve(own)
+
+
+def expired_server(good):
+    """Of this authority, whose certificate has ended."""
+    past = datetime.now(UTC) - timedelta(days=40)
+    own = authority_of(good).issue("late", ["127.0.0.1"], days=10, now=past)
+    good.settings["superlink"] = good.serve(own)
+
+
+def no_tls(good):
+    good.settings["superlink"] = good.serve(None)
 
 
 def unregistered(good):
@@ -415,29 +447,21 @@ def unregistered(good):
 
 
 def fast_clock(good):
-    """As if this machine's clock were 90 s ahead, in what is compared and in what is signed."""
     real = peer.time
     good.patch.setattr(peer, "time", lambda: real() + 90)
 
 
 def other_flower(good):
-    good.patch.setattr(checkup.metadata, "version", lambda _: "1.42.0")
+    real = metadata.version
+    good.patch.setattr(metadata, "version", lambda name: "1.42.0" if name == "flwr" else real(name))
 
 
-def expired_server(good):
-    """A server of this authority whose certificate is of last year."""
-    past = datetime.now(UTC) - timedelta(days=40)
-    authority = good.superlink.authority.__class__(good.file("ca.crt"), good.file("ca.key"))
-    good.settings["superlink"] = good.serve(authority.issue("late", ["127.0.0.1"], days=10, now=past))
-
-
-def no_tls(good):
-    good.settings["superlink"] = good.serve(None)
-
-
-FAULTS_THERE: dict[str, tuple[Callable[[SetUp], object], str, str, str, int]] = {
+FAULTS_THERE: dict[str, Fault] = {
     "nobody at the port": (nobody_there, "port", "refused", "start the SuperLink", 4),
-    "no such machine": (nowhere, "port", "no machine of that name", "correct the name", 4),
+    "no such machine": (
+        put("superlink", "coordinator.invalid:8000"),
+        *("port", "no machine of that name", "correct the name", 4),
+    ),
     "a coordinator of another authority": (
         other_authority,
         *("certificate", "signed by another authority", "give the authority that signed it", 2),
@@ -458,6 +482,103 @@ FAULTS_THERE: dict[str, tuple[Callable[[SetUp], object], str, str, str, int]] = 
         unregistered,
         *("registered", "lets this node's key in no more than once", "register it", 2),
     ),
-    "a clock ahead": (fast_clock, "clock", "90 s ahead of", "by NTP", 2),
-    "another flwr there": (other_flower, "flwr there", "flwr 1.42.0 here, and '1.41", "install one", 2),
+    "a clock ahead": (fast_clock, "clock", "s ahead of", "by NTP", 2),
+    "another flwr there": (other_flower, "flwr there", "1.42.0 here, and '1.41", "one minor", 2),
 }
+
+
+@pytest.mark.slow  # a SuperLink
+def test_a_node_that_would_be_let_in_has_no_fault(there, coterie):
+    for _ in range(2):  # the doctor leaves the node's place as it found it
+        answer = coterie(*there.words(), "--json")
+        assert answer.code == 0, answer.out + answer.err
+        assert findings(answer.json)["registered"]["found"].startswith("yes, as node ")
+        assert findings(answer.json)["clock"]["verdict"] == "well"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS_THERE)
+def test_each_fault_of_the_way_there_has_its_name_remedy_and_code(fault, there, coterie):
+    broken, check, found, remedy, code = FAULTS_THERE[fault]
+    broken(there)
+    check_one_fault(coterie(*there.words(), "--json"), code, check, found, remedy)
+
+
+@pytest.fixture
+def coordinator(good, tiny_csv):
+    """What a run is submitted with, all of it good."""
+    good.settings = {
+        "superlink.address": "127.0.0.1:1",
+        "superlink.ca": f"{good.file('ca.crt')}",
+        "heads": f"{good.file('heads.db')}",
+        "run_dir": f"{good.file('run')}",
+        "data": "csv",
+        "data.test_path": f"{tiny_csv}",
+        "data.labels": "[sport,money]",
+        "data.declared_records": "900",
+        "federation.sites": "1",
+        "federation.rounds": "2",
+        "privacy.delta": "1e-4",
+        "model.name": f"{good.file('model')}",
+    }
+    HeadBook(good.file("heads.db"))
+    good.run = None
+    return good
+
+
+def occupied_folder(good):
+    good.file("run").mkdir()
+    (good.file("run") / "notes.txt").write_text("mine")
+
+
+def no_book(good):
+    good.file("heads.db").write_text("no book of heads")
+
+
+COORDINATORS: dict[str, Fault] = {
+    "no authority given": (put("superlink.ca", ""), "authority", "no file", "give the auth", 2),
+    "no public records": (
+        put("data.test_path", "gone.csv"),
+        *("public records", "gone.csv", "correct data.test_path", 2),
+    ),
+    "a folder that is taken": (occupied_folder, "run folder", "is not an empty", "another", 2),
+    "a heads key for all": (chmod("heads.db.key"), "heads", "others may read", "chmod 600", 2),
+    "no book of heads": (no_book, "heads", "is not a book of heads", "put the book", 5),
+    "no model for all": (
+        lambda good: shutil.rmtree(good.file("model")),
+        *("model", "no folder with a config.json", "save a model there", 2),
+    ),
+    "a delta beyond its bound": (put("privacy.delta", "0.1"), "plan", "delta", "", 2),
+}
+
+
+def test_a_good_coordinator_has_no_fault(coordinator, coterie):
+    answer = coterie(*coordinator.words("coordinator"), "--json")
+    assert answer.code == 0, answer.out + answer.err
+    assert findings(answer.json)["plan"]["found"].startswith("epsilon 3.0")
+
+
+@pytest.mark.parametrize("fault", COORDINATORS)
+def test_each_fault_of_a_coordinator_has_its_name_remedy_and_code(fault, coordinator, coterie):
+    broken, check, found, remedy, code = COORDINATORS[fault]
+    broken(coordinator)
+    answer = coterie(*coordinator.words("coordinator"), "--json")
+    check_one_fault(answer, code, check, found, remedy)
+
+
+@pytest.mark.slow
+def test_a_coordinator_with_too_few_sites_is_told_how_to_register_them(
+    coordinator, there, superlink, coterie
+):
+    coordinator.settings |= {
+        "superlink.address": superlink.address,
+        "superlink.ca": f"{superlink.authority.certificate}",
+        "federation.sites": "99",
+    }
+    coordinator.settings.pop("superlink")
+    answer = coterie(*coordinator.words("coordinator"), "--json")
+    check_one_fault(answer, 4, "sites", "federation.sites=99", "flwr supernode register")
+    coordinator.settings["federation.sites"] = "1"
+    answer = coterie(*coordinator.words("coordinator"), "--json")
+    assert answer.code == 0, answer.out
+    assert findings(answer.json)["sites"]["verdict"] == "doubtful"  # registered, and not there

@@ -13,12 +13,14 @@ from importlib import metadata
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from client.ledger import read_chain
+from client.node import checked, from_kit, told
 from client.policy import check_policy
 from client.settings import NODE, NodeSettings
 from client.site_keys import SiteKeys
-from common.certificates import PUBLIC_SUFFIX, read_node_key
+from common.certificates import PUBLIC_SUFFIX, Credentials, read_node_key
 from common.cli import Invocation
 from common.code import code_digest
 from common.composition import run_job, run_with
@@ -26,7 +28,8 @@ from common.config import Config, NoiseSource, PrivacyMode, check_delta
 from common.data import check_files
 from common.doctor import Check, DoubtError, OpenError, Visit, conclude, examine
 from common.errors import ConfigError, CoterieError, PrivacyRefusedError, VerificationError
-from common.peer import Peer, check_authority
+from common.keys import check_secret
+from common.peer import Peer, check_authority, check_end, read_certificate
 from common.premises import check_gpu, check_model, check_room, check_versions
 from common.privacy import chain
 from common.privacy.accounting import shown, solve_noise_multiplier
@@ -34,6 +37,7 @@ from common.privacy.books import Books
 from common.privacy.chain import Entry, Head
 from common.privacy.mechanism import count_event, mechanism_of, run_events
 from common.privacy.verification import verify
+from common.seal import Seal
 
 ENGINE = "engine="
 RESTORE = "find the latest copy of the ledger, and do not train on this one (docs/deploy.md)"
@@ -45,10 +49,12 @@ def checkup(invocation: Invocation, visit: Visit) -> None:
     planned = None if visit.run is None else _composed(visit.run)
 
     def job(settings: NodeSettings) -> None:
-        findings = examine(Checkup(settings, visit, planned).checks(), offline=visit.offline)
+        seal = checked(settings, invocation)
+        findings = examine(Checkup(settings, visit, planned, seal).checks(), offline=visit.offline)
         conclude(f"node {settings.name}", findings, invocation, visit)
 
-    run_with(NODE, job, invocation)
+    with from_kit(invocation) as whole:  # of an altered kit nothing is believed, or looked at
+        run_with(NODE, job, whole)
 
 
 def _composed(overrides: Sequence[str]) -> Config:
@@ -63,16 +69,27 @@ def _composed(overrides: Sequence[str]) -> Config:
 class Checkup:
     """What there is to look at, of one node."""
 
-    def __init__(self, settings: NodeSettings, visit: Visit, planned: Config | None) -> None:
-        self.settings, self.visit, self.planned = settings, visit, planned
+    def __init__(
+        self, settings: NodeSettings, visit: Visit, planned: Config | None, seal: Seal | None
+    ) -> None:
+        self.settings, self.visit, self.planned, self.seal = settings, visit, planned, seal
         self.authority = Path(settings.authority).expanduser()
-        self.peer = Peer("superlink", settings.superlink, self.authority)
+        self.own = (
+            Credentials(Path(settings.certificate), Path(settings.certificate_key))
+            if settings.certificate
+            else None
+        )
+        self.peer = Peer("superlink", settings.superlink, self.authority, self.own)
 
     def checks(self) -> Iterator[Check]:
         """In the order in which a node needs them."""
         settings = self.settings
         yield Check("versions", check_versions, "install this program anew, with constraints.txt")
         yield Check("authority", lambda: check_authority(self.authority), "get ca.crt anew")
+        if self.seal is not None:
+            yield Check("kit", self.kit, "get the kit anew from whoever provisions")
+        if self.own is not None:
+            yield Check("own certificate", self.own_certificate, "get the kit renewed")
         yield Check("node key", self.node_key, "make one: ssh-keygen -t ecdsa -b 384 -N '' -f FILE")
         yield Check("port", self.peer.reach, "start the SuperLink", calls=True)
         yield Check("certificate", self.peer.handshake, "renew it", calls=True)
@@ -94,6 +111,31 @@ class Checkup:
         yield Check("ledger", self.ledger, RESTORE)
         yield Check("policy", self.policy, NARROW)
         yield Check("coming run", self.coming_run, NARROW)
+
+    def kit(self) -> str:
+        """What its seal says; that it is whole was checked before a word of it was believed."""
+        assert self.seal is not None
+        if not self.seal.pinned:
+            raise DoubtError(
+                f"{told(self.seal, self.settings.kit)}; ask for the provisioner's public key by "
+                "another way than the kit came, and give it as sealed_by"
+            )
+        return told(self.seal, self.settings.kit)
+
+    def own_certificate(self) -> str:
+        """Whether what this node shows at a door is of today, and its own."""
+        assert self.own is not None
+        check_secret(self.own.key.expanduser())
+        found = read_certificate(self.own.certificate.expanduser(), "this node, from its kit")
+        key = load_pem_private_key(self.own.key.expanduser().read_bytes(), None)
+        if key.public_key() != found.public_key():
+            raise ConfigError(
+                f"certificate={self.own.certificate}: is not that of {self.own.key}; put both back "
+                "from the kit"
+            )
+        ends = found.not_valid_after_utc
+        check_end(ends, f"certificate={self.own.certificate}: it", "have the kit renewed")
+        return f"until {ends:%Y-%m-%d}"
 
     def node_key(self) -> str:
         """Whether it is a key, and its owner's alone."""
@@ -119,7 +161,7 @@ class Checkup:
             except ConfigError:
                 return "this site's node is running, and was let in: see its log"
         try:
-            fleet = Fleet(self.settings.superlink, self.authority, key)
+            fleet = Fleet(self.settings.superlink, self.authority, key, own=self.own)
             try:
                 fleet.join(inbox.identity(fingerprint(self.settings, key)) if inbox else None)
             finally:

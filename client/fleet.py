@@ -60,7 +60,9 @@ from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from common.certificates import Credentials
 from common.errors import ConfigError, CoterieError, FederationError, VerificationError
+from common.keys import check_secret
 from common.messages import MAX_VECTOR_BYTES
 
 CALL_S = 30.0
@@ -78,7 +80,9 @@ MAX_PARCEL_BYTES = MAX_VECTOR_BYTES + (16 << 20)
 """Of all parts of one instruction: the parameters, and what stands beside them."""
 CLOCK_TOLERANCE_S = 4.0
 """Flower takes no call that is dated 5 s ahead of it or 305 s behind."""
-UNAUTHORIZED, FORBIDDEN, PRECONDITION_FAILED = 401, 403, 412
+UNAUTHORIZED, FORBIDDEN, PRECONDITION_FAILED, TOO_LARGE = 401, 403, 412, 413
+DOOR = "coterie-door"
+"""The header in which the door of a coordinator's kit says what is wrong with a certificate."""
 NO_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})
 """What OpenSSL calls an answer in plain text; other faults of TLS pass."""
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -166,15 +170,21 @@ class Fleet:
     """
 
     def __init__(
-        self, address: str, authority: Path, key: ec.EllipticCurvePrivateKey, version: str = ""
+        self,
+        address: str,
+        authority: Path,
+        key: ec.EllipticCurvePrivateKey,
+        version: str = "",
+        own: Credentials | None = None,
     ) -> None:
         """Args: address: HOST:PORT; authority: whose certificates are believed; version: of flwr,
-        as the SuperLink is told it, if not the one that is installed.
+        as the SuperLink is told it, if not the one that is installed; own: what a door before the
+        SuperLink asks this node for.
 
-        Raises: ConfigError if `authority` holds no certificate.
+        Raises: ConfigError if `authority` holds no certificate, or `own` is none.
         """
         self.address, self._version = address, version or metadata.version("flwr")
-        self._trust = _trusting(authority)
+        self._trust = _trusting(authority, own)
         self._public = public_key_to_bytes(key.public_key())
         self._bounded = _Bounded(self._trust)
         self._client = FleetHttpClient(
@@ -364,6 +374,14 @@ class Fleet:
 
     def _refused(self, response: httpx.Response) -> CoterieError:
         where, status = f"superlink={self.address}", response.status_code
+        if DOOR in response.headers:
+            words = "".join(each for each in response.headers[DOOR][:80] if each.isprintable())
+            return NotAdmittedError(
+                f"{where}: its door does not let this node in ({words}); give the certificate and "
+                "certificate_key of this site's kit, or get the kit renewed"
+            )
+        if status == TOO_LARGE:
+            return NotAdmittedError(f"{where}: its door takes no message of that size")
         if status == UNAUTHORIZED:
             ahead = _ahead_s(response)
             if not -CLOCK_TOLERANCE_S < ahead < CLOCK_TOLERANCE_S:
@@ -465,8 +483,11 @@ def _named(message: Message, name: str) -> Message:
     return message
 
 
-def _trusting(authority: Path) -> ssl.SSLContext:
-    """Believes certificates of this authority, and of no other. Raises: ConfigError."""
+def _trusting(authority: Path, own: Credentials | None) -> ssl.SSLContext:
+    """Believes certificates of this authority, and of no other; shows `own` where it is asked for.
+
+    Raises: ConfigError.
+    """
     try:
         content = authority.expanduser().read_text("ascii")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -476,7 +497,27 @@ def _trusting(authority: Path) -> ssl.SSLContext:
         raise ConfigError(f"authority={authority}: no such file") from error
     except (ValueError, ssl.SSLError) as error:
         raise ConfigError(f"authority={authority}: holds no certificate in PEM") from error
+    if own is not None:
+        _show(context, own)
     return context
+
+
+def _show(context: ssl.SSLContext, own: Credentials) -> None:
+    certificate, key = own.certificate.expanduser(), own.key.expanduser()
+    try:
+        check_secret(key)
+        context.load_cert_chain(certificate, key, password=_no_passphrase)
+    except FileNotFoundError as error:
+        missing = key if certificate.exists() else certificate
+        raise ConfigError(f"certificate={certificate}: {missing} is not there") from error
+    except (ValueError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"certificate={certificate}: is no certificate in PEM, or {key} is not its private key"
+        ) from error
+
+
+def _no_passphrase() -> str:
+    raise ValueError("a key with a passphrase")  # instead of asking at the terminal
 
 
 def _of_tls(error: BaseException) -> ssl.SSLError | None:

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client.commitment import UNBOUND, Commitment, secret_of
 from client.site_keys import SiteKeys
 from common.errors import ConfigError, CoterieError, VerificationError
-from common.keys import KEY_SUFFIX, generate_key
+from common.keys import KEY_SUFFIX, generate_key, read_secret, write_secret
 from common.privacy import chain
 from common.privacy.accounting import Event
 from common.privacy.books import Books, filter_order
@@ -111,12 +111,18 @@ class Store:
             raise
 
     @classmethod
-    def create(cls, path: Path) -> "Store":
-        """A new, empty file beside a new key. Raises: ConfigError if there is one."""
+    def create(cls, path: Path, given: Path | None = None) -> "Store":
+        """A new, empty file beside a new key, or beside a copy of the one given.
+
+        Raises: ConfigError if there is one, or what is given is no key that its owner alone reads.
+        """
         if path.exists() or path.is_symlink():
             raise ConfigError(f"{path}: exists already; a ledger is never overwritten")
         path.parent.mkdir(parents=True, exist_ok=True)
-        generate_key(Path(f"{path}{KEY_SUFFIX}"))
+        if given is None:
+            generate_key(Path(f"{path}{KEY_SUFFIX}"))
+        else:
+            write_secret(Path(f"{path}{KEY_SUFFIX}"), read_secret(given))
         try:
             connection = _connect(path)
             connection.executescript(f"BEGIN; {_SCHEMA} {'; '.join(_SEEN)}; COMMIT;")

@@ -40,7 +40,7 @@ from client.site import Site
 from client.vitals import Vitals
 from common import messages
 from common.allocation import keep_freed_memory
-from common.certificates import read_node_key
+from common.certificates import Credentials, read_node_key
 from common.config import ModelConfig, PrivacyMode
 from common.data import check_files, load_splits
 from common.errors import ConfigError, CoterieError, FederationError, VerificationError
@@ -72,7 +72,7 @@ def run_node(settings: NodeSettings) -> dict[str, Any]:
     _configure_process(settings)
     check_files(settings.data)
     key = read_node_key(Path(settings.key).expanduser())
-    fleet = Fleet(settings.superlink, Path(settings.authority), key)
+    fleet = Fleet(settings.superlink, Path(settings.authority), key, own=own_credentials(settings))
     with ExitStack() as stack:
         health = stack.enter_context(health_at("health", settings.health))
         vitals = Vitals(settings.name, health)
@@ -406,6 +406,13 @@ def _join(fleet: Fleet, line: Line, inbox: Inbox, fingerprint: str) -> int | Non
     if fleet.node_id != known:
         inbox.remember(fingerprint, fleet.node_id)
     return fleet.node_id
+
+
+def own_credentials(settings: NodeSettings) -> Credentials | None:
+    """What this node shows at a door."""
+    if not settings.certificate:
+        return None
+    return Credentials(Path(settings.certificate), Path(settings.certificate_key))
 
 
 def fingerprint(settings: NodeSettings, key: ec.EllipticCurvePrivateKey) -> str:

@@ -59,6 +59,15 @@ class NodeSettings:
     """HOST:PORT of the coordinator's SuperLink. Always over TLS."""
     authority: str = MISSING
     """Certificate of the authority, in PEM, that signed the coordinator's; no other is believed."""
+    certificate: str = ""
+    """The node's own certificate, in PEM, where a door stands before the SuperLink; with it goes
+    `certificate_key`, the private key of it, which its owner alone may read."""
+    certificate_key: str = ""
+    kit: str = ""
+    """Folder of the site's kit, as `coterie provision` made it: the settings in it come first, and
+    nothing starts if anything in it was altered. Given on the command line."""
+    sealed_by: str = ""
+    """Public key of who provisioned the federation, if it is known by another way than the kit."""
     key: str = MISSING
     """The node's private key, which its owner alone may read; its public half is registered."""
     ledger: str = ""
@@ -136,6 +145,11 @@ def _broken(settings: NodeSettings) -> Iterator[str]:
         value = getattr(settings, name)
         if not holds(value):
             yield f"{name}={value if value != '' else repr(value)}: must be {rule}"
+    if bool(settings.certificate) != bool(settings.certificate_key):
+        yield (
+            f"certificate={settings.certificate!r}, certificate_key={settings.certificate_key!r}: "
+            "must be given together, or both left out where no door asks for one"
+        )
     if not settings.ledger and not settings.allow_unprotected:
         yield "ledger='': must name this site's books; make them with `coterie ledger init`"
     data = settings.data
@@ -182,6 +196,10 @@ _RULES: dict[str, tuple[str, Callable[..., bool]]] = {
     "superlink": ("HOST:PORT, without http:// or https://; TLS is always used", _is_address),
     "authority": ("the path of a certificate", bool),
     "key": ("the path of a private key", bool),
+    "sealed_by": (
+        "64 hex digits, or empty",
+        lambda value: bool(re.fullmatch("(?:[0-9a-f]{64})?", value)),
+    ),
     "threads": ("between 0 and 1024", lambda value: 0 <= value <= MAX_THREADS),
     "poll_s": ("between 0.01 and 60", lambda value: MIN_POLL_S <= value <= MAX_POLL_S),
     "metrics": (ADDRESS_RULE, is_listen_address),

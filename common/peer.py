@@ -15,6 +15,7 @@ from time import time
 import httpx
 from cryptography import x509
 
+from common.certificates import Credentials
 from common.doctor import DoubtError
 from common.errors import ConfigError, FederationError
 
@@ -39,7 +40,7 @@ class Peer:
     """What the address is called in settings: messages begin with it."""
     address: str
     authority: Path
-    own: tuple[Path, Path] | None = None
+    own: Credentials | None = None
     """Certificate and key that this side shows, where the other asks for one."""
 
     @property
@@ -162,7 +163,14 @@ class Peer:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_verify_locations(cafile=str(self.authority))
         if self.own is not None:
-            context.load_cert_chain(*map(str, self.own))
+            try:
+                context.load_cert_chain(
+                    self.own.certificate.expanduser(), self.own.key.expanduser()
+                )
+            except (OSError, ssl.SSLError) as error:
+                raise ConfigError(
+                    f"certificate={self.own.certificate}: cannot be shown; see own certificate"
+                ) from error
         return context
 
     def _get(self, path: str) -> httpx.Response:

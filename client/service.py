@@ -88,7 +88,7 @@ def run_node(settings: NodeSettings) -> dict[str, Any]:
             return _summary(settings, 0, 0, 0)
         stack.enter_context(_beating(fleet))
         site = open_site(settings, ledger)
-        node = Node(settings, site, fleet, line, inbox, vitals)
+        node = Node(settings, site, fleet, line, inbox, vitals=vitals)
         log.info(
             "%s: connected to %s as node %d; waiting for instructions",
             *(settings.name, settings.superlink, node_id),
@@ -193,6 +193,7 @@ class Node:
         fleet: Fleet,
         line: Line,
         inbox: Inbox,
+        *,
         vitals: Vitals | None = None,
     ) -> None:
         self._vitals = vitals or Vitals(settings.name)
@@ -243,13 +244,13 @@ class Node:
         run = run_of(envelope)
         try:
             parcel = self._line.call(lambda: self._fleet.fetch(run, envelope, tree))
-            self._vitals.moved(received=sum(map(len, parcel.parts.values())))
             # 1. On disk before the SuperLink may forget it.
             try:
                 self._inbox.put(parcel)
             except OSError as error:
                 self._refuse_unkept(parcel, error)
                 return None
+            self._vitals.moved(received=sum(map(len, parcel.parts.values())))
             self._line.call(lambda: self._fleet.confirm(run, parcel.root))
         except (RunOverError, VerificationError) as error:
             self._inbox.clear()

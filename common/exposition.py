@@ -84,7 +84,7 @@ def metrics_at(setting: str, address: str, families: Families) -> Iterator[None]
         raise ConfigError(f"{setting}={address}: needs prometheus-client; {EXTRA}") from error
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    registry.register(_Collector(families))  # type: ignore[arg-type] - by its method alone
+    registry.register(_Collector(families))
     host, port = listen_address(address)
     try:
         server, thread = started(port, addr=host.strip("[]"), registry=registry)

@@ -50,9 +50,7 @@ class JsonLine(logging.Formatter):
 def begin_log(form: LogForm = LogForm.text) -> None:
     """Sends this process's log to stderr; of other libraries, what is wrong only."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonLine() if form is LogForm.json else OneLine("%(asctime)s %(message)s")
-    )
+    handler.setFormatter(JsonLine() if form is LogForm.json else OneLine("%(asctime)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("flwr").setLevel(logging.WARNING)
 

@@ -246,8 +246,9 @@ class Monitor:
         except (CoterieError, OSError):
             return None
         if standing is None:  # a simulation: its lines alone tell
-            state = State.finished if (path / "report.json").exists() else State.running
-            standing = Standing(0, state, round=len(lines), rounds=_planned(path))
+            over = (path / "report.json").exists()
+            seems = State.finished if over else State.running
+            standing = Standing(0, seems, round=len(lines), rounds=_planned(path))
         state = standing.state.value
         if not standing.is_over and not is_occupied(path):
             state = INTERRUPTED

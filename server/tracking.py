@@ -132,9 +132,7 @@ class _Tensorboard:
         uri = config.tracking.uri
         folder = Path(uri).expanduser() / run_dir.name if uri else run_dir / "tensorboard"
         # What an interrupted run had told beyond its last whole round is not shown.
-        self._writer: Any = SummaryWriter(  # type: ignore[no-untyped-call]
-            str(folder), purge_step=after + 1 if after else None
-        )
+        self._writer: Any = SummaryWriter(str(folder), purge_step=after + 1 if after else None)
 
     def follow(self, line: RoundLine) -> None:
         for name, value in numbers(line).items():
@@ -192,5 +190,7 @@ def _settings(config: Config) -> Mapping[str, str]:
     names = [name for name in field_names() if name.split(".")[0] not in _NOT_TOLD]
     values = {name: setting(config, name) for name in names}
     return {
-        name: str(value)[:MAX_VALUE] for name, value in values.items() if not isinstance(value, dict)
+        name: str(value)[:MAX_VALUE]
+        for name, value in values.items()
+        if not isinstance(value, dict)
     }

@@ -249,7 +249,10 @@ FAULTS: dict[str, Fault] = {
         *("coming run", "is above 9", "ask the coordinator", 3),
     ),
     "a run beyond the cap": (
-        lambda good: (good.settings.update({"node": "open", "node.max_epsilon": "90"}), run_with("privacy.epsilon", "80")(good)),
+        lambda good: (
+            good.settings.update({"node": "open", "node.max_epsilon": "90"}),
+            run_with("privacy.epsilon", "80")(good),
+        ),
         *("coming run", "exceed the cap", "the officer for a higher cap", 3),
     ),
     "a run that protects nothing": (
@@ -302,6 +305,7 @@ RESTS_ON = {
     "port": {"certificate", "flwr there", "clock", "registered", "sites"},
     "certificate": {"flwr there", "clock", "registered", "sites"},
     "flwr there": {"registered"},
+    "model": {"public records"},
 }
 """What cannot be well where something else is not."""
 
@@ -329,7 +333,9 @@ def test_each_fault_has_its_name_remedy_and_code(fault, good, coterie):
 
 def test_there_are_faults_of_every_class():
     assert len(FAULTS) + len(FAULTS_THERE) + len(COORDINATORS) >= 15
-    codes = {fault[-1] for table in (FAULTS, FAULTS_THERE, COORDINATORS) for fault in table.values()}
+    codes = {
+        fault[-1] for table in (FAULTS, FAULTS_THERE, COORDINATORS) for fault in table.values()
+    }
     assert codes == {2, 3, 4, 5}
 
 

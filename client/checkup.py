@@ -154,6 +154,7 @@ class Checkup:
             key = read_node_key(Path(self.settings.key).expanduser())
         except ConfigError as error:
             raise OpenError("there is no key to ask for") from error
+        self.peer.check_well()
         inbox = None
         if self.settings.inbox_path.is_dir():
             try:

@@ -6,6 +6,7 @@ that each fault can be told from the others. Nothing is asked that would change 
 
 import socket
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -16,8 +17,8 @@ import httpx
 from cryptography import x509
 
 from common.certificates import Credentials
-from common.doctor import DoubtError
-from common.errors import ConfigError, FederationError
+from common.doctor import DoubtError, OpenError
+from common.errors import ConfigError, CoterieError, FederationError
 
 CALL_S = 10.0
 """How long one question may take."""
@@ -83,10 +84,14 @@ class Peer:
         """
         host, port = self.host_and_port
         try:
-            with (
-                socket.create_connection((host, port), CALL_S) as line,
-                self.context().wrap_socket(line, server_hostname=host) as secured,
-            ):
+            context = self.context()
+            line = socket.create_connection((host, port), CALL_S)
+        except ConfigError as error:
+            raise OpenError("the authority's certificate must be well first") from error
+        except OSError as error:
+            raise OpenError("nobody is there") from error
+        try:
+            with line, context.wrap_socket(line, server_hostname=host) as secured:
                 shown = secured.getpeercert(binary_form=True)
                 speaks = secured.version()
         except ssl.SSLCertVerificationError as error:
@@ -104,6 +109,14 @@ class Peer:
         ends = x509.load_der_x509_certificate(shown).not_valid_after_utc
         check_end(ends, f"{self.name}: its certificate", "have the coordinator renew it")
         return f"{speaks}; for {host}, until {ends:%Y-%m-%d}"
+
+    def check_well(self) -> None:
+        """Raises: OpenError unless whoever is there can be believed: `handshake` says why not."""
+        with suppress(DoubtError):
+            try:
+                self.handshake()
+            except (CoterieError, OpenError) as error:
+                raise OpenError("port and certificate must be well first") from error
 
     def _disbelieved(self, error: ssl.SSLCertVerificationError) -> str:
         where = f"{self.name}: its certificate"
@@ -174,14 +187,12 @@ class Peer:
         return context
 
     def _get(self, path: str) -> httpx.Response:
-        """Raises: FederationError."""
+        """Raises: OpenError: what keeps it from answering is found elsewhere."""
         try:
             with httpx.Client(verify=self.context(), timeout=CALL_S) as client:
                 return client.get(f"https://{self.address}{path}")
         except httpx.TransportError as error:
-            raise FederationError(
-                f"{self.name}: does not answer; see the port and its certificate"
-            ) from error
+            raise OpenError("port and certificate must be well first") from error
 
 
 def read_certificate(path: Path, whose: str) -> x509.Certificate:

@@ -100,6 +100,7 @@ class Checkup:
     def sites(self) -> str:
         """Whether as many nodes are registered, and there, as the run needs."""
         address = Address.checked(self.config.superlink.address, self.config.superlink.ca)
+        self.peer.check_well()
         states = [*Link(address).nodes().values()]
         planned = self.config.federation.training_sites
         if len(states) < planned:

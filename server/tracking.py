@@ -7,6 +7,7 @@ what goes wrong with it is said once, and the run goes on without.
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,8 +26,11 @@ KEPT = "tracking.json"
 """File of the run folder that holds the name which mlflow gave the run."""
 MAX_VALUE = 500
 """Characters of a setting that mlflow takes."""
-_NOT_TOLD = ("run_dir", "ledger", "heads", "resume", "superlink", "tracking", "node", "faults")
-"""Settings of where files are, or of other commands."""
+_NOT_TOLD = {
+    *("run_dir", "ledger", "heads", "resume", "superlink", "tracking", "node", "faults"),
+    *("data.path", "data.test_path", "federation.availability", "data.declared_records"),
+}
+"""Settings of where files are, or of other commands, and what a simulation may have counted."""
 
 log = logging.getLogger(__name__)
 
@@ -152,10 +156,14 @@ class _Mlflow:
     run_dir: Path
 
     def __post_init__(self) -> None:
+        tracking = self.config.tracking
+        uri = tracking.uri or str(self.run_dir / "mlruns")
+        if "://" not in uri:
+            uri = Path(uri).expanduser().resolve().as_uri()
+            # Files are no longer developed by mlflow, and still kept: a server is the better home.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient  # noqa: PLC0415 - of an extra, and slow
 
-        tracking = self.config.tracking
-        uri = tracking.uri or (self.run_dir / "mlruns").resolve().as_uri()
         self._client: Any = MlflowClient(tracking_uri=uri)
         self._run = self._kept() or self._begun(tracking.experiment)
 
@@ -187,7 +195,7 @@ class _Mlflow:
 
 def _settings(config: Config) -> Mapping[str, str]:
     """What the run is asked for, setting by setting."""
-    names = [name for name in field_names() if name.split(".")[0] not in _NOT_TOLD]
+    names = [name for name in field_names() if not {name, name.split(".")[0]} & _NOT_TOLD]
     values = {name: setting(config, name) for name in names}
     return {
         name: str(value)[:MAX_VALUE]

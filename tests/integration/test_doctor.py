@@ -302,8 +302,6 @@ def check_one_fault(answer, code, check, found, remedy):
 RESTS_ON = {
     "ledger": {"ledger key"},
     "policy": {"coming run"},
-    "port": {"certificate", "flwr there", "clock", "registered", "sites"},
-    "certificate": {"flwr there", "clock", "registered", "sites"},
     "flwr there": {"registered"},
     "model": {"public records"},
 }
@@ -388,6 +386,7 @@ def serve():
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
                 context.load_cert_chain(credentials.certificate, credentials.key)
                 server.socket = context.wrap_socket(server.socket, server_side=True)
+            server.RequestHandlerClass.log_message = lambda *_: None
             server.handle_error = lambda *_: None  # whoever does not believe it hangs up
             thread = threading.Thread(target=server.serve_forever)
             thread.start()

@@ -372,14 +372,8 @@ class Fleet:
 
     def _refused(self, response: httpx.Response) -> CoterieError:
         where, status = f"superlink={self.address}", response.status_code
-        if DOOR in response.headers:
-            words = "".join(each for each in response.headers[DOOR][:80] if each.isprintable())
-            return NotAdmittedError(
-                f"{where}: its door does not let this node in ({words}); give the certificate and "
-                "certificate_key of this site's kit, or get the kit renewed"
-            )
-        if status == TOO_LARGE:
-            return NotAdmittedError(f"{where}: its door takes no message of that size")
+        if DOOR in response.headers or status == TOO_LARGE:
+            return NotAdmittedError(f"{where}: its door {_of_door(response)}")
         if status == UNAUTHORIZED:
             ahead = _ahead_s(response)
             if not -CLOCK_TOLERANCE_S < ahead < CLOCK_TOLERANCE_S:
@@ -526,6 +520,17 @@ def _of_tls(error: BaseException) -> ssl.SSLError | None:
             return seen
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _of_door(response: httpx.Response) -> str:
+    """Why the door of a coordinator's kit let something through no further."""
+    if response.status_code == TOO_LARGE:
+        return "takes no message of that size"
+    words = "".join(each for each in response.headers[DOOR][:80] if each.isprintable())
+    return (
+        f"does not let this node in ({words}); give the certificate and certificate_key of this "
+        "site's kit, or get the kit renewed"
+    )
 
 
 def _words(error: Exception) -> str:

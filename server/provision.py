@@ -33,7 +33,7 @@ KeyOption = Annotated[
 
 
 def provision(invocation: Invocation) -> None:
-    """Makes keys, certificates and a sealed kit for each site and the coordinator; renews, revokes."""
+    """Makes a sealed kit of keys and settings for each site and the coordinator; renews, revokes."""
 
     def make(
         file: Annotated[Path, typer.Argument(help="What takes part: docs/provisioning.md.")],

@@ -375,15 +375,7 @@ class Fleet:
         if DOOR in response.headers or status == TOO_LARGE:
             return NotAdmittedError(f"{where}: its door {_of_door(response)}")
         if status == UNAUTHORIZED:
-            ahead = _ahead_s(response)
-            if not -CLOCK_TOLERANCE_S < ahead < CLOCK_TOLERANCE_S:
-                return NotAdmittedError(
-                    f"{where}: this machine's clock is {abs(ahead):.0f} s "
-                    f"{'ahead of' if ahead > 0 else 'behind'} the coordinator's; set it right"
-                )
-            return NotAdmittedError(
-                f"{where}: does not know this node's key; have the coordinator register it"
-            )
+            return NotAdmittedError(f"{where}: {_of_signature(response)}")
         if status == PRECONDITION_FAILED:
             return NotAdmittedError(
                 f"{where}: lets this node's key in no more than once, and only if it is "
@@ -520,6 +512,17 @@ def _of_tls(error: BaseException) -> ssl.SSLError | None:
             return seen
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _of_signature(response: httpx.Response) -> str:
+    """Why a SuperLink took a call for nobody's."""
+    ahead = _ahead_s(response)
+    if not -CLOCK_TOLERANCE_S < ahead < CLOCK_TOLERANCE_S:
+        return (
+            f"this machine's clock is {abs(ahead):.0f} s "
+            f"{'ahead of' if ahead > 0 else 'behind'} the coordinator's; set it right"
+        )
+    return "does not know this node's key; have the coordinator register it"
 
 
 def _of_door(response: httpx.Response) -> str:

@@ -188,7 +188,7 @@ class _Reader:
             try:
                 values[each.name] = read(values[each.name])
             except (ValueError, TypeError, OverflowError):
-                shown = str(values[each.name])[:60]
+                shown = " ".join(str(values[each.name]).split())[:60]
                 self.faults.append(f"{prefix}{each.name}={shown}: must be {words}")
                 whole = False
         return kind(**values) if whole and not any(v is None for v in values.values()) else None

@@ -1,5 +1,5 @@
-"""From `federation.yaml` to a finished run through the kits alone, on loopback: three sites, Flower's
-SuperLink, nginx as the door; and what is refused at that door while the run goes on.
+"""From `federation.yaml` to a finished run through the kits alone, on loopback: three sites,
+Flower's SuperLink, nginx as the door; and what is refused at that door while the run goes on.
 
 Nothing is faked: each process runs by the command of a kit's unit, each site has its kit only.
 """
@@ -28,7 +28,7 @@ pytestmark = [
         find_nginx() is None, reason="nginx is missing: apt-get install nginx-light"
     ),
 ]
-ROUNDS, PUBLIC, FLOOD, LINES = 16, 30, 1600, 32
+ROUNDS, PUBLIC, FLOOD, LINES = 16, 30, 960, 32
 SIGNATURE_ASKED = 401
 """What the SuperLink behind the door says to whoever has no node's key."""
 NAMES = ("site-1", "site-2", "site-3", "site-4")
@@ -195,8 +195,8 @@ def attack(deployment, seen):
         seen["control"] = {path: member.post(path).status_code for path in (*CONTROL, *AROUND)}
         seen["fleet"] = member.post("/v1/fleet/pull-messages").status_code
         seen["oversized"] = member.post("/v1/fleet/push-object", b"x" * (9 << 20)).status_code
+        link = Link(Address(deployment.door_address, deployment.authority.certificate))
         with pytest.raises(FederationError) as submitted:
-            link = Link(Address(deployment.door_address, deployment.authority.certificate))
             link.start({"config": "", "config-hash": ""})
         seen["submitted"] = str(submitted.value)
         with pytest.raises(httpx.ConnectError) as beside:

@@ -374,24 +374,10 @@ class Fleet:
 
     def _refused(self, response: httpx.Response) -> CoterieError:
         where, status = f"superlink={self.address}", response.status_code
-        if DOOR in response.headers:
-            words = "".join(each for each in response.headers[DOOR][:80] if each.isprintable())
-            return NotAdmittedError(
-                f"{where}: its door does not let this node in ({words}); give the certificate and "
-                "certificate_key of this site's kit, or get the kit renewed"
-            )
-        if status == TOO_LARGE:
-            return NotAdmittedError(f"{where}: its door takes no message of that size")
+        if DOOR in response.headers or status == TOO_LARGE:
+            return NotAdmittedError(f"{where}: its door {_of_door(response)}")
         if status == UNAUTHORIZED:
-            ahead = _ahead_s(response)
-            if not -CLOCK_TOLERANCE_S < ahead < CLOCK_TOLERANCE_S:
-                return NotAdmittedError(
-                    f"{where}: this machine's clock is {abs(ahead):.0f} s "
-                    f"{'ahead of' if ahead > 0 else 'behind'} the coordinator's; set it right"
-                )
-            return NotAdmittedError(
-                f"{where}: does not know this node's key; have the coordinator register it"
-            )
+            return NotAdmittedError(f"{where}: {_of_signature(response)}")
         if status == PRECONDITION_FAILED:
             return NotAdmittedError(
                 f"{where}: lets this node's key in no more than once, and only if it is "
@@ -528,6 +514,28 @@ def _of_tls(error: BaseException) -> ssl.SSLError | None:
             return seen
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _of_signature(response: httpx.Response) -> str:
+    """Why a SuperLink took a call for nobody's."""
+    ahead = _ahead_s(response)
+    if not -CLOCK_TOLERANCE_S < ahead < CLOCK_TOLERANCE_S:
+        return (
+            f"this machine's clock is {abs(ahead):.0f} s "
+            f"{'ahead of' if ahead > 0 else 'behind'} the coordinator's; set it right"
+        )
+    return "does not know this node's key; have the coordinator register it"
+
+
+def _of_door(response: httpx.Response) -> str:
+    """Why the door of a coordinator's kit let something through no further."""
+    if response.status_code == TOO_LARGE:
+        return "takes no message of that size"
+    words = "".join(each for each in response.headers[DOOR][:80] if each.isprintable())
+    return (
+        f"does not let this node in ({words}); give the certificate and certificate_key of this "
+        "site's kit, or get the kit renewed"
+    )
 
 
 def _words(error: Exception) -> str:

@@ -43,7 +43,7 @@ class Door:
     max_body_mb: int = 8
     """MiB of one request. Flower's parts of a message are 5 MiB."""
     requests_per_s: int = 60
-    """On average; four times as many in a burst."""
+    """On average, and twice as many at once; what is more waits, and above sixteen is refused."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class _Reader:
         place = values.get("coordinator")
         if isinstance(place, Coordinator) and place.port == place.control_port:
             self.faults.append(
-                f"coordinator.control_port={place.control_port}: must be another port than the door's"
+                f"coordinator.control_port={place.control_port}: must not be the door's port, too"
             )
         made = self._made(Federation, "", values)
         return made if isinstance(made, Federation) and not self.faults else None
@@ -188,7 +188,7 @@ class _Reader:
             try:
                 values[each.name] = read(values[each.name])
             except (ValueError, TypeError, OverflowError):
-                shown = str(values[each.name])[:60]
+                shown = " ".join(str(values[each.name]).split())[:60]
                 self.faults.append(f"{prefix}{each.name}={shown}: must be {words}")
                 whole = False
         return kind(**values) if whole and not any(v is None for v in values.values()) else None

@@ -33,7 +33,7 @@ KeyOption = Annotated[
 
 
 def provision(invocation: Invocation) -> None:
-    """Makes keys, certificates and a sealed kit for each site and the coordinator; renews, revokes."""
+    """Makes, renews and revokes kits: keys and settings, sealed, for each site and coordinator."""
 
     def make(
         file: Annotated[Path, typer.Argument(help="What takes part: docs/provisioning.md.")],
@@ -269,11 +269,12 @@ def _show_seal(invocation: Invocation, kit: Path, seal: Seal) -> None:
         )
         return
     console = Console(markup=False, highlight=False)
-    console.print(f"{kit}: whole; {seal.holder} of {seal.federation}, {len(seal.files)} files")
+    whole = f"{kit}: whole; {seal.holder} of {seal.federation}, {len(seal.files)} files"
+    console.print(whole, soft_wrap=True)
     for file, end in ends.items():
         console.print(f"{file}: until {end}")
     pinned = "" if seal.pinned else " (not pinned: give --key to tell it from a stranger's)"
-    console.print(f"sealed by {seal.key}{pinned}")
+    console.print(f"sealed by {seal.key}{pinned}", soft_wrap=True)
 
 
 def _answer(
@@ -299,24 +300,25 @@ def _answer(
         )
         return
     console = Console(markup=False, highlight=False)
-    table = Table("kit", "folder", "its certificates end", "keys")
+    table = Table("kit", "its certificates end", "keys")
     for kit in kits:
-        ends = ", ".join(f"{file} {end:%Y-%m-%d}" for file, end in kit.expires.items())
-        table.add_row(kit.holder, str(kit.folder), ends, _keys_words(kit))
+        ends = "\n".join(f"{file} {end:%Y-%m-%d}" for file, end in kit.expires.items())
+        table.add_row(kit.holder, ends, _keys_words(kit))
     console.print(table)
     ends_on = office.authority.read().not_valid_after_utc
-    console.print(
-        f"authority: until {ends_on:%Y-%m-%d}; its key stays in {office.folder}/authority"
-    )
+    lines = [
+        f"kits: {office.kits}; each goes to whom it is for, and is deleted here",
+        f"authority: until {ends_on:%Y-%m-%d}; its key stays in {office.folder / 'authority'}",
+    ]
     if out:
-        console.print(f"revoked: {', '.join(out)}")
+        lines.append(f"revoked: {', '.join(out)}")
     if left:
-        console.print(f"no longer in the file, and still let in: {', '.join(left)}; revoke them")
+        lines.append(f"no longer in the file, and still let in: {', '.join(left)}; revoke them")
     if not federation.ledger.officer_key:
-        console.print(
-            f"the privacy officer's key: {office.officer_key}; hand it over, keep no copy"
-        )
-    console.print(f"sealed by {key}; tell each site by another way than its kit")
+        lines.append(f"the privacy officer's key: {office.officer_key}; hand it over, keep no copy")
+    lines.append(f"sealed by {key}; tell it to each site by another way than its kit")
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def _keys_words(kit: Kit) -> str:

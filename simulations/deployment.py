@@ -147,29 +147,36 @@ class Deployment:
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         """Makes keys and certificates in `folder`; starts nothing yet."""
         self.folder, self.port = folder, free_port()
-        self.authority: Authority = make_authority(folder / "authority")
-        own = self.authority.issue("superlink", [HOST, "localhost"])
-        self._officer = public_hex(generate_key(folder / "officer.key"))
+        self.officer = public_hex(generate_key(folder / "officer.key"))
         self.sites = [SiteFiles(name, folder / name) for name in names]
         for site in self.sites:
             site.folder.mkdir(parents=True)
+        self.bin = Path(sys.executable).parent
         self.environment = {
             **os.environ,
             **OFFLINE_DEFAULTS,
             "PYTHONPATH": str(ROOT),
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "PATH": f"{self.bin}{os.pathsep}{os.environ.get('PATH', '')}",
             "FLWR_HOME": str(folder / "flower"),
         }
+        self.authority: Authority
+        self._superlink_command: tuple[str, ...]
+        self.superlink: Running | None = None
+        self.nodes: dict[str, Running] = {}
+        self._provision()
+
+    def _provision(self) -> None:
+        """Makes what the coordinator has: an authority, a certificate, a command that starts it."""
+        self.authority = make_authority(self.folder / "authority")
+        own = self.authority.issue("superlink", [HOST, "localhost"])
         self._superlink_command = (
-            str(Path(sys.executable).with_name("flower-superlink")),
+            str(self.bin / "flower-superlink"),
             *("--host", HOST, "--port", str(self.port)),
             *("--ssl-certfile", str(own.certificate), "--ssl-keyfile", str(own.key)),
             *("--ssl-ca-certfile", str(self.authority.certificate)),
-            *("--enable-supernode-auth", "--database", str(folder / "state.db")),
+            *("--enable-supernode-auth", "--database", str(self.folder / "state.db")),
             "--disable-runtime-dependency-installation",
         )
-        self.superlink: Running | None = None
-        self.nodes: dict[str, Running] = {}
 
     @property
     def address(self) -> str:
@@ -198,7 +205,7 @@ class Deployment:
             self.superlink.start()
         context = ssl.create_default_context(cafile=str(self.authority.certificate))
         with httpx.Client(verify=context, timeout=2.0) as client:
-            for _ in _until(READY_S, "the SuperLink does not answer"):
+            for _ in until(READY_S, "the SuperLink does not answer"):
                 self.superlink.check_alive()
                 with contextlib.suppress(httpx.TransportError):
                     if client.get(f"https://{self.address}/health").is_success:
@@ -212,7 +219,7 @@ class Deployment:
         self.link.register(make_node_key(site.key), site.name)
         answer = self.coterie(
             *("ledger", "init", str(site.ledger), "--cap", str(cap), "--delta", str(delta)),
-            *("--dataset", dataset, "--site", site.name, "--officer-key", self._officer),
+            *("--dataset", dataset, "--site", site.name, "--officer-key", self.officer),
         )
         return str(answer["site_key"])
 
@@ -242,7 +249,7 @@ class Deployment:
 
     def wait_for_nodes(self) -> None:
         """Returns once all nodes are ready. Raises: FederationError if one ends, or takes long."""
-        for _ in _until(READY_S, "the nodes are not ready"):
+        for _ in until(READY_S, "the nodes are not ready"):
             for node in self.nodes.values():
                 node.check_alive()
             if all(READY in node.said for node in self.nodes.values()):
@@ -287,8 +294,8 @@ class Deployment:
             return self.coterie("ledger", "verify", exported, *pinned)
 
         with ThreadPoolExecutor() as pool:
-            verdicts = pool.map(verdict, self.sites)
-            return dict(zip((site.name for site in self.sites), verdicts, strict=True))
+            there = [site for site in self.sites if site.name in heads]
+            return dict(zip((site.name for site in there), pool.map(verdict, there), strict=True))
 
     def stop(self) -> None:
         """Ends everything, nodes first."""
@@ -343,7 +350,7 @@ def write_records(path: Path, records: Records, places: Sequence[int]) -> None:
             writer.writerow([records.contents[place], LABELS[records.labels[place]]])
 
 
-def _until(seconds: float, what: str) -> Iterator[None]:
+def until(seconds: float, what: str) -> Iterator[None]:
     """Once every `POLL_S`. Raises: FederationError with `what` after so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -229,7 +229,7 @@ class Checkup:
             claims = {"epsilon_pld": books.spent_pld(), "epsilon_rdp": books.spent_rdp()}
             verify(chain.export(entries, claims, key).encode(), head=head)
         spent, left = shown(books.spent()), "" if head else "; no --head given: age not checked"
-        said = f"{books.head.seq} entries, epsilon {spent} of cap {books.cap:g}{left}"
+        said = f"{books.head.seq} entries; epsilon {spent} of cap {books.cap:g}{left}"
         if books.spent() >= books.cap:
             raise PrivacyRefusedError(
                 f"{self.settings.ledger}: all of its cap {books.cap:g} is spent; only its officer "

@@ -219,9 +219,10 @@ def _table(side: str, findings: Sequence[Finding]) -> Table:
     table.add_column("verdict", no_wrap=True)
     table.add_column("found", ratio=3, overflow="fold")
     table.add_column("what to do", ratio=2, overflow="fold")
+    table.add_column("code", justify="right")
     for each in findings:
-        remedy = f"{each.remedy} (exit code {each.code})" if each.code else each.remedy
-        table.add_row(each.check, each.verdict.value, each.found, remedy)
+        code = str(each.code) if each.code else ""
+        table.add_row(each.check, each.verdict.value, each.found, each.remedy, code)
     return table
 
 

@@ -6,12 +6,13 @@ import logging
 
 import grpc
 import pytest
+import torch
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from client.vitals import CONNECTED, Vitals
 from common import messages
-from common.exposition import health_at
+from common.exposition import gpu_memory, health_at
 from common.log_lines import JsonLine
 from tests.integration.superlink import free_port
 from tests.server.test_monitor import scraped
@@ -72,3 +73,19 @@ def test_a_line_of_the_log_is_one_json_object_and_holds_no_traceback():
     assert (first["message"], first["round"], first["level"]) == ("a b 3", 3, "info")
     assert second["exception"] == "ValueError"
     assert "record" not in stream.getvalue()
+
+
+def test_memory_of_a_gpu_is_told_where_this_process_uses_one(monkeypatch):
+    """No machine of ours has one: that what torch says is told, not that it says so."""
+    assert not list(gpu_memory())
+    for name, value in (
+        ("is_available", lambda: True),
+        ("is_initialized", lambda: True),
+        ("device_count", lambda: 1),
+        ("mem_get_info", lambda _: (6, 8)),
+        ("memory_reserved", lambda _: 1),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    found = scraped(gpu_memory)
+    kinds = {key[2]: value for key, value in found.items() if key[0] == "coterie_gpu_memory_bytes"}
+    assert kinds == {"own": 1, "free": 6, "total": 8}

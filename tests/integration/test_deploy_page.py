@@ -63,7 +63,9 @@ class Place:
         for path in ("/etc/coterie", "/var/lib/coterie", "/var/backups", "/srv"):
             text = re.sub(rf"(?<![\w.]){path}(?![\w-])", f"{own}{path}", text)
         text = text.replace("coordinator.example.org", "localhost").replace("HEAD", self.head)
-        text = re.sub(r"127\.0\.0\.1:8000\b", f"127.0.0.1:{self.port('all', 8000)}", text)
+        for number in (8000, 8081):
+            port = self.port("all", number)
+            text = re.sub(rf"127\.0\.0\.1:{number}\b", f"127.0.0.1:{port}", text)
         text = re.sub(r"\b(946[45])\b", lambda found: self.port(machine, found[1]), text)
         return text.replace("OFFICER", self.officer) if "OFFICER" in text else text
 
@@ -77,9 +79,12 @@ class Place:
             **os.environ,
             **OFFLINE_DEFAULTS,
             "PYTHONPATH": str(ROOT),
-            "PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join(
+                (f"{self.folder / 'bin'}", f"{Path(sys.executable).parent}", os.environ["PATH"])
+            ),
             "FLWR_HOME": str(self.folder / machine / "flower"),
             "OMP_NUM_THREADS": "1",
+            "COLUMNS": "300",
         }
 
     def do(self, name, *marks, code=0):
@@ -196,8 +201,6 @@ def place(tmp_path_factory, tiny_csv, tiny_model):
     coterie = made.folder / "bin/coterie"
     coterie.write_text(f"#!{sys.executable}\n{PROGRAM}\n")
     coterie.chmod(0o755)
-    for program in ("flower-superlink", "flwr"):
-        (made.folder / "bin" / program).symlink_to(Path(sys.executable).with_name(program))
     for machine in ("provisioner", "coordinator", "ward-1", "ward-1-new"):
         for name in ("srv", "etc/coterie", "var/lib/coterie", "var/backups"):
             (made.folder / machine / name).mkdir(parents=True)

@@ -1,7 +1,7 @@
 """`coterie provision`: from `federation.yaml` to one sealed kit for each who takes part."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -139,7 +139,7 @@ def provision(invocation: Invocation) -> None:
             "the door reads its lists anew" if done.is_door_told else "no door runs here yet"
         )
 
-    commands = [make, renew, revoke, check, admit]
+    commands: list[Callable[..., None]] = [make, renew, revoke, check, admit]
     first = invocation.arguments[0] if invocation.arguments else "--help"
     known = {*(each.__name__ for each in commands), "--help", "-h"}
     if first == "-h":

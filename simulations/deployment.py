@@ -184,6 +184,11 @@ class Deployment:
         return f"{HOST}:{self.port}"
 
     @property
+    def entrance(self) -> str:
+        """Where nodes come in, in words."""
+        return "No door stands before it."
+
+    @property
     def link(self) -> Link:
         """What runs are submitted through."""
         return Link(Address(self.address, self.authority.certificate))
@@ -366,12 +371,12 @@ def demonstrate(folder: Path, settings: Sequence[str], console: Console) -> Path
     Raises: CoterieError of the step that went wrong; everything that was started has ended.
     """
     names = [f"site-{number}" for number in range(1, SITES + 1)]
-    console.print("1. Keys and certificates: an authority, the coordinator's, a key per node.")
-    with Deployment(folder, names) as deployment:
+    with _arranged(folder, names, console) as deployment:
         public, declared = deal(folder, deployment.sites)
         console.print(f"2. BBC News: {declared} private records in {SITES} files, one per site.")
         deployment.start_superlink()
         console.print(f"3. Flower's SuperLink at {deployment.address}: TLS, known nodes only.")
+        console.print(f"   {deployment.entrance}")
         keys = deployment.enrol_all(cap=CAP, delta=DELTA, dataset="bbc-news")
         for site in deployment.sites:
             deployment.start_node(site, f"data.labels=[{','.join(LABELS)}]")
@@ -395,6 +400,24 @@ def demonstrate(folder: Path, settings: Sequence[str], console: Console) -> Path
             console.print(f"   {name}: nothing wrong in {entries} entries; epsilon {epsilon:.3f}")
     console.print("7. Everything that was started has ended.")
     return run_dir / "report.json"
+
+
+def _arranged(folder: Path, names: Sequence[str], console: Console) -> Deployment:
+    """From kits, behind a door, where there is a program for one; and otherwise said loudly."""
+    # It is built on this module.
+    from simulations.provisioned import Provisioned, find_nginx  # noqa: PLC0415
+
+    if find_nginx() is not None:
+        console.print("1. Provisioned: a sealed kit for each site, and one for the coordinator.")
+        return Provisioned(folder, names, cap=CAP, delta=DELTA)
+    console.print(
+        "!!! nginx is not installed: this demonstration runs WITHOUT THE COORDINATOR'S DOOR.\n"
+        "!!! Nodes reach the SuperLink itself, and so could whoever wants to run code on it.\n"
+        "!!! apt-get install nginx-light, and run it again.",
+        style="bold red",
+    )
+    console.print("1. Keys and certificates: an authority, the coordinator's, a key per node.")
+    return Deployment(folder, names)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -44,10 +44,18 @@ class Provisioned(Deployment):
     """
 
     def __init__(
-        self, folder: Path, names: Sequence[str], *, cap: float = 8.0, delta: float = DELTA
+        self,
+        folder: Path,
+        names: Sequence[str],
+        *,
+        cap: float = 8.0,
+        delta: float = DELTA,
+        stock: bool = False,
     ) -> None:
-        """Provisions the federation in `folder`; starts nothing yet."""
-        self.cap, self.delta, self.door_port = cap, delta, free_port()
+        """Provisions the federation in `folder`; starts nothing yet. Args: stock: whether stock
+        SuperNodes may come.
+        """
+        self.cap, self.delta, self.stock, self.door_port = cap, delta, stock, free_port()
         self.door: Running | None = None
         super().__init__(folder, names)
 
@@ -72,6 +80,11 @@ class Provisioned(Deployment):
         return Link(Address(self.address, self.coordinator_kit / "ca.crt"))
 
     @property
+    def entrance(self) -> str:
+        """Where nodes come in, in words."""
+        return f"Its door, nginx at {self.door_address}: certificates only, fleet routes only."
+
+    @property
     def door_address(self) -> str:
         """HOST:PORT that nodes call."""
         return f"{HOST}:{self.door_port}"
@@ -91,6 +104,7 @@ class Provisioned(Deployment):
             },
             "ledger": {"dataset": "trial", "cap": self.cap, "delta": self.delta},
             "sites": [site.name for site in self.sites],
+            "stock_supernodes": self.stock,
         }
         file = self.folder / "federation.yaml"
         file.write_text(yaml.safe_dump(described), encoding="utf-8")
@@ -135,14 +149,20 @@ class Provisioned(Deployment):
         super().start_superlink()
         if self.door is None:
             command = self.unit(self.coordinator_kit / "coterie-door.service", self.state)
-            # Where this is root, as in a container, nginx would give its folders to another user.
-            own = ("-g", "user root;") if os.geteuid() == 0 else ()
-            self.door = Running((*command, *own), self.folder / "door.log", self.environment)
-            for _ in until(READY_S, "the door does not open"):
-                self.door.check_alive()
-                if (self.state / "door" / "nginx.pid").exists():
-                    break
+            self.door = self.start_nginx(command, self.state / "door", self.folder / "door.log")
         self.admit()
+
+    def start_nginx(self, command: Sequence[str], prefix: Path, log: Path) -> Running:
+        """Returns once it listens. Args: command: without what concerns the user it runs as."""
+        prefix.mkdir(parents=True, exist_ok=True)
+        # Where this is root, as in a container, nginx would give its folders to another user.
+        own = ("-g", "user root;") if os.geteuid() == 0 else ()
+        started = Running((*command, *own), log, self.environment)
+        for _ in until(READY_S, "nginx does not start"):
+            started.check_alive()
+            if (prefix / "nginx.pid").exists():
+                break
+        return started
 
     def admit(self) -> Mapping[str, object]:
         """Brings the lists of the coordinator's kit to the SuperLink and the door."""

@@ -18,8 +18,9 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from common.errors import FederationError
 from server.control import Address, Link
+from server.kits import PATHS
 from server.report import read_report
-from simulations.deployment import COTERIE, Running, until
+from simulations.deployment import COTERIE, Running, free_port, until
 from simulations.provisioned import Provisioned, find_nginx
 
 pytestmark = [
@@ -284,3 +285,33 @@ def test_no_secret_is_in_a_log_or_a_process_list(story):
     for _, secret in story["secrets"]:
         assert secret not in story["logs"]
         assert not any(secret in each for each in story["processes"])
+
+
+def test_a_stock_supernode_comes_through_the_door_by_the_proxy_of_its_kit(tmp_path):
+    """It can show no certificate itself: without the proxy the door does not let it in."""
+    with Provisioned(tmp_path, ["site-1"], stock=True) as deployment:
+        deployment.start_superlink()
+        kit, prefix = deployment.kit("site-1"), tmp_path / "proxy"
+        command = (find_nginx(), *("-e", "stderr", "-p", f"{prefix}/", "-c", f"{kit}/nginx.conf"))
+        proxy = deployment.start_nginx(command, prefix, tmp_path / "proxy.log")
+        node = Running(
+            (
+                str(deployment.bin / "flower-supernode"),
+                *("--superlink", f"127.0.0.1:{PATHS['proxy_port']}"),
+                *("--root-certificates", str(kit / "ca.crt")),
+                *("--auth-supernode-private-key", str(kit / "node.key")),
+                *("--port", str(free_port())),
+            ),
+            tmp_path / "supernode.log",
+            {**deployment.environment, "FLWR_HOME": str(tmp_path / "flower")},
+        )
+        try:
+            for _ in until(60, "the stock node is not online"):
+                node.check_alive()
+                if [*deployment.link.nodes().values()] == ["online"]:
+                    break
+            refused = called_once(deployment)
+        finally:
+            node.stop()
+            proxy.stop()
+    assert refused.headers["coterie-door"] == "certificate NONE"

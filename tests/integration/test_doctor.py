@@ -77,7 +77,7 @@ def private_records(tiny_csv, path):
 @pytest.fixture
 def good(tmp_path, tiny_csv, tiny_model, monkeypatch):
     """A node's set-up in which nothing is wrong."""
-    make_authority(tmp_path)
+    own = make_authority(tmp_path).issue("client", ["ward-1"])
     make_node_key(tmp_path / "node.key")
     private_records(tiny_csv, tmp_path / "records.csv")
     with Store.create(tmp_path / "books.db") as store:
@@ -88,6 +88,8 @@ def good(tmp_path, tiny_csv, tiny_model, monkeypatch):
         "superlink": "127.0.0.1:1",
         "authority": f"{tmp_path / 'ca.crt'}",
         "key": f"{tmp_path / 'node.key'}",
+        "certificate": f"{own.certificate}",
+        "certificate_key": f"{own.key}",
         "ledger": f"{tmp_path / 'books.db'}",
         "data.path": f"{tmp_path / 'records.csv'}",
         "data.labels": "[sport,money]",
@@ -165,6 +167,18 @@ def expired_authority(good):
     make_authority(good.folder, days=10, now=datetime.now(UTC) - timedelta(days=20))
 
 
+def other_certificate(good):
+    authority = Authority(good.file("ca.crt"), good.file("ca.key"))
+    good.settings["certificate"] = f"{authority.issue('other', ['ward-1']).certificate}"
+
+
+def ended_certificate(good):
+    authority = Authority(good.file("ca.crt"), good.file("ca.key"))
+    for name in ("client.crt", "client.key"):
+        good.file(name).unlink()
+    authority.issue("client", ["ward-1"], days=1, now=datetime.now(UTC) - timedelta(days=9))
+
+
 def leaf_for_authority(good):
     made = make_authority(good.folder / "other").issue("superlink", ["localhost"])
     good.settings["authority"] = f"{made.certificate}"
@@ -205,6 +219,18 @@ FAULTS: dict[str, Fault] = {
         *("authority", "of a server", "get the authority's (ca.crt)", 2),
     ),
     "an expired authority": (expired_authority, "authority", "has expired", "get a new one", 2),
+    "a client key for all": (
+        chmod("client.key"),
+        *("own certificate", "others may read", "run chmod 600", 2),
+    ),
+    "a client certificate of another key": (
+        other_certificate,
+        *("own certificate", "is not that of", "put both back from the kit", 2),
+    ),
+    "a client certificate that has ended": (
+        ended_certificate,
+        *("own certificate", "has expired", "have the kit renewed", 2),
+    ),
     "a node key for all": (chmod("node.key"), "node key", "others may read", "run chmod 600", 2),
     "no node key": (unlink("node.key"), "node key", "no such key", "ssh-keygen -t ecdsa", 2),
     "a node key of another kind": (
@@ -343,7 +369,7 @@ def test_the_worst_of_several_faults_is_the_code(good, coterie):
     good.run = None
     answer = coterie(*good.words())
     assert answer.code == 5
-    assert "2 of 15 checks found a fault: node key, ledger" in answer.err
+    assert "2 of 16 checks found a fault: node key, ledger" in answer.err
     table = " ".join(answer.out.split())
     assert "chmod 600" in table
     assert "2 FAULTY" in table

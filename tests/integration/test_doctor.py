@@ -104,6 +104,7 @@ def good(tmp_path, tiny_csv, tiny_model, monkeypatch):
         "federation.sites": "3",
         "federation.rounds": "2",
         "privacy.epsilon": "3",
+        "privacy.noise_multiplier": "4",  # nothing to solve
         "privacy.delta": "1e-3",
         "model.name": f"{tmp_path / 'model'}",
     }
@@ -140,6 +141,12 @@ def older_ledger(good):
 def other_key(good):
     good.file("books.db.key").unlink()
     generate_key(good.file("books.db.key"))
+
+
+def small_cap(good):
+    with Store.create(good.file("small.db")) as store:
+        store.open("ward-1", Terms("notes", 0.5, 1e-3, "1" * 64))
+    good.settings["ledger"] = f"{good.file('small.db')}"
 
 
 def spend_all(good):
@@ -271,14 +278,11 @@ FAULTS: dict[str, Fault] = {
         *("policy", "not one that was reviewed", "have it reviewed", 3),
     ),
     "a run beyond the policy": (
-        run_with("privacy.epsilon", "10"),
-        *("coming run", "is above 9", "ask the coordinator", 3),
+        put("node.max_epsilon", "0.5"),
+        *("coming run", "is above 0.5", "ask the coordinator", 3),
     ),
     "a run beyond the cap": (
-        lambda good: (
-            good.settings.update({"node": "open", "node.max_epsilon": "90"}),
-            run_with("privacy.epsilon", "80")(good),
-        ),
+        small_cap,
         *("coming run", "exceed the cap", "the officer for a higher cap", 3),
     ),
     "a run that protects nothing": (
@@ -550,6 +554,7 @@ def coordinator(good, tiny_csv):
         "federation.sites": "1",
         "federation.rounds": "2",
         "privacy.delta": "1e-4",
+        "privacy.noise_multiplier": "4",
         "model.name": f"{good.file('model')}",
     }
     HeadBook(good.file("heads.db"))
@@ -586,7 +591,7 @@ COORDINATORS: dict[str, Fault] = {
 def test_a_good_coordinator_has_no_fault(coordinator, coterie):
     answer = coterie(*coordinator.words("coordinator"), "--json")
     assert answer.code == 0, answer.out + answer.err
-    assert findings(answer.json)["plan"]["found"].startswith("epsilon 3.0")
+    assert findings(answer.json)["plan"]["found"].startswith("epsilon ")
 
 
 @pytest.mark.parametrize("fault", COORDINATORS)

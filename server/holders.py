@@ -60,6 +60,10 @@ class Holder:
     """Serial numbers of client certificates that are not revoked, the last one last."""
     earlier_ledger_keys: tuple[str, ...] = ()
     """Public: books that began with one of these are verified with it for ever."""
+    sealed: str = ""
+    """Digest of what its last kit holds: one that is as before is not made anew."""
+    seal: str = ""
+    """Digest of the seal of that kit."""
     is_out: bool = False
     """Whether the holder was revoked."""
 
@@ -77,6 +81,8 @@ class Book:
 
     holders: Mapping[str, Holder] = field(default_factory=dict)
     revoked: Mapping[int, datetime] = field(default_factory=dict)
+    revocations: str = ""
+    """The list of these that the authority signed last, in PEM."""
 
     def with_holder(self, name: str, holder: Holder) -> "Book":
         """The book with a new state of one holder."""
@@ -161,6 +167,7 @@ class Office:
             return Book(
                 {name: _holder(each) for name, each in values["holders"].items()},
                 {int(serial): _moment(since) for serial, since in values["revoked"].items()},
+                str(values["revocations"]),
             )
         except FileNotFoundError:
             return Book()
@@ -175,6 +182,7 @@ class Office:
                 str(serial): since.isoformat(timespec="seconds")
                 for serial, since in book.revoked.items()
             },
+            "revocations": book.revocations,
         }
         new = self._own / f"{BOOK}.new"
         new.unlink(missing_ok=True)
@@ -195,6 +203,8 @@ def _holder(values: Mapping[str, object]) -> Holder:
         {str(name): str(each) for name, each in certificates.items()},
         tuple(int(serial) for serial in issued),
         tuple(str(each) for each in earlier),
+        str(values["sealed"]),
+        str(values["seal"]),
         bool(values["is_out"]),
     )
 

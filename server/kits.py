@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from common.canonical import digest
 from common.durable import folder_atomic
 from common.errors import VerificationError
 from common.keys import write_private
@@ -94,6 +95,8 @@ class Kit:
     expires: Mapping[str, datetime]
     absent: tuple[str, ...]
     """Keys that are no longer here: they are at the holder's."""
+    is_new: bool
+    """Whether it differs from the one that was made before, and is to be handed out."""
 
 
 def wanted_of(federation: Federation, name: str) -> Wanted:
@@ -166,8 +169,8 @@ class Maker:
         certificates = {**holder.certificates, file: text}
         return replace(holder, certificates=certificates, issued=serials)
 
-    def write_site(self, book: Book, member: Member, keys: Mapping[str, bytes]) -> Kit:
-        """The kit of a site, in its place."""
+    def write_site(self, book: Book, member: Member, keys: Mapping[str, bytes]) -> tuple[Book, Kit]:
+        """The kit of a site, in its place, and the book that knows of it."""
         ledger = self.federation.ledger
         terms = replace(
             ledger,
@@ -180,8 +183,9 @@ class Maker:
             del rendered["nginx.conf"]
         return self._write(book, member.name, rendered, keys)
 
-    def write_coordinator(self, book: Book, keys: Mapping[str, bytes]) -> Kit:
+    def write_coordinator(self, book: Book, keys: Mapping[str, bytes]) -> tuple[Book, Kit]:
         """The kit of the coordinator, in its place: whoever was revoked is in none of its lists."""
+        book = self._listing(book)
         let_in = {
             name: holder
             for name, holder in sorted(book.holders.items())
@@ -210,8 +214,17 @@ class Maker:
             for name, holder in let_in.items()
         }
         rendered[NODES] = (json.dumps(nodes, indent=1, sort_keys=True) + "\n").encode()
-        rendered[REVOKED] = self.office.authority.revoking(book.revoked, now=self.now)
+        rendered[REVOKED] = book.revocations.encode()
         return self._write(book, COORDINATOR, rendered, keys)
+
+    def _listing(self, book: Book) -> Book:
+        """With a list of what is revoked, the last one if that says so already."""
+        if book.revocations:
+            listed = x509.load_pem_x509_crl(book.revocations.encode())
+            if {each.serial_number for each in listed} == {*book.revoked}:
+                return book
+        made = self.office.authority.revoking(book.revoked, now=self.now)
+        return replace(book, revocations=made.decode("ascii"))
 
     def _superlink(self, health: str) -> list[str]:
         kit, state = PATHS["kit"], PATHS["state"]
@@ -243,29 +256,47 @@ class Maker:
 
     def _write(
         self, book: Book, name: str, rendered: Mapping[str, bytes], keys: Mapping[str, bytes]
-    ) -> Kit:
+    ) -> tuple[Book, Kit]:
         holder, folder = book.holders[name], self.office.kits / name
         certificates = {file: text.encode() for file, text in holder.certificates.items()}
         authority = {AUTHORITY: self.office.authority.certificate.read_bytes()}
         contents = {**rendered, **authority, **certificates, **keys}
-        expires = _expires(holder)
+        # A key that is no longer here is sealed by the digest that it had.
+        files = {
+            **{file: key.digest for file, key in holder.keys.items()},
+            **{file: digest_of(content) for file, content in contents.items()},
+        }
+        expires, key = _expires(holder), self.office.sealing_key()
+        whole = digest({"files": files, "federation": self.federation.name})
+        absent = tuple(file for file in holder.keys if file not in keys)
+        kit = Kit(name, folder, expires, absent, is_new=False)
+        here = {**{file: files[file] for file in files if file not in absent}, SEAL: holder.seal}
+        if holder.sealed == whole and _is_as_made(folder, here):
+            return book, kit
         text = sealed(
-            self.office.sealing_key(),
+            key,
             federation=self.federation.name,
             holder=name,
-            # A key that is no longer here is sealed by the digest that it had.
-            files={
-                **{file: key.digest for file, key in holder.keys.items()},
-                **{file: digest_of(content) for file, content in contents.items()},
-            },
+            files=files,
             expires=expires,
             now=self.now,
         )
         with folder_atomic(folder, mode=0o700) as temporary:
             for file, content in {**contents, SEAL: text.encode()}.items():
                 write_private(temporary / file, content)
-        absent = tuple(file for file in holder.keys if file not in keys)
-        return Kit(name, folder, expires, absent)
+        holder = replace(holder, sealed=whole, seal=digest_of(text.encode()))
+        return book.with_holder(name, holder), replace(kit, is_new=True)
+
+
+def _is_as_made(folder: Path, files: Mapping[str, str]) -> bool:
+    """Whether a kit lies there with these files, or was handed out and deleted."""
+    if not folder.exists():
+        return True
+    found = {
+        path.name: digest_of(path.read_bytes()) if path.is_file() else ""
+        for path in folder.iterdir()
+    }
+    return found == {**files}
 
 
 def discard(office: Office, name: str) -> None:

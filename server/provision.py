@@ -142,11 +142,12 @@ def provision(invocation: Invocation) -> None:
     commands: list[Callable[..., None]] = [make, renew, revoke, check, admit]
     first = invocation.arguments[0] if invocation.arguments else "--help"
     known = {*(each.__name__ for each in commands), "--help", "-h"}
-    if first == "-h":
+    if first in ("-h", "--help"):
+        print("coterie provision FILE --to FOLDER makes all kits. With a command:")
         invocation = replace(invocation, arguments=("--help",))
     elif first not in known:  # coterie provision FILE --to FOLDER
         invocation = replace(invocation, arguments=("make", *invocation.arguments))
-    run_typer(commands, replace(invocation, arguments=invocation.arguments or ("--help",)))
+    run_typer(commands, invocation)
 
 
 def make_kits(federation: Federation, office: Office, *, now: datetime) -> list[Kit]:
@@ -210,11 +211,13 @@ def _written(
         if member.name in book.holders and book.holders[member.name].is_out:
             continue
         book, keys = maker.hold(book, member.name, renew=member.name in renewed)
-        kits.append(maker.write_site(book, member, keys))
+        book, kit = maker.write_site(book, member, keys)
         office.write_book(book)
+        kits.append(kit)
     book, keys = maker.hold(book, COORDINATOR, renew=COORDINATOR in renewed)
-    kits.append(maker.write_coordinator(book, keys))
+    book, kit = maker.write_coordinator(book, keys)
     office.write_book(book)
+    kits.append(kit)
     return kits
 
 
@@ -293,6 +296,7 @@ def _answer(
                     kit.holder: {file: f"{end:%Y-%m-%d}" for file, end in kit.expires.items()}
                     for kit in kits
                 },
+                "new": [kit.holder for kit in kits if kit.is_new],
                 "revoked": out,
                 "not_in_file": left,
                 "sealed_by": key,
@@ -300,14 +304,14 @@ def _answer(
         )
         return
     console = Console(markup=False, highlight=False)
-    table = Table("kit", "its certificates end", "keys")
+    table = Table("kit", "", "its certificates end", "keys")
     for kit in kits:
         ends = "\n".join(f"{file} {end:%Y-%m-%d}" for file, end in kit.expires.items())
-        table.add_row(kit.holder, ends, _keys_words(kit))
+        table.add_row(kit.holder, "new" if kit.is_new else "as before", ends, _keys_words(kit))
     console.print(table)
     ends_on = office.authority.read().not_valid_after_utc
     lines = [
-        f"kits: {office.kits}; each goes to whom it is for, and is deleted here",
+        f"kits: {office.kits}; a new one goes to whom it is for, and is deleted here",
         f"authority: until {ends_on:%Y-%m-%d}; its key stays in {office.folder / 'authority'}",
     ]
     if out:

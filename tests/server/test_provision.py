@@ -151,17 +151,31 @@ def test_provisioned_again_nothing_is_made_anew(made, tmp_path, capsys):
     before = files_of(made)
     answer = run(capsys, describe(tmp_path), "--to", made)
     assert {*answer["kits"]} == {*SECRETS}
+    assert answer["new"] == []
     after = files_of(made)
-    # A new seal and revocation list say when they were made.
-    changed = {path for path in after if after[path] != before.get(path)}
-    assert {path.name for path in changed} <= {SEAL, "clients.crl"}
+    assert after == before
     # A site that is added gets a kit, and the others keep theirs.
-    run(capsys, describe(tmp_path, sites=[*SITES, "ward-4"]), "--to", made)
+    answer = run(capsys, describe(tmp_path, sites=[*SITES, "ward-4"]), "--to", made)
+    assert answer["new"] == ["ward-4", "coordinator"]
     grown = files_of(made)
     assert {path.parts[1] for path in grown if path not in after} == {"ward-4"}
     assert all(grown[path] == after[path] for path in after if path.suffix in (".key", ".crt"))
     for kit in (made / "kits").iterdir():
         check_seal(kit, key=key_of(made))
+
+
+def test_a_kit_that_was_handed_out_and_deleted_is_not_made_again_but_for_a_reason(
+    made, tmp_path, capsys
+):
+    shutil.rmtree(made / "kits" / "ward-1")
+    assert run(capsys, describe(tmp_path), "--to", made)["new"] == []
+    assert not (made / "kits" / "ward-1").exists()
+    assert run(capsys, describe(tmp_path, image="other:1"), "--to", made)["new"] == [*SECRETS]
+    assert not [*(made / "kits" / "ward-1").glob("*.key")]
+    # One that lies here, altered, is made good.
+    flip(made / "kits" / "ward-2" / "node.yaml")
+    assert run(capsys, describe(tmp_path, image="other:1"), "--to", made)["new"] == ["ward-2"]
+    check_seal(made / "kits" / "ward-2", key=key_of(made))
 
 
 def test_other_hosts_are_other_certificates_of_the_same_keys(made, tmp_path, capsys):

@@ -32,7 +32,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "deploy.md").read_text()
 BLOCK = re.compile(r"^```(bash|yaml) ([^\n]+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROGRAM = "import sys; from common.cli import main; sys.exit(main())"
-TINY = "task.max_tokens=12 federation.rounds=3 federation.local_steps=1 engine.threads=1"
+TINY = (
+    "tracking=tensorboard task.max_tokens=12 federation.rounds=3 federation.local_steps=1 "
+    "engine.threads=1"
+)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("nginx") is None, reason="the door is nginx; install it"),
@@ -315,6 +318,8 @@ def check_metrics(place):
     assert node["coterie_node_received_bytes_total",] >= bytes_["bytes_down"]
     assert well(place.port("ward-1", 9465), "node")
     assert well(place.port("coordinator", 9465), "run")
+    runs = place.folder / "coordinator/var/lib/coterie/runs"
+    assert [*(runs / "first/tensorboard").glob("events.*")]  # the ServerApp's own tracker
     events = [json.loads(line) for line in (place.folder / "monitor.log").read_text().splitlines()]
     last = [event for event in events if event.get("run") == "first"][-1]
     assert (last["state"], last["round"]) == ("finished", 3)

@@ -8,6 +8,7 @@ import pytest
 from common.config import TrackerName, TrackingConfig, as_told, config_hash
 from common.errors import ConfigError
 from server import tracking
+from server.record import read_lines
 from server.tracking import check_tracker, tracked
 from tests.server.test_monitor import line
 
@@ -54,6 +55,23 @@ def test_mlflow_shows_each_round_and_goes_on_with_the_same_run(tiny_config, tmp_
     assert run.data.tags["private"] == "true"
     told = " ".join([*run.data.params, *run.data.params.values()])
     assert tiny_config.data.path not in told
+
+
+def test_a_simulated_run_is_followed_and_tells_what_its_own_file_tells(
+    tiny_overrides, tmp_path, coterie
+):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = tmp_path / "run"
+    settings = ("tuning=head", "tracking=tensorboard", f"run_dir={run_dir}")
+    assert coterie("simulate", *tiny_overrides, *settings, "--json").code == 0
+    read = EventAccumulator(str(run_dir / "tensorboard"))
+    read.Reload()
+    lines = read_lines(run_dir)
+    assert len(lines) == 2
+    for name, value in (("privacy/epsilon", "epsilon"), ("bytes/down", "bytes_down")):
+        told = [event.value for event in read.Scalars(name)]
+        assert told == pytest.approx([getattr(each, value) for each in lines])
 
 
 def test_a_tracker_that_breaks_costs_a_line_of_the_log_and_no_round(

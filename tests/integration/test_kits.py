@@ -215,7 +215,10 @@ def attack(deployment, seen):
             seen["revoked"] = called_once(deployment, kit)
             if seen["revoked"].status_code != SIGNATURE_ASKED:
                 break
-        seen["revoked_line"] = member.post("/v1/fleet/pull-messages").status_code
+        for _ in until(5, "the line that was open ends"):
+            seen["revoked_line"] = member.post("/v1/fleet/pull-messages").status_code
+            if seen["revoked_line"] != SIGNATURE_ASKED:
+                break
     bare = ("certificate=''", "certificate_key=''", f"inbox={deployment.folder / 'inbox'}")
     with ThreadPoolExecutor() as pool:
         revoked = pool.submit(refused_node, deployment, f"kit={kit}")

@@ -102,9 +102,12 @@ class Kit:
 def wanted_of(federation: Federation, name: str) -> Wanted:
     """Of a site, or of the coordinator."""
     if name == COORDINATOR:
+        hosts = federation.coordinator.hosts
+        if federation.stock_supernodes:
+            hosts = (*hosts, door_name(federation))
         return Wanted(
             (DOOR_KEY, SUPERLINK_KEY),
-            {DOOR: (DOOR_KEY, federation.coordinator.hosts), SUPERLINK: (SUPERLINK_KEY, LOOPBACK)},
+            {DOOR: (DOOR_KEY, hosts), SUPERLINK: (SUPERLINK_KEY, LOOPBACK)},
         )
     keys: tuple[str, ...] = (NODE_KEY, CLIENT_KEY, LEDGER_KEY)
     certificates: dict[str, tuple[str, Sequence[str]]] = {CLIENT: (CLIENT_KEY, ())}
@@ -112,6 +115,11 @@ def wanted_of(federation: Federation, name: str) -> Wanted:
         keys = (*keys, LOCAL_KEY)
         certificates[LOCAL] = (LOCAL_KEY, LOOPBACK)
     return Wanted(keys, certificates)
+
+
+def door_name(federation: Federation) -> str:
+    """By which a proxy of nginx knows the door: it takes no address of a certificate for a name."""
+    return f"door.{federation.name}.internal"
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,8 @@ class Maker:
             dataset=member.dataset or ledger.dataset,
             officer_key=ledger.officer_key or self.office.officer(),
         )
-        rendered = self._rendered("site", book.holders[member.name], member=member, terms=terms)
+        holder, name = book.holders[member.name], door_name(self.federation)
+        rendered = self._rendered("site", holder, member=member, terms=terms, door_name=name)
         if not self.federation.stock_supernodes:
             del rendered["nginx.conf"]
         return self._write(book, member.name, rendered, keys)

@@ -1,5 +1,6 @@
 """A node from its kit: its settings first, the operator's own over them; and its certificate."""
 
+import json
 import re
 import shutil
 import ssl
@@ -137,3 +138,21 @@ def test_what_the_door_says_is_told_and_no_more_of_it(tmp_path):
     assert len(str(error)) < 300
     assert "takes no message of that size" in str(fleet._refused(httpx.Response(413)))
     assert ssl.HAS_TLSv1_3
+
+
+def test_books_begin_with_the_key_of_the_kit(made, tmp_path, capsys):
+    """So that whoever has the coordinator's kit knows with which key they are verified."""
+    key = made / "kits" / "ward-1" / "ledger.key"
+    words = ("--cap", "8", "--delta", "1e-5", "--dataset", "notes", "--site", "ward-1")
+    own = (*words, "--officer-key", "0" * 64, "--site-key", str(key), "--json")
+    assert main(["ledger", "init", str(tmp_path / "books.db"), *own]) == 0
+    begun = json.loads(capsys.readouterr().out)["site_key"]
+    nodes = json.loads((made / "kits" / "coordinator" / "nodes.json").read_text())
+    assert nodes["ward-1"]["ledger_key"] == begun
+    assert (tmp_path / "books.db.key").stat().st_mode & 0o077 == 0
+    shutil.copy(key, tmp_path / "open.key")
+    (tmp_path / "open.key").chmod(0o644)
+    loose = [str(tmp_path / "open.key") if word == str(key) else word for word in own]
+    assert main(["ledger", "init", str(tmp_path / "other.db"), *loose]) == 2
+    assert "others may read this key" in capsys.readouterr().err
+    assert not (tmp_path / "other.db").exists()

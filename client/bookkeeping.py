@@ -46,12 +46,16 @@ def ledger(invocation: Invocation) -> None:
         unit: Annotated[
             str, typer.Option(help="What the cap protects: record, or person.")
         ] = "record",
+        site_key: Annotated[
+            Path | None, typer.Option(help="A key to begin with, as a kit's ledger.key.")
+        ] = None,
     ) -> None:
         """Makes a ledger for each site of a dataset.
 
         OFFICER-KEY is a public key; where it names a file that does not exist, a key is made
         there: give it to the officer and keep no copy at the site. A ledger takes runs of its
-        own unit only.
+        own unit only. With SITE-KEY the ledger begins with a copy of that key, which others know
+        the public half of already.
 
         Example: coterie ledger init books.db --cap 8 --delta 1e-5 --dataset notes
         --site ward-1 --officer-key officer.key
@@ -60,7 +64,7 @@ def ledger(invocation: Invocation) -> None:
         if ledger.exists():
             raise ConfigError(f"{ledger}: exists already; a ledger is never overwritten")
         public = _officer(officer_key)
-        with Store.create(ledger) as store, store.together():
+        with Store.create(ledger, site_key) as store, store.together():
             for name in site:
                 store.open(name, Terms(dataset, cap, delta, public, unit))
         _answer(invocation, {"ledger": str(ledger), "site_key": chain.public_hex(store.key)})

@@ -60,7 +60,9 @@ from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from common.certificates import Credentials
 from common.errors import ConfigError, CoterieError, FederationError, VerificationError
+from common.keys import check_secret
 from common.messages import MAX_VECTOR_BYTES
 
 CALL_S = 30.0
@@ -78,7 +80,9 @@ MAX_PARCEL_BYTES = MAX_VECTOR_BYTES + (16 << 20)
 """Of all parts of one instruction: the parameters, and what stands beside them."""
 CLOCK_TOLERANCE_S = 4.0
 """Flower takes no call that is dated 5 s ahead of it or 305 s behind."""
-UNAUTHORIZED, FORBIDDEN, PRECONDITION_FAILED = 401, 403, 412
+UNAUTHORIZED, FORBIDDEN, PRECONDITION_FAILED, TOO_LARGE = 401, 403, 412, 413
+DOOR = "coterie-door"
+"""The header in which the door of a coordinator's kit says what is wrong with a certificate."""
 NO_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})
 """What OpenSSL calls an answer in plain text; other faults of TLS pass."""
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -166,15 +170,21 @@ class Fleet:
     """
 
     def __init__(
-        self, address: str, authority: Path, key: ec.EllipticCurvePrivateKey, version: str = ""
+        self,
+        address: str,
+        authority: Path,
+        key: ec.EllipticCurvePrivateKey,
+        version: str = "",
+        own: Credentials | None = None,
     ) -> None:
         """Args: address: HOST:PORT; authority: whose certificates are believed; version: of flwr,
-        as the SuperLink is told it, if not the one that is installed.
+        as the SuperLink is told it, if not the one that is installed; own: what a door before the
+        SuperLink asks this node for.
 
-        Raises: ConfigError if `authority` holds no certificate.
+        Raises: ConfigError if `authority` holds no certificate, or `own` is none.
         """
         self.address, self._version = address, version or metadata.version("flwr")
-        self._trust = _trusting(authority)
+        self._trust = _trusting(authority, own)
         self._public = public_key_to_bytes(key.public_key())
         self._bounded = _Bounded(self._trust)
         self._client = FleetHttpClient(
@@ -261,7 +271,7 @@ class Fleet:
         """Raises: RunOverError if nobody would take an answer."""
         self._call(self._client.GetRun, GetRunRequest(node=self._node, run_id=run))
 
-    def send(self, reply: Message, begun: str, began: Callable[[str], None]) -> None:
+    def send(self, reply: Message, begun: str, began: Callable[[str], None]) -> int:
         """Sends a reply, the whole of it or nothing that counts; it may be sent again.
 
         How long the answer took is not told: a node's own clock is its own.
@@ -283,13 +293,15 @@ class Fleet:
         )
         response = self._call(self._client.PushMessages, request)
         wanted, session = [*response.objects_to_push], response.session_id
+        size = sum(map(len, parts.values()))
         if not wanted:
             if begun:
-                return
+                return size
             raise RunOverError("nobody waits for this answer any more, or it is there already")
         began(session)
         if not all(_at_once(lambda name: self._keeps(run, session, name, parts[name]), wanted)):
             raise UnreachableError(f"superlink={self.address}: did not keep a part of an answer")
+        return size
 
     def check_version(self) -> None:
         """Raises: NotAdmittedError if the SuperLink says that it is of another flwr minor.
@@ -362,16 +374,10 @@ class Fleet:
 
     def _refused(self, response: httpx.Response) -> CoterieError:
         where, status = f"superlink={self.address}", response.status_code
+        if DOOR in response.headers or status == TOO_LARGE:
+            return NotAdmittedError(f"{where}: its door {_of_door(response)}")
         if status == UNAUTHORIZED:
-            ahead = _ahead_s(response)
-            if not -CLOCK_TOLERANCE_S < ahead < CLOCK_TOLERANCE_S:
-                return NotAdmittedError(
-                    f"{where}: this machine's clock is {abs(ahead):.0f} s "
-                    f"{'ahead of' if ahead > 0 else 'behind'} the coordinator's; set it right"
-                )
-            return NotAdmittedError(
-                f"{where}: does not know this node's key; have the coordinator register it"
-            )
+            return NotAdmittedError(f"{where}: {_of_signature(response)}")
         if status == PRECONDITION_FAILED:
             return NotAdmittedError(
                 f"{where}: lets this node's key in no more than once, and only if it is "
@@ -463,8 +469,11 @@ def _named(message: Message, name: str) -> Message:
     return message
 
 
-def _trusting(authority: Path) -> ssl.SSLContext:
-    """Believes certificates of this authority, and of no other. Raises: ConfigError."""
+def _trusting(authority: Path, own: Credentials | None) -> ssl.SSLContext:
+    """Believes certificates of this authority, and of no other; shows `own` where it is asked for.
+
+    Raises: ConfigError.
+    """
     try:
         content = authority.expanduser().read_text("ascii")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -474,7 +483,27 @@ def _trusting(authority: Path) -> ssl.SSLContext:
         raise ConfigError(f"authority={authority}: no such file") from error
     except (ValueError, ssl.SSLError) as error:
         raise ConfigError(f"authority={authority}: holds no certificate in PEM") from error
+    if own is not None:
+        _show(context, own)
     return context
+
+
+def _show(context: ssl.SSLContext, own: Credentials) -> None:
+    certificate, key = own.certificate.expanduser(), own.key.expanduser()
+    try:
+        check_secret(key)
+        context.load_cert_chain(certificate, key, password=_no_passphrase)
+    except FileNotFoundError as error:
+        missing = key if certificate.exists() else certificate
+        raise ConfigError(f"certificate={certificate}: {missing} is not there") from error
+    except (ValueError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"certificate={certificate}: is no certificate in PEM, or {key} is not its private key"
+        ) from error
+
+
+def _no_passphrase() -> str:
+    raise ValueError("a key with a passphrase")  # instead of asking at the terminal
 
 
 def _of_tls(error: BaseException) -> ssl.SSLError | None:
@@ -485,6 +514,28 @@ def _of_tls(error: BaseException) -> ssl.SSLError | None:
             return seen
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _of_signature(response: httpx.Response) -> str:
+    """Why a SuperLink took a call for nobody's."""
+    ahead = _ahead_s(response)
+    if not -CLOCK_TOLERANCE_S < ahead < CLOCK_TOLERANCE_S:
+        return (
+            f"this machine's clock is {abs(ahead):.0f} s "
+            f"{'ahead of' if ahead > 0 else 'behind'} the coordinator's; set it right"
+        )
+    return "does not know this node's key; have the coordinator register it"
+
+
+def _of_door(response: httpx.Response) -> str:
+    """Why the door of a coordinator's kit let something through no further."""
+    if response.status_code == TOO_LARGE:
+        return "takes no message of that size"
+    words = "".join(each for each in response.headers[DOOR][:80] if each.isprintable())
+    return (
+        f"does not let this node in ({words}); give the certificate and certificate_key of this "
+        "site's kit, or get the kit renewed"
+    )
 
 
 def _words(error: Exception) -> str:

@@ -18,7 +18,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client.commitment import UNBOUND, Commitment, secret_of
 from client.site_keys import SiteKeys
 from common.errors import ConfigError, CoterieError, VerificationError
-from common.keys import KEY_SUFFIX, generate_key
+from common.keys import KEY_SUFFIX, generate_key, read_secret, write_secret
 from common.privacy import chain
 from common.privacy.accounting import Event
 from common.privacy.books import Books, filter_order
@@ -111,12 +111,18 @@ class Store:
             raise
 
     @classmethod
-    def create(cls, path: Path) -> "Store":
-        """A new, empty file beside a new key. Raises: ConfigError if there is one."""
+    def create(cls, path: Path, given: Path | None = None) -> "Store":
+        """A new, empty file beside a new key, or beside a copy of the one given.
+
+        Raises: ConfigError if there is one, or what is given is no key that its owner alone reads.
+        """
         if path.exists() or path.is_symlink():
             raise ConfigError(f"{path}: exists already; a ledger is never overwritten")
         path.parent.mkdir(parents=True, exist_ok=True)
-        generate_key(Path(f"{path}{KEY_SUFFIX}"))
+        if given is None:
+            generate_key(Path(f"{path}{KEY_SUFFIX}"))
+        else:
+            write_secret(Path(f"{path}{KEY_SUFFIX}"), read_secret(given))
         try:
             connection = _connect(path)
             connection.executescript(f"BEGIN; {_SCHEMA} {'; '.join(_SEEN)}; COMMIT;")
@@ -606,6 +612,25 @@ class Ledger:
         )
         for seq, line in rows:
             yield chain.read_entry(str(line), seq)
+
+
+def read_chain(path: Path, site: str) -> list[Entry]:
+    """The entries of a site, unjudged; nothing is written or settled.
+
+    Raises: ConfigError if the site has none there; VerificationError if it is no ledger file.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as file:
+            rows = file.execute("SELECT site, seq, line FROM entry ORDER BY site, seq").fetchall()
+    except sqlite3.Error as error:
+        raise VerificationError(f"{path}: is not a ledger file ({error})") from error
+    entries = [chain.read_entry(str(line), seq) for name, seq, line in rows if name == site]
+    if not entries:
+        known = ", ".join(sorted({str(name) for name, *_ in rows})) or "none"
+        raise ConfigError(
+            f"{path}#{site}: no such site, it holds {known}; correct name, or give ledger=FILE#SITE"
+        )
+    return entries
 
 
 def _overlap(path: Path, site: str, other: str) -> str:

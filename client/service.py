@@ -37,15 +37,18 @@ from client.inbox import Inbox
 from client.ledger import Ledger, Store
 from client.settings import NodeSettings
 from client.site import Site
+from client.vitals import Vitals
 from common import messages
 from common.allocation import keep_freed_memory
-from common.certificates import read_node_key
+from common.certificates import Credentials, read_node_key
 from common.config import ModelConfig, PrivacyMode
 from common.data import check_files, load_splits
 from common.device import device_of
 from common.errors import ConfigError, CoterieError, FederationError, VerificationError
+from common.exposition import health_at, metrics_at
 from common.privacy.chain import Head
 from common.privacy.mechanism import counting
+from common.records import Records
 from common.tasks import TASKS, FileTask, reader_of
 
 log = logging.getLogger(__name__)
@@ -71,20 +74,23 @@ def run_node(settings: NodeSettings) -> dict[str, Any]:
     device_of(settings.device, setting="device")  # one that is not there is said at once
     check_files(settings.data)
     key = read_node_key(Path(settings.key).expanduser())
-    fleet = Fleet(settings.superlink, Path(settings.authority), key)
+    fleet = Fleet(settings.superlink, Path(settings.authority), key, own=own_credentials(settings))
     with ExitStack() as stack:
+        health = stack.enter_context(health_at("health", settings.health))
+        vitals = Vitals(settings.name, health)
+        stack.enter_context(metrics_at("metrics", settings.metrics, vitals.families))
         inbox = Inbox(settings.inbox_path)
         stack.callback(inbox.close)
         ledger = _ledger(settings, stack)
         stopping = stack.enter_context(_stopped_by_signals())
-        line = Line(settings, stopping)
+        line = Line(settings, stopping, vitals)
         stack.enter_context(_leaving(fleet))
-        node_id = _join(fleet, line, inbox, _fingerprint(settings, key))
+        node_id = _join(fleet, line, inbox, fingerprint(settings, key))
         if node_id is None:  # stopped before it got there
             return _summary(settings, 0, 0, 0)
         stack.enter_context(_beating(fleet))
         site = open_site(settings, ledger)
-        node = Node(settings, site, fleet, line, inbox)
+        node = Node(settings, site, fleet, line, inbox, vitals=vitals)
         log.info(
             "%s: connected to %s as node %d; waiting for instructions",
             *(settings.name, settings.superlink, node_id),
@@ -98,17 +104,7 @@ def open_site(settings: NodeSettings, ledger: Ledger | None) -> Site:
 
     Raises: ConfigError if the records are not as the settings say, or are another ledger's.
     """
-    task = TASKS[settings.task.name]
-    read = None
-    if isinstance(task, FileTask):
-        if not settings.reader:
-            raise ConfigError(
-                "reader='': must name the model, by its model.name, whose processor reads the "
-                f"files of task={settings.task.name.name}"
-            )
-        model = ModelConfig(name=settings.reader, feature_scale=1.0)
-        read = reader_of(settings.task.name, task.load_processor(model))
-    records = load_splits(settings.data, task.toy_examples, read).train
+    records = read_records(settings)
     if ledger is not None:
         unit = ledger.books.unit
         if unit == PrivacyMode.person.name and records.persons is None:
@@ -121,10 +117,28 @@ def open_site(settings: NodeSettings, ledger: Ledger | None) -> Site:
     return Site(settings.name, records, classes, ledger, settings.node)
 
 
+def read_records(settings: NodeSettings) -> Records:
+    """All records of these settings. Raises: ConfigError if they are not as the settings say."""
+    task = TASKS[settings.task.name]
+    read = None
+    if isinstance(task, FileTask):
+        if not settings.reader:
+            raise ConfigError(
+                "reader='': must name the model, by its model.name, whose processor reads the "
+                f"files of task={settings.task.name.name}"
+            )
+        model = ModelConfig(name=settings.reader, feature_scale=1.0)
+        read = reader_of(settings.task.name, task.load_processor(model))
+    return load_splits(settings.data, task.toy_examples, read).train
+
+
 class Line:
     """Calls that are tried again until somebody answers."""
 
-    def __init__(self, settings: NodeSettings, stopping: threading.Event) -> None:
+    def __init__(
+        self, settings: NodeSettings, stopping: threading.Event, vitals: Vitals | None = None
+    ) -> None:
+        self._vitals = vitals or Vitals(settings.name)
         self._name, self._patience_s = settings.name, settings.patience_s or float("inf")
         self.stopping = stopping
 
@@ -155,6 +169,7 @@ class Line:
                 if monotonic() > until:
                     raise RunOverError("nobody waits for this answer any more") from error
                 if not told:
+                    self._vitals.online(connected=False)
                     log.warning("%s: %s; trying again until it is otherwise", self._name, error)
                 told = True
                 self.stopping.wait(_apart(delay))
@@ -165,6 +180,8 @@ class Line:
                         "%s: the coordinator answers again, after %.0f s",
                         *(self._name, monotonic() - since),
                     )
+                if not self._vitals.connected:
+                    self._vitals.online(connected=True)
                 return result
 
 
@@ -172,8 +189,16 @@ class Node:
     """One site's answers, over one line."""
 
     def __init__(
-        self, settings: NodeSettings, site: Site, fleet: Fleet, line: Line, inbox: Inbox
+        self,
+        settings: NodeSettings,
+        site: Site,
+        fleet: Fleet,
+        line: Line,
+        inbox: Inbox,
+        *,
+        vitals: Vitals | None = None,
     ) -> None:
+        self._vitals = vitals or Vitals(settings.name)
         self._site, self._fleet, self._line, self._inbox = site, fleet, line, inbox
         self._poll_s = settings.poll_s
         self._app: ClientApp = client_app(
@@ -209,6 +234,7 @@ class Node:
         """While there is nothing to answer, what the next answer will say is priced, once."""
         ledger = self._site.ledger
         if ledger is not None and ledger.head != self._foreseen:
+            self._vitals.priced(ledger.books)
             ledger.books.foresee()
             self._foreseen = ledger.head
         self._line.stopping.wait(self._poll_s)
@@ -228,6 +254,7 @@ class Node:
             except OSError as error:
                 self._refuse_unkept(parcel, error)
                 return None
+            self._vitals.moved(received=sum(map(len, parcel.parts.values())))
             self._line.call(lambda: self._fleet.confirm(run, parcel.root))
         except (RunOverError, VerificationError) as error:
             self._inbox.clear()
@@ -279,9 +306,9 @@ class Node:
         outcome = self._sent(reply, until=started + _expires_in(addressed))
         if outcome is None:
             return
-        log.info(
-            "%s: %s: %s, %.1f s", self._site.name, _what(addressed), outcome, monotonic() - started
-        )
+        seconds = monotonic() - started
+        self._vitals.took(reply.error.code if reply.has_error() else None, seconds)
+        log.info("%s: %s: %s, %.1f s", self._site.name, _what(addressed), outcome, seconds)
         self._inbox.clear()
 
     def _reply(self, parcel: Parcel, addressed: Message, *, left_over: bool) -> Message:
@@ -358,11 +385,12 @@ class Node:
             with suppress(OSError):  # a full disk costs no more than the time to send it again
                 self._inbox.sending(name, session)
 
-        self._fleet.send(reply, begun, began)
+        self._vitals.moved(sent=self._fleet.send(reply, begun, began) or 0)
 
     def _join_again(self, error: NotAdmittedError) -> None:
         """The coordinator let this node in before: what is wrong with it now may pass."""
         log.warning("%s: %s; trying again until it is otherwise", self._site.name, error)
+        self._vitals.online(connected=False)
         self._line.stopping.wait(FIRST_DELAY_S)
         try:
             self._line.call(
@@ -385,7 +413,14 @@ def _join(fleet: Fleet, line: Line, inbox: Inbox, fingerprint: str) -> int | Non
     return fleet.node_id
 
 
-def _fingerprint(settings: NodeSettings, key: ec.EllipticCurvePrivateKey) -> str:
+def own_credentials(settings: NodeSettings) -> Credentials | None:
+    """What this node shows at a door."""
+    if not settings.certificate:
+        return None
+    return Credentials(Path(settings.certificate), Path(settings.certificate_key))
+
+
+def fingerprint(settings: NodeSettings, key: ec.EllipticCurvePrivateKey) -> str:
     """Of a key at an address: a node id is of both."""
     public = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(public + settings.superlink.encode()).hexdigest()

@@ -39,6 +39,8 @@ from common.config import (
     opened,
 )
 from common.errors import ConfigError
+from common.exposition import ADDRESS_RULE, is_listen_address
+from common.log_lines import LogForm
 from common.strategies import StrategyConfig
 
 MIN_POLL_S, MAX_POLL_S = 0.01, 60.0
@@ -59,6 +61,15 @@ class NodeSettings:
     """HOST:PORT of the coordinator's SuperLink. Always over TLS."""
     authority: str = MISSING
     """Certificate of the authority, in PEM, that signed the coordinator's; no other is believed."""
+    certificate: str = ""
+    """The node's own certificate, in PEM, where a door stands before the SuperLink; with it goes
+    `certificate_key`, the private key of it, which its owner alone may read."""
+    certificate_key: str = ""
+    kit: str = ""
+    """Folder of the site's kit, as `coterie provision` made it: the settings in it come first, and
+    nothing starts if anything in it was altered. Given on the command line."""
+    sealed_by: str = ""
+    """Public key of who provisioned the federation, if it is known by another way than the kit."""
     key: str = MISSING
     """The node's private key, which its owner alone may read; its public half is registered."""
     ledger: str = ""
@@ -82,6 +93,14 @@ class NodeSettings:
     """Seconds between two questions for an instruction."""
     patience_s: float = 0.0
     """Seconds without an answer from the coordinator after which the node gives up; 0: never."""
+    metrics: str = ""
+    """Where Prometheus may read how this node does, under /metrics: PORT of loopback, or HOST:PORT.
+    In the clear, to whoever reaches it. Empty: nowhere."""
+    health: str = ""
+    """Where probes may ask by `grpc.health.v1` whether it is well: as `metrics`. Service "" is the
+    process, `node` whether the coordinator answers. Empty: nowhere."""
+    log: LogForm = LogForm.text
+    """A line of the log: `text`, or a `json` object."""
     allow_unprotected: bool = False
     """Answers instructions that protect nothing, with seeded noise or none: for demonstrations, on
     records that are not private."""
@@ -131,6 +150,11 @@ def _broken(settings: NodeSettings) -> Iterator[str]:
         value = getattr(settings, name)
         if not holds(value):
             yield f"{name}={value if value != '' else repr(value)}: must be {rule}"
+    if bool(settings.certificate) != bool(settings.certificate_key):
+        yield (
+            f"certificate={settings.certificate!r}, certificate_key={settings.certificate_key!r}: "
+            "must be given together, or both left out where no door asks for one"
+        )
     if not settings.ledger and not settings.allow_unprotected:
         yield "ledger='': must name this site's books; make them with `coterie ledger init`"
     data = settings.data
@@ -177,8 +201,14 @@ _RULES: dict[str, tuple[str, Callable[..., bool]]] = {
     "superlink": ("HOST:PORT, without http:// or https://; TLS is always used", _is_address),
     "authority": ("the path of a certificate", bool),
     "key": ("the path of a private key", bool),
+    "sealed_by": (
+        "64 hex digits, or empty",
+        lambda value: bool(re.fullmatch("(?:[0-9a-f]{64})?", value)),
+    ),
     "threads": ("between 0 and 1024", lambda value: 0 <= value <= MAX_THREADS),
     "device": (DEVICES, is_device),
     "poll_s": ("between 0.01 and 60", lambda value: MIN_POLL_S <= value <= MAX_POLL_S),
+    "metrics": (ADDRESS_RULE, is_listen_address),
+    "health": (ADDRESS_RULE, is_listen_address),
     "patience_s": ("0 or more", lambda value: value >= 0),
 }

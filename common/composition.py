@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -177,13 +178,37 @@ _PHRASES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
 """What Hydra and OmegaConf say, and what it means to a person. First match wins."""
 
 
+def in_order(arguments: Iterable[str]) -> list[str]:
+    """Settings first, and flags after them: Hydra's parser takes no flag between two settings.
+
+    >>> in_order(["a=1", "--config-dir", "conf.d", "+site=one", "-m"])
+    ['a=1', '+site=one', '--config-dir', 'conf.d', '-m']
+    """
+    settings: list[str] = []
+    flags: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("-"):
+            settings.append(word)
+            continue
+        flags.append(word)
+        if word in _VALUED:
+            flags.extend(islice(words, 1))
+    return [*settings, *flags]
+
+
+_VALUED = {
+    *("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun"),
+}
+"""Flags of Hydra that a value follows."""
+
+
 @contextmanager
 def _hydra_environment(invocation: Invocation) -> Iterator[None]:
     """Gives Hydra its own argv, and makes it raise instead of printing and exiting."""
     saved_argv, saved_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    # Hydra's parser takes flags before overrides, or after, but not between.
-    arguments = sorted(invocation.arguments, key=lambda word: word not in ("-m", "--multirun"))
-    sys.argv = [f"coterie {invocation.command}", *arguments]
+    sys.argv = [f"coterie {invocation.command}", *in_order(invocation.arguments)]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield

@@ -161,6 +161,14 @@ class EngineName(Enum):
     superlink = "superlink"
 
 
+class TrackerName(Enum):
+    """Where a run is followed beside its folder."""
+
+    none = "none"
+    tensorboard = "tensorboard"
+    mlflow = "mlflow"
+
+
 class Resume(Enum):
     """What becomes of a run that was interrupted."""
 
@@ -575,6 +583,21 @@ class SuperlinkConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """A tracker that is told, by the coordinator, what stands in a run's own files: told to no
+    site, and nothing that a run computes.
+    """
+
+    name: TrackerName = TrackerName.none
+    """`tensorboard`, `mlflow`, or `none`. The first two need the extra `tracking`."""
+    uri: str = ""
+    """Of mlflow: its server, or a folder; of tensorboard: a folder. Empty: in the run's folder. A
+    password goes into the environment (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)."""
+    experiment: str = "coterie"
+    """Name of the experiment that runs stand under (mlflow)."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One run. Hydra groups fill it; see `conf/`."""
 
@@ -590,6 +613,7 @@ class Config:
     node: NodeConfig = MISSING
     faults: FaultsConfig = MISSING
     superlink: SuperlinkConfig = field(default_factory=SuperlinkConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = 0
     """Seed of public things only: partition, initialisation, cohort. Never of noise or coins."""
     run_dir: str = ""
@@ -674,6 +698,7 @@ def _open_schema() -> DictConfig:
             NodeConfig(),
             FaultsConfig(),
             SuperlinkConfig(),
+            TrackingConfig(),
         )
     )
 
@@ -809,7 +834,13 @@ def as_told(config: Config) -> Config:
     if not config.is_deployed:
         return config
     return replace(
-        config, run_dir="", ledger="", heads="", resume=Resume.off, superlink=SuperlinkConfig()
+        config,
+        run_dir="",
+        ledger="",
+        heads="",
+        resume=Resume.off,
+        superlink=SuperlinkConfig(),
+        tracking=TrackingConfig(),
     )
 
 
@@ -834,7 +865,7 @@ def setting(config: Config, name: str) -> Any:
     return _at(_plain(asdict(config)), name)
 
 
-FREE = ("run_dir", "ledger", "heads", "resume", "superlink", "engine.workers")
+FREE = ("run_dir", "ledger", "heads", "resume", "superlink", "tracking", "engine.workers")
 """Settings that do not change what a run computes."""
 
 
@@ -1235,6 +1266,12 @@ _RULES: dict[str, _Rule] = {
     "federation.quorum": _OPEN_SHARE,
     "federation.participation": _OPEN_SHARE,
     "federation.round_timeout_s": _POSITIVE,
+    "tracking.uri": (
+        "without a name and password; give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
+        "in the environment",
+        lambda value: "@" not in value,
+    ),
+    "tracking.experiment": ("a name", lambda value: bool(value.strip())),
     "evaluation.every": ("0 or more", lambda value: bool(value >= 0)),
     "engine.threads": ("between 0 and 1024", lambda value: bool(0 <= value <= MAX_THREADS)),
     "engine.device": (DEVICES, is_device),

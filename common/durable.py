@@ -30,7 +30,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 @contextmanager
-def folder_atomic(path: Path) -> Iterator[Path]:
+def folder_atomic(path: Path, *, mode: int = 0o755) -> Iterator[Path]:
     """Yields a temporary sibling folder that becomes `path` if the block ends well.
 
     Guarantee: `path` never holds a half-written set of files; an earlier `path` is replaced.
@@ -42,7 +42,7 @@ def folder_atomic(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync_file(file)
-        temporary.chmod(0o755)
+        temporary.chmod(mode)
         _swap(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

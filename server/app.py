@@ -30,6 +30,7 @@ from server.report import RunFacts, build_report, write_report
 from server.resume import CHECKPOINTS, opened
 from server.rounds import OnReply, run_rounds
 from server.spending import round_line
+from server.tracking import check_tracker, tracked
 
 CONFIG_KEY = "config"
 """Key of the resolved config, one canonical string, in Flower's run config."""
@@ -69,6 +70,7 @@ def server_app(
             raise VerificationError("run config: holds no configuration")
         config = from_canonical(text)
         check_left_out(config, left_out)
+        check_tracker(config.tracking)
         _run(grid, make_plan(config), public(config), watch, left_out, sections=sections)
 
     return app
@@ -104,16 +106,18 @@ def _run(
     )
     nodes: dict[int, str] = {}
     scores: Inputs = {}
-    for outcome in rounds:
-        state, nodes, metrics = outcome.state, outcome.nodes, {}
-        if is_measured(config, outcome.round):
-            scores = evaluator.score(state.vector)
-            metrics = evaluator.metrics(scores)
-        elapsed_s = before_s + time.perf_counter() - started
-        lines.append(round_line(outcome, metrics, lines, run_plan, elapsed_s=elapsed_s))
-        append_line(run_dir, lines[-1])
-        trim_freed_memory()  # a round's prices and arrays have sizes of their own, and leave gaps
-        watch.on_round(lines[-1])
+    with tracked(config, run_dir, after=state.round) as tracker:
+        for outcome in rounds:
+            state, nodes, metrics = outcome.state, outcome.nodes, {}
+            if is_measured(config, outcome.round):
+                scores = evaluator.score(state.vector)
+                metrics = evaluator.metrics(scores)
+            elapsed_s = before_s + time.perf_counter() - started
+            lines.append(round_line(outcome, metrics, lines, run_plan, elapsed_s=elapsed_s))
+            append_line(run_dir, lines[-1])
+            trim_freed_memory()  # a round's prices and arrays have sizes of their own: gaps
+            watch.on_round(lines[-1])
+            tracker.follow(lines[-1])
     last = Instruction(state.run_id, len(lines), as_told(config), layout.digest, state.vector)
     counted = count_correct(grid, run_plan, last, heads, nodes or sites_of(grid))
     # 12. Report, and release the model of the final round: never the best on the hold-out.

@@ -91,6 +91,10 @@ class Link:
         arguments = ("supernode", "register", str(public_key), NAME, "--name", name)
         return int(self._asked(*arguments, doing="register a node")["node-id"])
 
+    def unregister(self, node: int) -> None:
+        """Lets a node in no longer. Args: node: Flower's number of it."""
+        self._asked("supernode", "unregister", str(node), NAME, doing="take out a node")
+
     def stop(self, flower_run: int) -> None:
         """Ends a run, wherever it is."""
         self._asked("stop", str(flower_run), NAME, doing="stop a run")

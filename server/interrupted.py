@@ -1,6 +1,5 @@
 """A run that was interrupted: who may go on with it, as what, and what is left before."""
 
-import fcntl
 import os
 import re
 import shlex
@@ -17,12 +16,16 @@ from common.composition import given_settings, sweep_index
 from common.config import Config, Resume
 from common.errors import ConfigError
 from server.cohort import POLL_S
+from server.occupation import is_locked
 from server.plan import solved
 from server.resume import CHECKPOINTS, CONFIG, check_same, has_begun, stored_config
 
-WORKERS = "engine.workers"
-ENOUGH = {"run_dir", "resume", WORKERS}
-"""Settings that name a run, or only change how quick it is; alone they ask for all of its own."""
+WORKERS, TRACKING = "engine.workers", "tracking"
+ENOUGH = {"run_dir", "resume", WORKERS, TRACKING}
+"""Settings that name a run, or only change how quick it is or who follows it; alone they ask for
+all of its own."""
+GLANCE_S = 0.3
+"""How long somebody who only looks may have the lock of a folder."""
 LEDGERS = "ledgers"
 """Where a run folder holds the sites' books."""
 
@@ -62,7 +65,8 @@ def _of_now() -> str:
 def as_begun(config: Config, beside: Set[str] = frozenset()) -> Config:
     """The resolved settings of the run in `run_dir`, where one is to go on; else `config`.
 
-    How many processes answer need not be as before, where the command line says it.
+    How many processes answer, and who follows, need not be as before, where the command line
+    says it.
     Args: beside: more settings, or groups of them, that say nothing of what the run computes.
     Raises: ConfigError if the folder holds no run, or the command line names other settings.
     """
@@ -79,17 +83,19 @@ def as_begun(config: Config, beside: Set[str] = frozenset()) -> Config:
     told = given is None or WORKERS in given
     workers = (config if told else stored).engine.workers
     engine = replace(stored.engine, workers=workers)
+    follows_elsewhere = given is None or any(name.split(".")[0] == TRACKING for name in given)
     return replace(
         stored,
         run_dir=config.run_dir,
         resume=config.resume,
         engine=engine,
         superlink=config.superlink,
+        tracking=config.tracking if follows_elsewhere else stored.tracking,
     )
 
 
 @contextmanager
-def occupied(run_dir: Path, *, patience_s: float = 0.0) -> Iterator[None]:
+def occupied(run_dir: Path, *, patience_s: float = GLANCE_S) -> Iterator[None]:
     """Makes the folder of a run, and keeps other processes from writing into it.
 
     Guarantee: a run that ended before it had begun leaves the disk as it was.
@@ -134,34 +140,15 @@ def _resolved(path: str) -> Path | None:
     return Path(path).expanduser().resolve() if path else None
 
 
-def is_occupied(run_dir: Path) -> bool:
-    """Whether a process is writing into the folder of a run."""
-    if not run_dir.is_dir():
-        return False
-    handle = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        return not _locked(handle)
-    finally:
-        os.close(handle)
-
-
 def _lock(handle: int, run_dir: Path, patience_s: float) -> None:
     """Held until the handle is closed, or the process ends, however it ends."""
     deadline = monotonic() + patience_s
-    while not _locked(handle):
+    while not is_locked(handle):
         if monotonic() >= deadline:
             raise ConfigError(
                 f"run_dir={run_dir}: another process is writing into it; wait for it, or stop it"
             )
         sleep(POLL_S)
-
-
-def _locked(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _clear(run_dir: Path) -> None:

@@ -5,12 +5,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from common.durable import write_atomic
 from common.errors import VerificationError
-from common.messages import SiteBooks
-from common.privacy.accounting import shown
+
+if TYPE_CHECKING:  # torch would come with it, and who only reads lines needs none
+    from common.messages import SiteBooks
 
 FILE = "metrics.jsonl"
 
@@ -49,6 +50,8 @@ class RoundLine:
 
     def found(self) -> str:
         """For people: the task's first metric, if it was measured, and the epsilon."""
+        from common.privacy.accounting import shown  # noqa: PLC0415 - the accountants come with it
+
         measured = "".join(f"  {name} {value:.4f}" for name, value in [*self.metrics.items()][:1])
         return f"{measured}  epsilon {shown(self.epsilon)}"
 
@@ -105,7 +108,7 @@ def _text(line: RoundLine) -> str:
     return json.dumps(asdict(line), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def site_lines(books: Mapping[str, SiteBooks]) -> dict[str, SiteLine]:
+def site_lines(books: "Mapping[str, SiteBooks]") -> dict[str, SiteLine]:
     """What sites said of their ledgers, by name, as plain values."""
     return {
         name: SiteLine(

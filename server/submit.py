@@ -19,7 +19,8 @@ from server.app import CONFIG_KEY
 from server.bundled import HASH_KEY
 from server.control import Address, Link
 from server.following import follow
-from server.interrupted import as_begun, is_occupied, is_taken, run_dir_of
+from server.interrupted import as_begun, is_taken, run_dir_of
+from server.occupation import is_occupied
 from server.plan import make_plan, show_plan, size_of
 from server.report import read_report, show_report
 from server.resume import is_finished
@@ -99,13 +100,16 @@ def _address(given: SuperlinkConfig, run_dir: Path) -> Address:
 
 def _with_paths(config: Config, run_dir: Path) -> Config:
     """Files by where they are: the ServerApp's working folder is another one."""
-    data, federation = config.data, config.federation
+    data, federation, tracking = config.data, config.federation, config.tracking
+    if tracking.uri and "://" not in tracking.uri:
+        tracking = replace(tracking, uri=_absolute(tracking.uri))
     return replace(
         config,
         run_dir=str(run_dir),
         heads=_absolute(config.heads),
         data=replace(data, test_path=_absolute(data.test_path)),
         federation=replace(federation, availability=_absolute(federation.availability)),
+        tracking=tracking,
     )
 
 

@@ -147,34 +147,46 @@ class Deployment:
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         """Makes keys and certificates in `folder`; starts nothing yet."""
         self.folder, self.port = folder, free_port()
-        self.authority: Authority = make_authority(folder / "authority")
-        own = self.authority.issue("superlink", [HOST, "localhost"])
-        self._officer = public_hex(generate_key(folder / "officer.key"))
+        self.officer = public_hex(generate_key(folder / "officer.key"))
         self.sites = [SiteFiles(name, folder / name) for name in names]
         for site in self.sites:
             site.folder.mkdir(parents=True)
+        self.bin = Path(sys.executable).parent
         self.environment = {
             **os.environ,
             **OFFLINE_DEFAULTS,
             "PYTHONPATH": str(ROOT),
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "PATH": f"{self.bin}{os.pathsep}{os.environ.get('PATH', '')}",
             "FLWR_HOME": str(folder / "flower"),
         }
+        self.authority: Authority
+        self._superlink_command: tuple[str, ...]
+        self.superlink: Running | None = None
+        self.nodes: dict[str, Running] = {}
+        self._provision()
+
+    def _provision(self) -> None:
+        """Makes what the coordinator has: an authority, a certificate, a command that starts it."""
+        self.authority = make_authority(self.folder / "authority")
+        own = self.authority.issue("superlink", [HOST, "localhost"])
         self._superlink_command = (
-            str(Path(sys.executable).with_name("flower-superlink")),
+            str(self.bin / "flower-superlink"),
             *("--host", HOST, "--port", str(self.port)),
             *("--ssl-certfile", str(own.certificate), "--ssl-keyfile", str(own.key)),
             *("--ssl-ca-certfile", str(self.authority.certificate)),
-            *("--enable-supernode-auth", "--database", str(folder / "state.db")),
+            *("--enable-supernode-auth", "--database", str(self.folder / "state.db")),
             "--disable-runtime-dependency-installation",
         )
-        self.superlink: Running | None = None
-        self.nodes: dict[str, Running] = {}
 
     @property
     def address(self) -> str:
         """HOST:PORT of the SuperLink."""
         return f"{HOST}:{self.port}"
+
+    @property
+    def entrance(self) -> str:
+        """Where nodes come in, in words."""
+        return "No door stands before it."
 
     @property
     def link(self) -> Link:
@@ -198,7 +210,7 @@ class Deployment:
             self.superlink.start()
         context = ssl.create_default_context(cafile=str(self.authority.certificate))
         with httpx.Client(verify=context, timeout=2.0) as client:
-            for _ in _until(READY_S, "the SuperLink does not answer"):
+            for _ in until(READY_S, "the SuperLink does not answer"):
                 self.superlink.check_alive()
                 with contextlib.suppress(httpx.TransportError):
                     if client.get(f"https://{self.address}/health").is_success:
@@ -212,7 +224,7 @@ class Deployment:
         self.link.register(make_node_key(site.key), site.name)
         answer = self.coterie(
             *("ledger", "init", str(site.ledger), "--cap", str(cap), "--delta", str(delta)),
-            *("--dataset", dataset, "--site", site.name, "--officer-key", self._officer),
+            *("--dataset", dataset, "--site", site.name, "--officer-key", self.officer),
         )
         return str(answer["site_key"])
 
@@ -242,7 +254,7 @@ class Deployment:
 
     def wait_for_nodes(self) -> None:
         """Returns once all nodes are ready. Raises: FederationError if one ends, or takes long."""
-        for _ in _until(READY_S, "the nodes are not ready"):
+        for _ in until(READY_S, "the nodes are not ready"):
             for node in self.nodes.values():
                 node.check_alive()
             if all(READY in node.said for node in self.nodes.values()):
@@ -287,8 +299,8 @@ class Deployment:
             return self.coterie("ledger", "verify", exported, *pinned)
 
         with ThreadPoolExecutor() as pool:
-            verdicts = pool.map(verdict, self.sites)
-            return dict(zip((site.name for site in self.sites), verdicts, strict=True))
+            there = [site for site in self.sites if site.name in heads]
+            return dict(zip((site.name for site in there), pool.map(verdict, there), strict=True))
 
     def stop(self) -> None:
         """Ends everything, nodes first."""
@@ -343,7 +355,7 @@ def write_records(path: Path, records: Records, places: Sequence[int]) -> None:
             writer.writerow([records.contents[place], LABELS[records.labels[place]]])
 
 
-def _until(seconds: float, what: str) -> Iterator[None]:
+def until(seconds: float, what: str) -> Iterator[None]:
     """Once every `POLL_S`. Raises: FederationError with `what` after so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -359,12 +371,12 @@ def demonstrate(folder: Path, settings: Sequence[str], console: Console) -> Path
     Raises: CoterieError of the step that went wrong; everything that was started has ended.
     """
     names = [f"site-{number}" for number in range(1, SITES + 1)]
-    console.print("1. Keys and certificates: an authority, the coordinator's, a key per node.")
-    with Deployment(folder, names) as deployment:
+    with _arranged(folder, names, console) as deployment:
         public, declared = deal(folder, deployment.sites)
         console.print(f"2. BBC News: {declared} private records in {SITES} files, one per site.")
         deployment.start_superlink()
         console.print(f"3. Flower's SuperLink at {deployment.address}: TLS, known nodes only.")
+        console.print(f"   {deployment.entrance}")
         keys = deployment.enrol_all(cap=CAP, delta=DELTA, dataset="bbc-news")
         for site in deployment.sites:
             deployment.start_node(site, f"data.labels=[{','.join(LABELS)}]")
@@ -388,6 +400,24 @@ def demonstrate(folder: Path, settings: Sequence[str], console: Console) -> Path
             console.print(f"   {name}: nothing wrong in {entries} entries; epsilon {epsilon:.3f}")
     console.print("7. Everything that was started has ended.")
     return run_dir / "report.json"
+
+
+def _arranged(folder: Path, names: Sequence[str], console: Console) -> Deployment:
+    """From kits, behind a door, where there is a program for one; and otherwise said loudly."""
+    # It is built on this module.
+    from simulations.provisioned import Provisioned, find_nginx  # noqa: PLC0415
+
+    if find_nginx() is not None:
+        console.print("1. Provisioned: a sealed kit for each site, and one for the coordinator.")
+        return Provisioned(folder, names, cap=CAP, delta=DELTA)
+    console.print(
+        "!!! nginx is not installed: this demonstration runs WITHOUT THE COORDINATOR'S DOOR.\n"
+        "!!! Nodes reach the SuperLink itself, and so could whoever wants to run code on it.\n"
+        "!!! apt-get install nginx-light, and run it again.",
+        style="bold red",
+    )
+    console.print("1. Keys and certificates: an authority, the coordinator's, a key per node.")
+    return Deployment(folder, names)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,6 +1,6 @@
 """The contract with Flower: every semi-private name and behaviour that `client/fleet.py` rests on.
 
-A test that fails here says which flwr broke what; `client.node.FLOWERS` is widened when all pass.
+A test that fails here says which flwr broke what; `common.code.FLOWERS` is widened when all pass.
 """
 
 import ast
@@ -33,8 +33,8 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 import client.fleet
 from client.fleet import Fleet, Parcel, UnreachableError, run_of
-from client.node import FLOWERS, check_flower
 from common.certificates import make_authority
+from common.code import FLOWERS, check_flower
 from common.errors import ConfigError, VerificationError
 
 FLWR = f"flwr {metadata.version('flwr')}"

@@ -16,7 +16,6 @@ from client import service
 from client.fleet import NotAdmittedError, RunOverError, UnreachableError
 from client.inbox import Inbox
 from client.ledger import Ledger, Store, Terms
-from client.node import OneLine
 from client.service import FIRST_DELAY_S, MAX_DELAY_S, Line, Node, open_site
 from client.settings import NODE
 from client.site import Site
@@ -25,6 +24,7 @@ from common.cli import Invocation
 from common.composition import run_with
 from common.config import NodeConfig, NoiseSource
 from common.errors import ConfigError, FederationError
+from common.log_lines import OneLine
 from common.messages import Instruction, pack_instruction
 from common.parameters import Layout
 from common.privacy import accounting

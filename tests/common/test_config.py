@@ -89,10 +89,10 @@ LEAVES = sorted(
 
 
 def test_there_are_as_many_yaml_files_as_we_know_of():
-    """The job, its choices in ten groups, seven experiments, and a node's own. A forgotten one goes
+    """The job, its choices in eleven groups, seven experiments, a node's own. A forgotten one goes
     untested.
     """
-    assert len(YAMLS) == 56
+    assert len(YAMLS) == 59
 
 
 @pytest.mark.parametrize(
@@ -161,9 +161,10 @@ def test_hash_ignores_where_files_are_and_who_computes_and_nothing_else(tiny_con
         if config_hash(put(tiny_config, path, other(get(tiny_config, path)))) == before
     ]
     of_submitting = [("superlink", name) for name in ("address", "ca", "detach")]
+    followed = [("tracking", name) for name in ("experiment", "name", "uri")]
     wherever = [("heads",), ("ledger",), ("resume",), ("run_dir",)]
     who = ("engine", "workers")
-    assert sorted(ignored) == sorted([*wherever, *of_submitting, who])
+    assert sorted(ignored) == sorted([*wherever, *of_submitting, *followed, who])
 
 
 def test_a_config_is_frozen_all_through(tiny_config):

@@ -28,7 +28,8 @@ from common.privacy.mechanism import round_event
 from server import bundled
 from server.app import CONFIG_KEY
 from server.bundled import HASH_KEY, bundled_app, public_records
-from server.interrupted import is_occupied, occupied
+from server.interrupted import occupied
+from server.occupation import is_occupied
 from server.plan import make_plan
 from server.report import read_report
 from server.standing import State, read_standing

@@ -15,6 +15,8 @@ from client.fleet import DOOR, Fleet, NotAdmittedError
 from common.certificates import Credentials, make_authority
 from common.cli import main
 from common.errors import ConfigError
+from common.keys import read_private_key
+from common.privacy.chain import public_hex
 from tests.server.test_federation import GOOD
 
 OWN = """# @package _global_
@@ -144,7 +146,8 @@ def test_books_begin_with_the_key_of_the_kit(made, tmp_path, capsys):
     """So that whoever has the coordinator's kit knows with which key they are verified."""
     key = made / "kits" / "ward-1" / "ledger.key"
     words = ("--cap", "8", "--delta", "1e-5", "--dataset", "notes", "--site", "ward-1")
-    own = (*words, "--officer-key", "0" * 64, "--site-key", str(key), "--json")
+    officer = public_hex(read_private_key(made / "officer" / "officer.key"))
+    own = (*words, "--officer-key", officer, "--site-key", str(key), "--json")
     assert main(["ledger", "init", str(tmp_path / "books.db"), *own]) == 0
     begun = json.loads(capsys.readouterr().out)["site_key"]
     nodes = json.loads((made / "kits" / "coordinator" / "nodes.json").read_text())

@@ -37,6 +37,7 @@ from common.privacy.accounting import REPORT_INTERVAL, epsilon_pld, shown, solve
 from common.privacy.chain import Kind
 from common.privacy.lower_bounds import (
     FALSIFIED,
+    INDEPENDENT,
     PILOT_SHARE,
     Audit,
     Coins,
@@ -63,7 +64,7 @@ class CanaryTrainer(Trainer):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.layers = layers_of(self._model)
+        self.layers = layers_of(self._model, [group.parameters for group in self._groups])
 
     def ready(self) -> str:
         """Picks the engine that is exact for records and canaries; returns its name.
@@ -236,11 +237,11 @@ def audit_mechanism(config: Config, canaries: int = CANARIES) -> MechanismAudit:
     """
     check_auditable(config)
     trainer = CanaryTrainer(config)
-    engine, mechanism = trainer.ready(), tested_mechanism(config, canaries)
+    engine, mechanism = trainer.ready(), mechanism_tested(config, canaries)
     tried: list[Tried] = []
     present: list[Coins] = []
     draw, left = np.random.default_rng(), round(canaries / (1 - PILOT_SHARE))
-    while left:  # no two canaries of a step along one coordinate: small models take several
+    while left > 0:  # no two canaries of a step along one coordinate: small models take several
         some = dirac(trainer.layers, left, draw)
         coins = coins_of(len(some), Randomness.from_entropy().uniform(len(some)))
         tried.append(trainer.scores(some, coins, mechanism))
@@ -250,7 +251,7 @@ def audit_mechanism(config: Config, canaries: int = CANARIES) -> MechanismAudit:
         np.concatenate([each.scores for each in tried]),
         np.concatenate(present),
         delta=config.privacy.delta,
-        independent=True,
+        by=INDEPENDENT,
     )
     claimed = epsilon_pld([mechanism.event(1)], config.privacy.delta, REPORT_INTERVAL)
     design = "mechanism: Dirac canaries in gradient space, q=1, one step"
@@ -264,12 +265,20 @@ def audit_mechanism(config: Config, canaries: int = CANARIES) -> MechanismAudit:
     )
 
 
-def tested_mechanism(config: Config, canaries: int) -> Mechanism:
+def mechanism_tested(config: Config, canaries: int) -> Mechanism:
     """One step in which everybody is drawn, at the epsilon that is configured."""
     privacy = config.privacy
     sigma = solve_noise_multiplier(privacy.epsilon, privacy.delta, 1.0, 1)
     most = privacy.max_records_per_person if privacy.mode is PrivacyMode.person else None
     return Mechanism(sigma, privacy.clip_norm, 1.0, canaries / 2 * (most or 1), most)
+
+
+def check_ledger(ledger: str) -> None:
+    """Raises: ConfigError if FILE[#SITE] is none."""
+    path, _, site = ledger.partition("#")
+    with Store(Path(path).expanduser()) as store:
+        if site:
+            store.ledger(site).signable()
 
 
 def signed_into(ledger: str, audit: Audit, content: Mapping[str, Any]) -> None:
@@ -299,19 +308,19 @@ def audit_body(audit: Audit, content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def tell_mechanism(config: Config, *, canaries: int, json: bool) -> None:
+def tell_mechanism(config: Config, *, canaries: int, ledger: str, json: bool) -> None:
     """Runs the audit, prints and signs its result.
 
     Raises: VerificationError if it falsifies the claim, or a measurement alarms.
     """
     if canaries < FEWEST:
         raise ConfigError(f"canaries={canaries}: must be at least {FEWEST}")
-    if config.ledger:
-        Store(Path(config.ledger.partition("#")[0]).expanduser()).close()  # before the work
+    if ledger:
+        check_ledger(ledger)  # before the work
     found = audit_mechanism(config, canaries)
     content = found.content(config)
-    if config.ledger:
-        signed_into(config.ledger, found.audit, content)
+    if ledger:
+        signed_into(ledger, found.audit, content)
     fault = fault_of([found.audit], content, found.alarms)
     if not json:
         show_mechanism(found, config, Console(markup=False))

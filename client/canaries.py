@@ -7,7 +7,7 @@ the model, on an input that makes its gradient so, and on zeros, which takes the
 Shapes: M canaries, B of them in a batch; a layer maps I inputs to O outputs.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,8 @@ class Layer:
     transposed: bool = False
     """Whether its matrix is (I, O), as in GPT-2."""
     bias_only: bool = False
+    group: int = 0
+    """Which group of parameters it is of, as the head, or what is below it."""
 
     @property
     def size(self) -> int:
@@ -48,7 +50,7 @@ class Layer:
         """(B,) whose gradient is `left` times `right`, and nothing outside this layer."""
         read = torch.zeros_like(left[:, :1].expand(-1, self._read)) if self.bias_only else right
         out = self.module(torch.stack([read, torch.zeros_like(read)], dim=1))
-        along = out[:, 1] if self.bias_only else out[:, 0] - out[:, 1]
+        along = out[:, 1] * right if self.bias_only else out[:, 0] - out[:, 1]
         return (left * along).sum(dim=1)
 
     def matrix_of(self, vector: Vector) -> Tensor:
@@ -64,25 +66,29 @@ class Layer:
         return weight.shape[0] if isinstance(self.module, Conv1D) else weight.shape[1]
 
 
-def layers_of(model: nn.Module) -> list[Layer]:
+def layers_of(model: nn.Module, groups: Sequence[Collection[nn.Parameter]]) -> list[Layer]:
     """Every layer that a canary can be put into, of a model as it is trained.
 
-    Raises: PrivacyRefusedError if there is none.
+    Args: groups: the parameters that are trained alike. Raises: PrivacyRefusedError if there is
+    no such layer.
     """
     found, offset, places = [], 0, {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             places[parameter] = offset
             offset += parameter.numel()
+    group = {parameter: at for at, own in enumerate(groups) for parameter in own}
     for module in model.modules():
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         turned, bias = isinstance(module, Conv1D), module.bias
         inputs, outputs = module.weight.shape if turned else module.weight.shape[::-1]
         if module.weight in places:
-            found.append(Layer(module, places[module.weight], outputs, inputs, turned))
+            own = group.get(module.weight, 0)
+            found.append(Layer(module, places[module.weight], outputs, inputs, turned, group=own))
         elif bias is not None and bias in places:
-            found.append(Layer(module, places[bias], outputs, 1, bias_only=True))
+            own = group.get(bias, 0)
+            found.append(Layer(module, places[bias], outputs, 1, bias_only=True, group=own))
     if not found:
         raise PrivacyRefusedError("audit: no linear layer is trained, so no canary can be put in")
     return found
@@ -149,16 +155,29 @@ def losses_of(layers: Sequence[Layer], sides: Sides) -> Tensor:
 def dirac(layers: Sequence[Layer], most: int, draw: np.random.Generator) -> Canaries:
     """At most `most` canaries along one coordinate each, no two along the same.
 
-    As many in each layer as there are places: a small head is not lost beside large blocks.
+    As many in each group, and there in each layer, as far as there is room: what is wrong with a
+    small head must not be lost beside large blocks.
     """
-    counts = _shared_out([layer.size for layer in layers], most)
+    groups = [[layer for layer in layers if layer.group == at] for at in range(_groups(layers))]
+    groups = [own for own in groups if own]
+    room = min(sum(layer.size for layer in own) for own in groups)
+    share = max(1, min(room, -(-most // len(groups))))
+    counts: dict[int, int] = {}
+    for own in groups[:most]:
+        shared = _shared_out([layer.size for layer in own], share)
+        counts |= {id(layer): count for layer, count in zip(own, shared, strict=True)}
     left, right, where = [], [], []
-    for number, (layer, count) in enumerate(zip(layers, counts, strict=True)):
-        at = torch.from_numpy(draw.choice(layer.size, count, replace=False, shuffle=True))
+    for number, layer in enumerate(layers):
+        count = counts.get(id(layer), 0)
+        at = torch.from_numpy(draw.choice(layer.size, count, replace=False))
         left.append(nn.functional.one_hot(at // layer.inputs, layer.outputs).float())
         right.append(nn.functional.one_hot(at % layer.inputs, layer.inputs).float())
         where += [number] * count
     return _shuffled(layers, np.array(where, dtype=np.int64), left, right, draw)
+
+
+def _groups(layers: Sequence[Layer]) -> int:
+    return 1 + max(layer.group for layer in layers)
 
 
 def random_units(layers: Sequence[Layer], count: int, draw: np.random.Generator) -> Canaries:

@@ -43,6 +43,7 @@ from common.privacy.lower_bounds import (
     Coins,
     Scores,
     bounds_of,
+    told,
 )
 from common.privacy.mechanism import Mechanism
 from common.privacy.noise import Randomness
@@ -366,6 +367,8 @@ def show_mechanism(found: MechanismAudit, config: Config, console: Console) -> N
         table.add_row(name, text)
     console.print(table)
     console.print(UNTESTED, highlight=False)
+    if weak := told([found.audit]):
+        console.print(weak, highlight=False)
 
 
 def rows_of(audit: Audit) -> dict[str, str]:

@@ -28,7 +28,7 @@ from common.config import Config, NoiseSource, PrivacyMode, TaskConfig
 from common.data import load_splits
 from common.errors import ConfigError
 from common.model import FineTuned, pieces, read_of, targets_of
-from common.privacy.lower_bounds import Audit, Coins, Scores, bounds_of
+from common.privacy.lower_bounds import Audit, Coins, Scores, bounds_of, told
 from common.records import Records
 from common.tasks import TASKS, build_model, reader_of
 from server.release import load_released
@@ -38,7 +38,7 @@ from simulations.partition import deal
 
 MOST = 1000
 """Records of each kind that are looked at."""
-FEWEST = 20
+FEWEST = 10
 """Of each kind; of fewer nothing can be said."""
 BATCH = 64
 OUTSIDE = 0.3
@@ -253,3 +253,5 @@ def show_attacks(attacks: list[Attack], console: Console) -> None:
     console.print(table)
     console.print(f"AUC 0.5 is guessing. Bounds at {attacks[0].audit.confidence:.0%} confidence.")
     console.print(NOTE, highlight=False)
+    if weak := told([attack.audit for attack in attacks]):
+        console.print(weak, highlight=False)

@@ -41,6 +41,7 @@ from common.privacy.lower_bounds import (
     Scores,
     bounds_of,
     gaussian_covers,
+    told,
 )
 from common.privacy.mechanism import Mechanism, mechanism_of
 from common.privacy.noise import Randomness
@@ -249,3 +250,5 @@ def show_run(audits: list[Audit], run_dir: Path, console: Console) -> None:
             highlight=False,
         )
     console.print(NOTE, highlight=False)
+    if weak := told(audits):
+        console.print(weak, highlight=False)

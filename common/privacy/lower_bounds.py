@@ -376,6 +376,11 @@ class Audit:
         """`FALSIFIED` or `NOT FALSIFIED`: nothing else can be said."""
         return FALSIFIED if self.bounds.lower_bound > self.claimed_epsilon else NOT_FALSIFIED
 
+    @property
+    def could_falsify(self) -> bool:
+        """Whether the best result this test could have had would have."""
+        return self.bounds.ceiling > self.claimed_epsilon
+
     def content(self) -> dict[str, Any]:
         """What `--json` gives."""
         site = {"site": self.site} if self.site else {}
@@ -388,12 +393,18 @@ class Audit:
             "confidence": self.confidence,
             "m": self.bounds.m,
             "ceiling": self.bounds.ceiling,
+            "could_falsify": self.could_falsify,
             "verdict": self.verdict,
             "bounds": dict(self.bounds.found),
             "ceilings": dict(self.bounds.best),
         }
 
 
-def is_falsified(audits: Sequence[Audit]) -> bool:
-    """Whether any of them falsifies what it was held against."""
-    return any(audit.verdict == FALSIFIED for audit in audits)
+def told(audits: Sequence[Audit]) -> str:
+    """What must be said beside verdicts of tests that no result would have made others."""
+    if all(audit.could_falsify for audit in audits):
+        return ""
+    return (
+        "A ceiling is not above the claim beside it: no result of that test could have falsified "
+        "it. More canaries, or a smaller epsilon, give a sharper one."
+    )

@@ -32,12 +32,19 @@ from torch import nn
 from benchmarks.tiny import make_job
 from client import meters
 from client.audit import audit_mechanism
+from client.canaries import coins_of
 from client.clipping.engines import ClippingEngine, EngineName
 from client.private_step import ParameterGroup, private_steps, sgd
 from common.composition import CONF
 from common.config import Config, from_composed, register_schemas
 from common.errors import PrivacyRefusedError
-from common.privacy.lower_bounds import INDEPENDENT, ONE_RUN, bounds_of, mu_of_epsilon, one_run_bound
+from common.privacy.lower_bounds import (
+    INDEPENDENT,
+    ONE_RUN,
+    bounds_of,
+    mu_of_epsilon,
+    one_run_bound,
+)
 from common.privacy.mechanism import Mechanism
 from common.privacy.noise import Randomness
 from tests.client.test_audit import FAULTS
@@ -47,6 +54,8 @@ DELTA, ODDS = 1e-5, 0.05
 EPSILONS = (1.0, 3.0, 8.0)
 REPEATED = 20
 """Audits of the sound step, and times that each fault is tried."""
+FEW_STEPS = 10
+"""Steps within which noise that is a tenth too small must be found."""
 PATIENCE = 60
 """Steps that a fault may go on."""
 
@@ -61,7 +70,7 @@ def validity(trials: int) -> dict[str, Any]:
             for by in (INDEPENDENT, ONE_RUN):
                 found = []
                 for _ in range(trials):
-                    present = draw.random(m * 5 // 4) < 0.5
+                    present = coins_of(m * 5 // 4, draw.random(m * 5 // 4))
                     scores = present + draw.normal(size=len(present)) / mu
                     found.append(bounds_of(scores, present, delta=DELTA, by=by))
                 bounds = np.array([each.lower_bound for each in found])
@@ -135,6 +144,7 @@ class Nothing(ClippingEngine):
         super().__init__(nn.ParameterList([nn.Parameter(torch.zeros(size))]))
 
     def add_clipped(self, loss_of: Any, piece: Any, clip_norm: float, sums: Any) -> torch.Tensor:
+        """Adds nothing."""
         return torch.zeros(len(piece))
 
 
@@ -200,11 +210,14 @@ def alarms(trials: int) -> dict[str, Any]:
                     "median": float(np.median(steps)) if steps else None,
                     "most": max(steps, default=None),
                 },
-                "within_ten": sum(step <= 10 for step in steps) / trials,
+                "within_ten": sum(step <= FEW_STEPS for step in steps) / trials,
             }
         )
         print(json.dumps(rows[-1]), flush=True)
-    return {"faults": rows, "sound": [false_alarms(size, 50 * trials) for size in ("main job", "tiny")]}
+    return {
+        "faults": rows,
+        "sound": [false_alarms(size, 50 * trials) for size in ("main job", "tiny")],
+    }
 
 
 def false_alarms(size: str, steps: int) -> dict[str, Any]:

@@ -25,14 +25,14 @@ from client.canaries import Canaries, coins_of, dirac, layers_of, losses_of, spr
 from client.clipping.engines import FILLER, LossOf
 from client.ledger import Store
 from client.measurements import Measurements
-from client.meters import Meters, NoiseMeter, SamplerMeter
+from client.meters import AlarmError, Meters, NoiseMeter, SamplerMeter
 from client.preflight import refusal
 from client.train import BEYOND, Trainer
 from common import parameters
 from common.canonical import digest
 from common.cli import emit_json
 from common.config import Config, NoiseSource, PrivacyMode
-from common.errors import ConfigError, PrivacyRefusedError, VerificationError
+from common.errors import ConfigError, VerificationError
 from common.privacy.accounting import REPORT_INTERVAL, epsilon_pld, shown, solve_noise_multiplier
 from common.privacy.chain import Kind
 from common.privacy.lower_bounds import (
@@ -155,8 +155,10 @@ class NotedMeters(Meters):
 
     def close_round(self, steps: int) -> Measurements:
         """As `Meters`, noted."""
-        with _noted(self.alarms):
+        try:
             return super().close_round(steps)
+        except AlarmError as alarm:
+            self.alarms.append(_name_of(alarm))
         return Measurements(self.noise.steps, steps, self.noise.ratio, self.noise.deviation, 0.0)
 
 
@@ -186,8 +188,12 @@ class _NotedSampler(SamplerMeter):
 def _noted(alarms: list[str]) -> Iterator[None]:
     try:
         yield
-    except PrivacyRefusedError as alarm:
-        alarms.append(str(alarm).partition(":")[0])
+    except AlarmError as alarm:
+        alarms.append(_name_of(alarm))
+
+
+def _name_of(alarm: AlarmError) -> str:
+    return str(alarm).partition(":")[0]
 
 
 @dataclass(frozen=True)

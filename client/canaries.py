@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from common.errors import PrivacyRefusedError
-from common.privacy.lower_bounds import Coins, Scores
 from common.parameters import Vector
+from common.privacy.lower_bounds import Coins, Scores
 
 Indices = NDArray[np.int64]
 Sides = list[tuple[Tensor, Tensor]]
@@ -51,13 +51,16 @@ class Layer:
         read = torch.zeros_like(left[:, :1].expand(-1, self._read)) if self.bias_only else right
         out = self.module(torch.stack([read, torch.zeros_like(read)], dim=1))
         along = out[:, 1] * right if self.bias_only else out[:, 0] - out[:, 1]
-        return (left * along).sum(dim=1)
+        losses: Tensor = (left * along).sum(dim=1)
+        return losses
 
     def matrix_of(self, vector: Vector) -> Tensor:
         """(O, I) of its part of a vector of parameters."""
         part = torch.from_numpy(vector[self.offset : self.offset + self.size])
-        return part.view(self.inputs, self.outputs).t() if self.transposed else part.view(
-            self.outputs, self.inputs
+        return (
+            part.view(self.inputs, self.outputs).t()
+            if self.transposed
+            else part.view(self.outputs, self.inputs)
         )
 
     @property
@@ -72,12 +75,13 @@ def layers_of(model: nn.Module, groups: Sequence[Collection[nn.Parameter]]) -> l
     Args: groups: the parameters that are trained alike. Raises: PrivacyRefusedError if there is
     no such layer.
     """
-    found, offset, places = [], 0, {}
+    found: list[Layer] = []
+    offset, places = 0, dict[Tensor, int]()
     for parameter in model.parameters():
         if parameter.requires_grad:
             places[parameter] = offset
             offset += parameter.numel()
-    group = {parameter: at for at, own in enumerate(groups) for parameter in own}
+    group: dict[Tensor, int] = {p: at for at, own in enumerate(groups) for p in own}
     for module in model.modules():
         if not isinstance(module, nn.Linear | Conv1D):
             continue
@@ -236,6 +240,6 @@ def spread(layers: Iterable[Layer], records: int) -> Sides:
     generator = torch.Generator().manual_seed(0)
 
     def made(size: int) -> Tensor:
-        return torch.randn(records, size, generator=generator) / size**0.5
+        return torch.randn(records, size, generator=generator).mul_(size**-0.5)
 
     return [(made(layer.outputs), made(layer.inputs)) for layer in layers]

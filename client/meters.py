@@ -49,6 +49,8 @@ BLOCK, WINDOW = 1 << 16, 1 << 13
 parameters that is 2.8 million: noise off by half a percent alarms."""
 SLACK = 1e-4
 """Relative rounding allowed on a clipped sum."""
+
+
 class AlarmError(PrivacyRefusedError):
     """A measurement says that a step did not do what its mechanism declares."""
 

@@ -213,9 +213,7 @@ def _attack(name: str, inside: Scores, outside: Scores, claimed: float, config: 
     return Attack(audit, float(rank), float((inside > threshold).mean()))
 
 
-def fair_game(
-    inside: Scores, outside: Scores, draw: np.random.Generator
-) -> tuple[Scores, Coins]:
+def fair_game(inside: Scores, outside: Scores, draw: np.random.Generator) -> tuple[Scores, Coins]:
     """Scores of records that are members or not each by a fair coin, as a bound needs them.
 
     Guarantee: where chance decided who is a member, these coins are fair and independent; as many

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from client.audit import CanaryTrainer, check_auditable, fault_of, rows_of, signed_into
+from client.audit import CanaryTrainer, check_auditable, fault_of, signed_into
 from client.canaries import Canaries, coins_of, losses_of, random_units
 from client.clipping.engines import FILLER, LossOf
 from client.measurements import Measurements

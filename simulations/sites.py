@@ -41,9 +41,7 @@ class Sites:
 
     def answer(self, store: Store | None) -> Cohort:
         """What answers for them in this process, for many at once where it can; see `app`."""
-        return Cohort(
-            self._opening(store), most=self.most, allow_unprotected=True, make=self.make
-        )
+        return Cohort(self._opening(store), most=self.most, allow_unprotected=True, make=self.make)
 
     def _opening(self, store: Store | None) -> OpenSite:
         """A site, and its ledger, is opened when it is first asked."""

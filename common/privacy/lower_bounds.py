@@ -281,9 +281,7 @@ def _gaussian(counted: _Counted, delta: float, significance: float) -> float:
 
 
 def _f_dp(counted: _Counted, delta: float, significance: float) -> float:
-    return f_dp_bound(
-        len(counted.scores), *counted.guessed, delta=delta, significance=significance
-    )
+    return f_dp_bound(len(counted.scores), *counted.guessed, delta=delta, significance=significance)
 
 
 def _one_run(counted: _Counted, delta: float, significance: float) -> float:
@@ -344,9 +342,7 @@ def _rejected(is_likely: Callable[[float], bool]) -> float:
     return _first(is_likely, 0.0, high, above=False)
 
 
-def _first(
-    holds: Callable[[float], bool], low: float, high: float, *, above: bool = True
-) -> float:
+def _first(holds: Callable[[float], bool], low: float, high: float, *, above: bool = True) -> float:
     """Where `holds` begins, between `low`, where it does not, and `high`, to 1e-9 relative.
 
     Args: above: whether the end at which it holds is returned, or the other.

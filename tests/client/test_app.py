@@ -26,10 +26,10 @@ from common.errors import ConfigError, FederationError, PrivacyRefusedError
 from common.frames import header_of
 from common.messages import Instruction
 from common.parameters import Layout
-from common.privacy.watched import watched
 from common.privacy.accounting import epsilon_pld
 from common.privacy.chain import Receipt, continued
 from common.privacy.mechanism import round_event
+from common.privacy.watched import watched
 from common.records import Records
 from common.tasks import build_model
 

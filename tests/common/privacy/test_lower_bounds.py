@@ -125,8 +125,7 @@ def test_the_bound_seldom_exceeds_the_truth_of_the_exact_gaussian(epsilon, by):
     """300 trials and more: `python -m benchmarks.audits`."""
     draw, trials = np.random.default_rng(int(epsilon)), 25
     bounds = [
-        bounds_of(*game(epsilon, 1250, draw), delta=DELTA, by=by).lower_bound
-        for _ in range(trials)
+        bounds_of(*game(epsilon, 1250, draw), delta=DELTA, by=by).lower_bound for _ in range(trials)
     ]
     over = sum(bound > epsilon for bound in bounds)
     assert over / trials <= ODDS + 3 * math.sqrt(ODDS * (1 - ODDS) / trials)
@@ -143,9 +142,7 @@ def test_half_the_noise_shows():
 
 def test_the_ceiling_is_above_every_bound_and_grows_with_the_canaries():
     draw = np.random.default_rng(0)
-    few, many = (
-        bounds_of(*game(8.0, n, draw), delta=DELTA, by=INDEPENDENT) for n in (1250, 6250)
-    )
+    few, many = (bounds_of(*game(8.0, n, draw), delta=DELTA, by=INDEPENDENT) for n in (1250, 6250))
     assert few.lower_bound < few.ceiling < many.ceiling
     assert (few.m, many.m) == (1000, 5000)
     assert set(few.found) == set(few.best) == {"gaussian", "f_dp"}

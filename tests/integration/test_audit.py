@@ -98,31 +98,43 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["nothing"], "nothing: no such audit; give one of mechanism, run, mia"),
-        (["mechanism", "canaries=many"], "canaries=many: must be a whole number"),
-        (["mechanism", "canaries=10"], "canaries=10: must be at least 1000"),
-        (["mechanism", "privacy=none"], "privacy=none: claims nothing"),
-        (["mechanism", "privacy.noise=seeded"], "privacy.noise=seeded: protects nothing"),
-        (["mechanism", "ledger=nowhere.db"], "nowhere.db: no such ledger"),
-        (["mechanism", "privacy.epsilom=1"], "did you mean privacy.epsilon?"),
-        (["run", "privacy=none"], "privacy=none: claims nothing"),
-        (["run", "faults=rough"], "faults: must be none with audit run"),
-        (["run", "engine=ray"], "engine=ray: must be local"),
-        (["run", "canaries=5"], "canaries=5: must be at least 100"),
-        (["mia", "nowhere"], "nowhere: "),
-    ],
-)
-def test_a_mistake_is_one_line(arguments, said, coterie, tiny_overrides, here):
-    settings = [] if arguments[0] in ("mia", "nothing") else tiny_overrides
-    answer = coterie("audit", arguments[0], *settings, *arguments[1:])
+MISTAKES = {
+    "nothing": "nothing: no such audit; give one of mechanism, run, mia",
+    "mechanism canaries=many": "canaries=many: must be a whole number",
+    "mechanism canaries=10": "canaries=10: must be at least 1000",
+    "mechanism ledger=nowhere.db": "nowhere.db: no such ledger",
+    "mechanism privacy=none": "privacy=none: claims nothing",
+    "mechanism privacy.noise=seeded": "privacy.noise=seeded: protects nothing",
+    "mechanism privacy.epsilom=1": "did you mean privacy.epsilon?",
+    "run privacy=none": "privacy=none: claims nothing",
+    "run faults=rough": "faults: must be none with audit run",
+    "run engine=ray": "engine=ray: must be local",
+    "run canaries=5": "canaries=5: must be at least 100",
+    "mia nowhere": "nowhere: ",
+}
+QUICK = ("nothing", "mechanism canaries=many", "mechanism ledger=nowhere.db")
+
+
+def check_mistake(words, coterie, tiny_overrides, here):
+    action, *rest = words.split()
+    settings = [] if action in ("mia", "nothing") else tiny_overrides
+    answer = coterie("audit", action, *settings, *rest)
     assert answer.code in (2, 5)
-    assert said in answer.err
+    assert MISTAKES[words] in answer.err
     assert len(answer.err.strip().splitlines()) == 1
     assert "Traceback" not in answer.err
     assert [*here.iterdir()] == []
+
+
+@pytest.mark.parametrize("words", QUICK)
+def test_a_mistake_is_one_line(words, coterie, tiny_overrides, here):
+    check_mistake(words, coterie, tiny_overrides, here)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [words for words in MISTAKES if words not in QUICK])
+def test_so_is_every_other(words, coterie, tiny_overrides, here):
+    check_mistake(words, coterie, tiny_overrides, here)
 
 
 def test_help_shows_an_example_of_each(coterie):
@@ -142,6 +154,7 @@ def audited(tmp_path_factory, tiny_overrides):
     return run_dir
 
 
+@pytest.mark.slow
 def test_a_run_is_audited_site_by_site_charged_and_signed(audited):
     content = json.loads((audited / "audit.json").read_text())
     report = json.loads((audited / "report.json").read_text())
@@ -161,6 +174,7 @@ def test_a_run_is_audited_site_by_site_charged_and_signed(audited):
             assert verify(store.ledger(site["name"]).export().encode()).books.audits == [entry]
 
 
+@pytest.mark.slow
 def test_a_run_whose_canaries_are_not_protected_is_falsified(
     tmp_path, tiny_overrides, coterie, monkeypatch
 ):
@@ -185,6 +199,7 @@ def test_a_run_whose_canaries_are_not_protected_is_falsified(
         assert store.ledger("site-1").books.audits[0]["verdict"] == "FALSIFIED"
 
 
+@pytest.mark.slow
 def test_attacks_on_the_released_model(audited, coterie, monkeypatch):
     monkeypatch.setattr(mia, "FEWEST", 5)
     answer = coterie("audit", "mia", audited, "--json")
@@ -218,7 +233,7 @@ def test_a_fair_game_takes_nobody_twice_and_no_more_than_there_are():
         assert set(scores[~present]) <= set(outside)
 
 
-def test_what_a_run_claims_can_be_infinite(audited):
+def test_what_a_run_claims_can_be_infinite():
     from common.privacy.lower_bounds import Audit, Bounds
 
     nothing = Audit("mia", Bounds(10, {"a": 1.0}, {"a": 2.0}), float("inf"), 1e-3)

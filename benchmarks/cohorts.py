@@ -24,29 +24,32 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
-import torch
-from flwr.app import Context, RecordDict
-from hydra import compose, initialize_config_dir
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers import PreTrainedModel, ViTConfig
-from transformers.modeling_outputs import BaseModelOutput
+from common.cli import importing
 
-from client.agreement import sites_together
-from client.cohort import Cohort
-from client.ledger import Store, Terms
-from client.site import Site
-from common import made_models
-from common.allocation import keep_freed_memory
-from common.composition import CONF
-from common.config import Config, PrivacyMode, from_composed, register_schemas, to_canonical
-from common.made_models import MADE, MadeModel
-from common.records import Records
-from common.tasks import build_model
-from server.app import CONFIG_KEY, Watch, server_app
-from server.plan import make_plan
-from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid, ThisProcess
+with importing():  # as the command does: no collection looks at what stays
+    import numpy as np
+    import torch
+    from flwr.app import Context, RecordDict
+    from hydra import compose, initialize_config_dir
+    from torch import Tensor, nn
+    from torch.nn import functional
+    from transformers import PreTrainedModel, ViTConfig
+    from transformers.modeling_outputs import BaseModelOutput
+
+    from client.agreement import sites_together
+    from client.cohort import Cohort
+    from client.ledger import Store, Terms
+    from client.site import Site
+    from common import made_models
+    from common.allocation import keep_freed_memory
+    from common.composition import CONF
+    from common.config import Config, PrivacyMode, from_composed, register_schemas, to_canonical
+    from common.made_models import MADE, MadeModel
+    from common.records import Records
+    from common.tasks import build_model
+    from server.app import CONFIG_KEY, Watch, server_app
+    from server.plan import make_plan
+    from simulations.grid import COORDINATOR_NODE_ID, RUN_ID, LocalGrid, ThisProcess
 
 CLASSES, SIDE, RECORDS = 10, 8, 32
 WIDTHS = {"2.4k": (32,), "75k": (512, 80)}
@@ -152,8 +155,9 @@ def measured(
         )
 
 
-ROUNDS = 4
-"""Of each run; the first, which prepares and rehearses, is not counted."""
+ROUNDS = 5
+"""Of each run; neither the first, which prepares and rehearses, nor the last, which an evaluation
+follows, is counted."""
 
 
 def config_of(model: str, sites: int, *, private: bool) -> Config:
@@ -181,7 +185,7 @@ def images_of(sites: int) -> list[Records]:
 
 
 def federated(config: Config, images: list[Records], together: int) -> list[float]:
-    """CPU seconds of each round but the first, by the real apps; `together` 1: one by one."""
+    """CPU seconds of each round that counts, by the real apps; `together` 1: one by one."""
     config = replace(config, engine=replace(config.engine, together=together))
     stamps: list[float] = []
     watch = Watch(lambda *_: None, lambda _: stamps.append(time.process_time()), lambda _: None)
@@ -209,12 +213,12 @@ def federated(config: Config, images: list[Records], together: int) -> list[floa
         values = {CONFIG_KEY: to_canonical(config)}
         context = Context(RUN_ID, COORDINATOR_NODE_ID, {}, RecordDict(), values)
         server_app(lambda _: images[0], watch)(grid, context)
-    return [later - earlier for earlier, later in pairwise(stamps)]
+    return [later - earlier for earlier, later in pairwise(stamps)][:-1]
 
 
 def bare(model: str, images: list[Records]) -> list[float]:
-    """CPU seconds of each round of one loop: one model and optimiser, set and read in place, and a
-    running sum.
+    """CPU seconds of as many rounds of one loop: one model and optimiser, set and read in place,
+    and a running sum.
     """
     sizes = (SIDE * SIDE, *WIDTHS[model], CLASSES)
     layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
@@ -247,7 +251,7 @@ def bare(model: str, images: list[Records]) -> list[float]:
             for p, into in zip(parameters, total, strict=True):
                 p.copy_(into / len(held))
         taken.append(time.process_time() - started)
-    return taken[1:]
+    return taken[1:-1]
 
 
 if __name__ == "__main__":

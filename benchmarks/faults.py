@@ -70,7 +70,7 @@ class Row:
     charged: int
     """Attempts in the ledger of the site that was hit."""
     reported: int
-    """The same as the coordinator's report says: never fewer."""
+    """The same as the coordinator's report says, rounds and what it had repeated: never fewer."""
     spares_used: int
     same_weights: bool
     """As the run without a fault, to the bit."""
@@ -225,9 +225,13 @@ class Follower:
         wait(lambda: holds(self.lines) or self.process.poll() is not None, what)
         assert holds(self.lines), f"it ended before: {what}: {self.said[-2000:]}"
 
+    def until_over(self, rounds: int) -> None:
+        """Returns once so many rounds are over."""
+        self.until(lambda lines: len(lines) >= rounds, f"round {rounds}")
+
     def until_before(self) -> None:
         """Returns once so many rounds are over that something may go wrong."""
-        self.until(lambda lines: len(lines) >= BEFORE, "two rounds")
+        self.until_over(BEFORE)
 
     def until_without(self, name: str) -> None:
         """Returns once a round has closed without a site."""
@@ -275,7 +279,7 @@ def small_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=False)  # noqa: S607
+        subprocess.run(["umount", "--lazy", str(folder)], check=False)  # noqa: S607 - root's
 
 
 @contextmanager
@@ -454,7 +458,7 @@ def _mend(ground: Ground, site: SiteFiles) -> None:
 def _row(ground: Ground, run: Follower, fault: Fault, happened: str) -> Row:
     lines, state, site = run.lines, run.state, ground.sites[fault.hit]
     report, _ = read_report(run.run_dir)
-    reported = {each["name"]: each["rounds"] for each in report["sites"]}
+    reported = {each["name"]: each["rounds"] + each["repeated"] for each in report["sites"]}
     charged = {each.name: _charged(ground, each, state.run_id) for each in ground.sites}
     assert [line.round for line in lines] == [*range(1, ROUNDS + 1)]
     return Row(

@@ -35,7 +35,7 @@ def main() -> int:
     clock: Callable[[], float] = time.time
     now: Callable[[], datetime] = signing.now
     for module in (client.fleet, client.service):
-        module.time = lambda: clock() + _ahead()  # type: ignore[attr-defined]
+        module.time = lambda: clock() + _ahead()  # type: ignore[attr-defined] # a clock of its own
     signing.now = lambda: now() + timedelta(seconds=_ahead())
     return coterie(["node", *sys.argv[1:]])
 

@@ -50,9 +50,9 @@ def soaked(folder: Path, rounds: int, *settings: str) -> dict[str, Any]:
         run = Follower(deployment, "soak", *job.settings, "privacy.noise=entropy", *settings)
         samples: dict[int, Sample] = {}
         for number in (1, *range(EVERY, rounds, EVERY)):
-            run.until(lambda lines: len(lines) >= number, f"round {number}")  # noqa: B023 - at once
+            run.until_over(number)
             samples[len(run.lines)] = sample(deployment)
-        run.until(lambda lines: len(lines) >= rounds, "the last round")
+        run.until_over(rounds)
         samples[rounds] = sample(deployment)
         assert run.end() == 0, run.said
         books = deployment.verify_books(run.run_dir, keys)

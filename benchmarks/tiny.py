@@ -1,4 +1,4 @@
-"""A tiny model and tiny records, for measurements of everything but the training."""
+"""A tiny model and tiny records, for tests, and for measurements of everything but the training."""
 
 import csv
 import random
@@ -33,11 +33,11 @@ class Job:
 def make_job(folder: Path, sites: Sequence[Path], *, rounds: int, spares: int = 2) -> Job:
     """Writes the model, the public records, and those of each site into the files `sites`."""
     folder.mkdir(parents=True)
-    rows = _rows(PUBLIC + SHARE * len(sites))
-    _write(folder / "public.csv", rows[:PUBLIC])
+    held = rows(PUBLIC + SHARE * len(sites))
+    write(folder / "public.csv", held[:PUBLIC])
     for place, path in enumerate(sites):
-        _write(path, rows[PUBLIC + place :: len(sites)])
-    _save_model(folder / "model")
+        write(path, held[PUBLIC + place :: len(sites)])
+    save_model(folder / "model")
     settings = (
         *("data=csv", f"data.test_path={folder / 'public.csv'}", "data.labels=[sport,money]"),
         *(f"data.declared_records={SHARE * len(sites)}", f"model.name={folder / 'model'}"),
@@ -49,23 +49,24 @@ def make_job(folder: Path, sites: Sequence[Path], *, rounds: int, spares: int = 
     return Job(settings, rounds, spares)
 
 
-def _rows(number: int) -> list[tuple[str, str]]:
+def rows(number: int) -> list[tuple[str, str]]:
     """Different one-line texts of two classes that can be told apart."""
-    draw, rows = random.Random(0), dict[str, str]()  # noqa: S311 - no secret
-    while len(rows) < number:
+    draw, found = random.Random(0), dict[str, str]()  # noqa: S311 - no secret
+    while len(found) < number:
         label = draw.choice([*WORDS])
-        rows[" ".join([*draw.sample(FILLER, 4), *draw.sample(WORDS[label], 3)])] = label
-    return [*rows.items()]
+        found[" ".join([*draw.sample(FILLER, 4), *draw.sample(WORDS[label], 3)])] = label
+    return [*found.items()]
 
 
-def _write(path: Path, rows: Sequence[tuple[str, str]]) -> None:
+def write(path: Path, held: Sequence[tuple[str, str]]) -> None:
+    """A CSV file of texts and labels."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
-        writer.writerows(rows)
+        writer.writerows(held)
 
 
-def _save_model(folder: Path) -> None:
+def save_model(folder: Path) -> None:
     """A two-block BERT with random weights and a whole-word tokenizer."""
     folder.mkdir()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -29,7 +29,10 @@ from simulations.answer import Answer
 from simulations.nursery import _NURSERY
 from simulations.sites import Sites
 
-EIGHT = ("federation.sites=8", "evaluation.every=0", "engine.threads=1")
+EIGHT = (
+    *("federation.sites=8", "evaluation.every=0", "engine.threads=1"),
+    "engine.together=1",  # as what is called by nobody but itself trains
+)
 WORK = {
     "digits": (*EIGHT, "+experiment=digits", "federation.local_steps=8"),
     "lora": EIGHT,
@@ -123,7 +126,7 @@ def bare(work: str, start_at: str) -> Mark:
         return once()
 
     Trainer.train = timed  # type: ignore[method-assign]
-    run(*WORK[work], "federation.rounds=1", "engine.workers=1", "engine.together=1")
+    run(*WORK[work], "federation.rounds=1", "engine.workers=1")
     return found
 
 

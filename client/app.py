@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -31,6 +32,7 @@ from common.config import (
     config_hash,
     without_terms,
 )
+from common.device import CPU
 from common.errors import PrivacyRefusedError, VerificationError
 from common.messages import Count, Instruction, SiteBooks, Update
 from common.parameters import Vector
@@ -48,7 +50,8 @@ from common.privacy.mechanism import (
 )
 
 OpenSite = Callable[[Context], Site]
-MakeTrainer = Callable[[Config], Trainer]
+MakeTrainer = Callable[[Config, torch.device], Trainer]
+"""A trainer of a configuration, on a device."""
 
 
 def client_app(
@@ -57,13 +60,15 @@ def client_app(
     allow_unprotected: bool = False,
     trainers: dict[str, Trainer] | None = None,
     make: MakeTrainer = Trainer,
+    device: torch.device = CPU,
 ) -> ClientApp:
     """The ClientApp that answers training instructions for the sites `open_site` knows.
 
     Guarantee: whatever arrives, the reply is an `Update` or one of the fixed refusals of
     `common.messages`; see `client.egress`.
     Args: allow_unprotected: True in simulations only, for seeded noise and for none at all;
-    trainers: the warm ones, shared with whoever else answers in this process; make: what trains.
+    trainers: the warm ones, shared with whoever else answers in this process; device: theirs; make:
+    what trains.
     """
     app = ClientApp()
     warm: dict[str, Trainer] = {} if trainers is None else trainers
@@ -72,7 +77,7 @@ def client_app(
         instruction = messages.read_instruction(message)
         site = open_site(context)
         check_terms(site, instruction, allow_unprotected=allow_unprotected)
-        return site, warm_trainer(warm, instruction.config, make), instruction
+        return site, warm_trainer(warm, instruction.config, device, make), instruction
 
     @app.train(mods=[egress])
     def train(message: Message, context: Context) -> Message:
@@ -93,6 +98,8 @@ def _answer(site: Site, trainer: Trainer, instruction: Instruction) -> Update:
     charge = round_event(instruction.config)
     if instruction.config.privacy.mode is PrivacyMode.none:
         vector, _ = trainer.train(site, instruction.vector, round_number=instruction.round)
+        if instruction.config.federation.coding is Coding.float32:
+            return update_of(instruction, charge, vector)  # as it is: no books want its bytes
         return _update(instruction, charge, _coded(vector, site, instruction))
     ledger = ledger_of(site)
     # Prepared before, and perhaps lost on its way: the same bytes once more, and no other.
@@ -292,7 +299,10 @@ def ledger_of(site: Site) -> Ledger:
 
 
 def warm_trainer(
-    trainers: dict[str, Trainer], config: Config, make: MakeTrainer = Trainer
+    trainers: dict[str, Trainer],
+    config: Config,
+    device: torch.device = CPU,
+    make: MakeTrainer = Trainer,
 ) -> Trainer:
     """One trainer per configuration and process: the model is loaded once, and sites that differ
     in their terms alone take turns on it.
@@ -302,7 +312,7 @@ def warm_trainer(
         return known
     key = config_hash(without_terms(config))
     if key not in trainers:
-        trainer = make(config)
+        trainer = make(config, device)
         trainer.rehearse()
         trainers.clear()
         trainers[key] = trainer

@@ -32,6 +32,7 @@ from common import parameters
 from common.canonical import digest
 from common.cli import emit_json
 from common.config import Config, NoiseSource, PrivacyMode
+from common.device import CPU, device_of
 from common.errors import ConfigError, VerificationError
 from common.privacy.accounting import REPORT_INTERVAL, epsilon_pld, shown, solve_noise_multiplier
 from common.privacy.chain import Kind
@@ -63,8 +64,8 @@ UNTESTED = (
 class CanaryTrainer(Trainer):
     """A trainer whose made records can be canaries."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, device: torch.device = CPU) -> None:
+        super().__init__(config, device)
         self.layers = layers_of(self._model, [group.parameters for group in self._groups])
 
     def ready(self) -> str:
@@ -243,7 +244,7 @@ def audit_mechanism(config: Config, canaries: int = CANARIES) -> MechanismAudit:
     privately, or a trainable parameter is outside the optimiser.
     """
     check_auditable(config)
-    trainer = CanaryTrainer(config)
+    trainer = CanaryTrainer(config, device_of(config.engine.device))
     engine, mechanism = trainer.ready(), mechanism_tested(config, canaries)
     tried: list[Tried] = []
     present: list[Coins] = []

@@ -48,7 +48,9 @@ class Layer:
 
     def losses(self, left: Tensor, right: Tensor) -> Tensor:
         """(B,) whose gradient is `left` times `right`, and nothing outside this layer."""
-        read = torch.zeros_like(left[:, :1].expand(-1, self._read)) if self.bias_only else right
+        weight = self._weight
+        left, right = (each.to(weight.device, weight.dtype) for each in (left, right))
+        read = left.new_zeros(len(left), self._read) if self.bias_only else right
         out = self.module(torch.stack([read, torch.zeros_like(read)], dim=1))
         along = out[:, 1] * right if self.bias_only else out[:, 0] - out[:, 1]
         losses: Tensor = (left * along).sum(dim=1)
@@ -65,8 +67,13 @@ class Layer:
 
     @property
     def _read(self) -> int:
+        """Inputs of the whole layer."""
+        return self._weight.shape[0] if isinstance(self.module, Conv1D) else self._weight.shape[1]
+
+    @property
+    def _weight(self) -> Tensor:
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight.shape[0] if isinstance(self.module, Conv1D) else weight.shape[1]
+        return weight
 
 
 def layers_of(model: nn.Module, groups: Sequence[Collection[nn.Parameter]]) -> list[Layer]:

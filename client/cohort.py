@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -36,6 +37,7 @@ from client.site import Site
 from client.train import Trained, Trainer
 from common import messages
 from common.config import PrivacyMode
+from common.device import CPU
 from common.messages import Instruction, Update
 from common.privacy.mechanism import round_event
 
@@ -88,18 +90,21 @@ class Cohort:
         *,
         most: int,
         allow_unprotected: bool = False,
+        device: torch.device = CPU,
         make: MakeTrainer = Trainer,
     ) -> None:
         """Args: most: messages that are answered at once, of `client.agreement.sites_together`;
-        make: what trains.
+        device: where models are; make: what trains.
         """
         self._make = make
         self._open_site, self._most, self._allow = open_site, most, allow_unprotected
+        self._device = device
         self._trainers: dict[str, Trainer] = {}
         self.app = client_app(
             open_site,
             allow_unprotected=allow_unprotected,
             trainers=self._trainers,
+            device=device,
             make=make,
         )
         """Answers what is asked of one site alone."""
@@ -154,7 +159,7 @@ class Cohort:
         """Takes cases of one instruction through the round, or leaves them to the ClientApp."""
         asked = cases[0].asked
         try:
-            trainer = warm_trainer(self._trainers, asked.config, self._make)
+            trainer = warm_trainer(self._trainers, asked.config, self._device, self._make)
             if trainer.together == 1:
                 self._most = 1
                 return

@@ -12,6 +12,7 @@ from common.cli import Invocation, emit_json
 from common.code import code_digest
 from common.composition import run_job
 from common.config import Config
+from common.device import device_of
 from common.privacy.accounting import number
 
 
@@ -19,7 +20,7 @@ def preflight(invocation: Invocation) -> None:
     """Say whether this model can be trained privately here, how exactly and how; touch no data."""
 
     def job(config: Config) -> None:
-        trainer = Trainer(config)
+        trainer = Trainer(config, device_of(config.engine.device))
         verdict = trainer.preflight(precision=torch.float64)
         answer = preflight_object(config, trainer, verdict)
         if not answer["ok"]:

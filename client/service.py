@@ -42,6 +42,7 @@ from common.allocation import keep_freed_memory
 from common.certificates import read_node_key
 from common.config import ModelConfig, PrivacyMode
 from common.data import check_files, load_splits
+from common.device import device_of
 from common.errors import ConfigError, CoterieError, FederationError, VerificationError
 from common.privacy.chain import Head
 from common.privacy.mechanism import counting
@@ -67,6 +68,7 @@ def run_node(settings: NodeSettings) -> dict[str, Any]:
     told twice to stop.
     """
     _configure_process(settings)
+    device_of(settings.device, setting="device")  # one that is not there is said at once
     check_files(settings.data)
     key = read_node_key(Path(settings.key).expanduser())
     fleet = Fleet(settings.superlink, Path(settings.authority), key)
@@ -175,7 +177,9 @@ class Node:
         self._site, self._fleet, self._line, self._inbox = site, fleet, line, inbox
         self._poll_s = settings.poll_s
         self._app: ClientApp = client_app(
-            lambda _: site, allow_unprotected=settings.allow_unprotected
+            lambda _: site,
+            allow_unprotected=settings.allow_unprotected,
+            device=device_of(settings.device, setting="device"),
         )
         self._foreseen: Head | None = None
         """The end of the ledger when what comes next was priced."""

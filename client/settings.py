@@ -14,6 +14,7 @@ from omegaconf import MISSING, DictConfig
 
 from common.composition import Schema
 from common.config import (
+    DEVICES,
     MAX_THREADS,
     Config,
     DataConfig,
@@ -34,6 +35,7 @@ from common.config import (
     check,
     field_names,
     frozen,
+    is_device,
     opened,
 )
 from common.errors import ConfigError
@@ -73,6 +75,9 @@ class NodeSettings:
     """The site's policy."""
     threads: int = 0
     """Torch threads; 0: the cores that the process may use."""
+    device: str = "auto"
+    """Where its model is trained: `cpu`, `cuda` (the first GPU), `cuda:N`; `auto`: the first GPU if
+    there is one. Which GPUs there are CUDA_VISIBLE_DEVICES may say, too."""
     poll_s: float = 0.2
     """Seconds between two questions for an instruction."""
     patience_s: float = 0.0
@@ -173,6 +178,7 @@ _RULES: dict[str, tuple[str, Callable[..., bool]]] = {
     "authority": ("the path of a certificate", bool),
     "key": ("the path of a private key", bool),
     "threads": ("between 0 and 1024", lambda value: 0 <= value <= MAX_THREADS),
+    "device": (DEVICES, is_device),
     "poll_s": ("between 0.01 and 60", lambda value: MIN_POLL_S <= value <= MAX_POLL_S),
     "patience_s": ("0 or more", lambda value: value >= 0),
 }

@@ -29,6 +29,7 @@ from client.site import Site
 from client.stacked_step import Seat, Stack, plain_steps_together, private_steps_together
 from common import parameters
 from common.config import Config, NoiseSource, PrivacyMode, config_hash
+from common.device import CPU
 from common.frames import framed
 from common.model import filled, read_of, targets_of
 from common.parameters import Layout, Vector
@@ -65,11 +66,14 @@ class Held:
 class Trainer:
     """A model built once from a config, and the steps any site can take on it."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, device: torch.device = CPU) -> None:
+        """Args: device: where the model is, and steps are taken; noise and coins are drawn on the
+        processor, whatever it is.
+        """
         self._config = config
         self._task = TASKS[config.task.name]
         self._processor = self._task.load_processor(config.model)
-        self._model = self._task.build(config)
+        self._model = self._task.build(config).to(device)
         self.layout = Layout.of(self._model)
         self.parameters = sum(parameter.numel() for parameter in self._model.parameters())
         """Of the whole model, frozen ones included."""
@@ -192,7 +196,7 @@ class Trainer:
         records, count = usable(site.records, self._config.privacy), 0
         alone = replace(self._preparation, batch=1)
         for index in range(len(records)):
-            row = alone.of(records.subset([index]))
+            row = self._as_read(alone.of(records.subset([index])))
             count += int(self._task.correct(self._model(**read_of(row)), targets_of(row)).sum())
         return count
 
@@ -337,7 +341,7 @@ class Trainer:
 
     def _tried_stack(self) -> Stack | None:
         most = most_together(self._config, self.layout.size)
-        if most == 1:
+        if most == 1 or self._model.device != CPU:  # its passes are made, and were tried, for one
             return None
         if self._engine is None:
             self.rehearse()
@@ -410,10 +414,10 @@ class Trainer:
         return self._task.loss_vector(self._model(**read_of(rows)), targets_of(rows))
 
     def _as_read(self, rows: Inputs) -> Inputs:
-        """Rows in the precision of the model."""
-        dtype = next(self._model.parameters()).dtype
+        """Rows where the model is, and in its precision."""
+        there, dtype = self._model.device, next(self._model.parameters()).dtype
         return {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            name: tensor.to(there, dtype if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in rows.items()
         }
 

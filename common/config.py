@@ -7,6 +7,7 @@ fields that change only speed stand in `EngineConfig`.
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
@@ -28,6 +29,8 @@ ROUNDING = 1e-9
 MAX_SPARES = 1000
 """Rounds a run may keep in reserve."""
 MAX_THREADS = 1024
+DEVICES = "auto, cpu, cuda or cuda:N"
+"""What a device may be called."""
 """Torch threads: of many more the process dies without a word."""
 MAX_WORKERS = 256
 """Processes of a simulation."""
@@ -422,10 +425,15 @@ class EngineConfig:
     policy, are in their own configuration."""
     workers: int = 0
     """Processes that take turns with the sites of a simulation, each with a model of its own; never
-    more than sites train. 1: this process alone, and no other is started. 0: the cores that it may
-    use, divided by `threads`; as those are by default all of them, so too this process alone."""
+    more than sites train. 1: this process alone, and no other is started. 0: one for each GPU, or,
+    without any, the cores that it may use, divided by `threads`; as those are by default all of
+    them, so too this process alone."""
     threads: int = 0
     """Torch threads of each process; 0: the cores that it may use, divided among the workers."""
+    device: str = "auto"
+    """Where models are trained: `cpu`, `cuda`, `cuda:N`; `auto`: a GPU if there is one. Of several
+    GPUs each worker takes another. A node has its own setting, and the coordinator evaluates on its
+    processor. Seeded runs are the same to the bit on processors only."""
     physical_batch: int = 16
     """Records per forward pass; a drawn batch is cut into pieces of this size."""
     cache_mb: int = 2048
@@ -795,7 +803,9 @@ def without_terms(config: Config) -> Config:
 
 
 def as_told(config: Config) -> Config:
-    """What a site of its own machine is told: nothing of where the coordinator keeps its files."""
+    """What a site of its own machine is told: of where the coordinator keeps its files nothing but
+    `data.test_path`, which the rules for data ask for.
+    """
     if not config.is_deployed:
         return config
     return replace(
@@ -812,6 +822,11 @@ def differences(config: Config, other: Config) -> list[str]:
         for name in differ
         if not {name, name.split(".")[0]} & {*FREE} and not isinstance(_at(ours, name), dict)
     ]
+
+
+def is_device(name: str) -> bool:
+    """Whether a device may be called so; not whether it is there: see `common.device`."""
+    return re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name) is not None
 
 
 def setting(config: Config, name: str) -> Any:
@@ -1192,6 +1207,7 @@ _RULES: dict[str, _Rule] = {
     "federation.round_timeout_s": _POSITIVE,
     "evaluation.every": ("0 or more", lambda value: bool(value >= 0)),
     "engine.threads": ("between 0 and 1024", lambda value: bool(0 <= value <= MAX_THREADS)),
+    "engine.device": (DEVICES, is_device),
     "engine.workers": ("between 0 and 256", lambda value: bool(0 <= value <= MAX_WORKERS)),
     "engine.physical_batch": _up_to(MAX_BATCH),
     "engine.cache_mb": ("0 or more", lambda value: bool(value >= 0)),

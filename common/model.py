@@ -65,6 +65,11 @@ class FineTuned(nn.Module):
         """What hangs in the encoder and belongs to the head."""
         return ()
 
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are, and where it reads."""
+        return next(self.parameters()).device
+
     def cut_frozen_prefix(self) -> None:
         """Finds what is frozen, so that `prepare` runs it once per record; see `FrozenPrefix`."""
         try:
@@ -85,7 +90,7 @@ class FineTuned(nn.Module):
             return dict(inputs)
         read, targets = read_of(inputs), targets_of(inputs)
         hidden = [
-            self._prefix.hidden(filled(piece, batch))[:records]
+            self._prefix.hidden(moved(filled(piece, batch), self.device))[:records].cpu()
             for piece, records in _apart(read, batch)
         ]
         del read[self.encoder.main_input_name]
@@ -119,7 +124,7 @@ class FineTuned(nn.Module):
     def _placeholder(self, hidden: Tensor) -> Tensor:
         """Zeros of the shape of the ids, or the pixels, that the encoder no longer reads."""
         if self.encoder.main_input_name != "pixel_values":
-            return torch.zeros(hidden.shape[:2], dtype=torch.long)
+            return torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         size, channels = self.encoder.config.image_size, self.encoder.config.num_channels
         height, width = (size, size) if isinstance(size, int) else size
         return hidden.new_zeros(1).expand(len(hidden), channels, height, width)
@@ -155,7 +160,8 @@ class Classifier(FineTuned):
             return super().prepare(inputs, batch=batch)
         read, targets = read_of(inputs), targets_of(inputs)
         pooled = [
-            self._pool(filled(piece, batch))[:records] for piece, records in _apart(read, batch)
+            self._pool(moved(filled(piece, batch), self.device))[:records].cpu()
+            for piece, records in _apart(read, batch)
         ]
         return {POOLED: torch.cat(pooled), **targets} if pooled else {}
 
@@ -247,6 +253,11 @@ def filled(inputs: Mapping[str, Tensor], rows: int) -> Inputs:
             fillers[:, :1] = 1
         whole[name] = torch.cat([tensor, fillers])
     return whole
+
+
+def moved(inputs: Inputs, device: torch.device) -> Inputs:
+    """The same on that device."""
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def _apart(inputs: Inputs, rows: int) -> list[tuple[Inputs, int]]:

@@ -98,10 +98,9 @@ class Judge:
             return
         self._accept(node, update, messages.content_bytes(reply.content))
 
-    @property
-    def accepted(self) -> int:
-        """Updates so far."""
-        return len(self._accepted)
+    def has(self, needed: int) -> bool:
+        """Whether so many updates were accepted so far."""
+        return len(self._accepted) >= needed
 
     def verdicts(self) -> Verdicts:
         """What became of all, once no more replies are waited for."""

@@ -21,7 +21,6 @@ from common.allocation import keep_freed_memory
 from common.config import Config, Resume, Split, config_hash, from_canonical
 from common.data import load_public
 from common.errors import ConfigError, VerificationError
-from common.privacy.accounting import shown
 from common.records import Records
 from common.tasks import TASKS, reader_of
 from server.app import CONFIG_KEY, Watch, server_app
@@ -85,10 +84,7 @@ def _watch(config: Config, standings: Standings) -> Watch:
 
     def on_round(line: RoundLine) -> None:
         standings.over(line)
-        measured = "".join(f"  {name} {value:.4f}" for name, value in [*line.metrics.items()][:1])
-        rounds = config.federation.rounds
-        text = f"round {line.round}/{rounds}{measured}  epsilon {shown(line.epsilon)}"
-        print(text, flush=True)
+        print(line.text(config.federation.rounds), flush=True)
 
     def on_resume(number: int) -> None:
         standings.resumed(number)

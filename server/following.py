@@ -212,10 +212,8 @@ def _lines(run_dir: Path, submission: Submission) -> list[RoundLine]:
 
 
 def _line_text(line: RoundLine, now: Standing | None) -> str:
-    measured = "".join(f"  {name} {value:.4f}" for name, value in [*line.metrics.items()][:1])
     refused = "".join(f"; {name}: {why}" for name, why in line.refused.items())
-    rounds = now.rounds if now else "?"
-    return f"round {line.round}/{rounds}{measured}  epsilon {shown(line.epsilon)}{refused}"
+    return line.text(now.rounds if now else "?") + refused
 
 
 def _end(now: Standing) -> None:

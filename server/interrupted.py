@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -23,6 +25,38 @@ ENOUGH = {"run_dir", "resume", WORKERS}
 """Settings that name a run, or only change how quick it is; alone they ask for all of its own."""
 LEDGERS = "ledgers"
 """Where a run folder holds the sites' books."""
+
+
+def run_dir_of(config: Config, beside: Set[str] = frozenset()) -> Path:
+    """The folder of this run: as named, or of now; a job of a `-m` sweep has its own in it.
+
+    Args: beside: names of files that may be there before a run is.
+    Raises: ConfigError if it is taken, or a run is to go on and none is named.
+    """
+    if config.resume is Resume.auto and not config.run_dir:
+        raise ConfigError("resume=auto: which run? give run_dir=PATH")
+    index, path = sweep_index(), Path(config.run_dir or _of_now()).expanduser()
+    if index is not None:
+        path = path / f"job-{index}"
+    if config.resume is Resume.off and is_taken(path, beside):
+        raise ConfigError(
+            f"run_dir={path}: is not an empty folder; choose another, or go on with the run in it "
+            "by resume=auto"
+        )
+    return path
+
+
+def is_taken(path: Path, beside: Set[str] = frozenset()) -> bool:
+    """Whether there is more in a folder than files of these names; what is no folder, is."""
+    if not path.is_dir():
+        return path.exists()
+    return any(each.name not in beside for each in path.iterdir())
+
+
+@cache
+def _of_now() -> str:
+    """Where this process writes if it is not told: one folder for all jobs of a sweep."""
+    return f"runs/{datetime.now().astimezone():%Y-%m-%d/%H-%M-%S}"
 
 
 def as_begun(config: Config, beside: Set[str] = frozenset()) -> Config:

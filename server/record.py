@@ -10,6 +10,7 @@ from typing import TypedDict
 from common.durable import write_atomic
 from common.errors import VerificationError
 from common.messages import SiteBooks
+from common.privacy.accounting import shown
 
 FILE = "metrics.jsonl"
 
@@ -45,6 +46,15 @@ class RoundLine:
     """Seconds since the run began, without what an interruption lost."""
     epsilons: dict[str, float | str] = field(default_factory=dict)
     """Of each site that was asked so far, where sites are on different terms."""
+
+    def found(self) -> str:
+        """For people: the task's first metric, if it was measured, and the epsilon."""
+        measured = "".join(f"  {name} {value:.4f}" for name, value in [*self.metrics.items()][:1])
+        return f"{measured}  epsilon {shown(self.epsilon)}"
+
+    def text(self, rounds: int | str) -> str:
+        """The same, and which round of so many it was."""
+        return f"round {self.round}/{rounds}{self.found()}"
 
 
 def append_line(run_dir: Path, line: RoundLine) -> None:

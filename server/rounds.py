@@ -6,6 +6,7 @@ follows the last round; see `server/report.py`.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -114,7 +115,7 @@ def run_rounds(
             receipts=receipts,
             weights={node: run_plan.weight_of(nodes[node]) for node in cohort},
         )
-        for reply in exchange.replies(lambda: judge.accepted >= needed):  # noqa: B023 - at once
+        for reply in exchange.replies(partial(judge.has, needed)):
             judge.read(reply)
             on_reply(number, nodes[exchange.sent[reply.metadata.reply_to_message_id]])
         sites_s, verdicts = perf_counter() - started, judge.verdicts()

@@ -5,7 +5,6 @@ control API should be reachable from nowhere else.
 """
 
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -20,10 +19,10 @@ from server.app import CONFIG_KEY
 from server.bundled import HASH_KEY
 from server.control import Address, Link
 from server.following import follow
-from server.interrupted import as_begun, is_occupied
+from server.interrupted import as_begun, is_occupied, is_taken, run_dir_of
 from server.plan import make_plan, show_plan, size_of
 from server.report import read_report, show_report
-from server.resume import has_begun, is_finished
+from server.resume import is_finished
 from server.submission import FILE as SUBMITTED
 from server.submission import OURS, Submission, read_submission, write_submission
 
@@ -59,10 +58,10 @@ def submit_run(config: Config, console: Console) -> Path:
     Raises: CoterieError of any kind, as the ServerApp met it; KeyboardInterrupt, after which the
     run goes on.
     """
-    run_dir = _run_dir(config)
+    run_dir = run_dir_of(config, OURS).resolve()
     address = _address(config.superlink, run_dir)
     config = _with_paths(config, run_dir)
-    if config.resume is Resume.auto and _begun(run_dir):
+    if config.resume is Resume.auto and is_taken(run_dir, OURS):
         config = as_begun(config, {"engine", "superlink"})
     if not config.is_deployed:
         raise ConfigError(
@@ -119,24 +118,3 @@ def _deployed(arguments: tuple[str, ...]) -> tuple[str, ...]:
     if any(each.startswith(ENGINE) for each in arguments):
         return arguments
     return (*arguments, "engine=superlink")
-
-
-def _begun(run_dir: Path) -> bool:
-    """Whether there is more than what a run that never began leaves."""
-    if not run_dir.is_dir():
-        return run_dir.exists()
-    return has_begun(run_dir) or any(each.name not in OURS for each in run_dir.iterdir())
-
-
-def _run_dir(config: Config) -> Path:
-    """The folder of the run, absolute. Raises: ConfigError if it is taken."""
-    if config.resume is Resume.auto and not config.run_dir:
-        raise ConfigError("resume=auto: which run? give run_dir=PATH")
-    path = Path(config.run_dir or f"runs/{datetime.now().astimezone():%Y-%m-%d/%H-%M-%S}")
-    path = path.expanduser().resolve()
-    if _begun(path) and config.resume is Resume.off:
-        raise ConfigError(
-            f"run_dir={path}: is not an empty folder; choose another, or go on with the run in it "
-            "by resume=auto"
-        )
-    return path

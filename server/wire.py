@@ -25,12 +25,11 @@ log = logging.getLogger(__name__)
 OnNodes = Callable[[dict[int, str]], None]
 
 
-class WireGrid(Grid):
-    """A grid of Flower's, and what it cannot read is a reply with an error."""
+class GridAround(Grid):
+    """A grid around another: what it does not change is as on that one."""
 
-    def __init__(self, grid: Grid, on_nodes: OnNodes) -> None:
-        """Args: on_nodes: called with the nodes that are there, whenever they are asked for."""
-        self._grid, self._on_nodes = grid, on_nodes
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
 
     def set_run(self, run: Run) -> None:
         """Not ours to set."""
@@ -38,7 +37,7 @@ class WireGrid(Grid):
 
     @property
     def run(self) -> Run:
-        """Flower's."""
+        """As on the grid inside."""
         return self._grid.run
 
     def create_message(
@@ -49,12 +48,25 @@ class WireGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """As `Message(...)`: what the abstract class asks for."""
+        """As `Message(...)`: deprecated by Flower, and what its abstract class asks for."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Nodes that are online."""
+        """The ids of `get_nodes`."""
         return [node.node_id for node in self.get_nodes()]
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """As on the grid inside."""
+        return self._grid.get_nodes()
+
+
+class WireGrid(GridAround):
+    """A grid of Flower's, and what it cannot read is a reply with an error."""
+
+    def __init__(self, grid: Grid, on_nodes: OnNodes) -> None:
+        """Args: on_nodes: called with the nodes that are there, whenever they are asked for."""
+        super().__init__(grid)
+        self._on_nodes = on_nodes
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """Nodes that are online, with the names they were registered by."""

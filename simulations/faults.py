@@ -15,9 +15,7 @@ from typing import Any, cast
 import numpy as np
 from flwr.app import Context, Error, Message, MessageType, Metadata, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from client.ledger import Ledger
 from client.site import Site
@@ -27,6 +25,7 @@ from common.messages import Update
 from common.parameters import MAX_MAGNITUDE, Vector
 from common.privacy.mechanism import is_counting
 from server.record import RoundLine
+from server.wire import GridAround
 
 CRASHES = ("crash", "crash_prepared")
 DROPOUT, LATE = "dropout", "straggler"
@@ -95,7 +94,7 @@ class Clock:
         return self.deadline_s if missing else min(max(took, default=0.0), self.deadline_s)
 
 
-class FaultyGrid(Grid):
+class FaultyGrid(GridAround):
     """A Grid on which faults happen to training instructions and their replies.
 
     Guarantee: every pushed message is answered as on the grid inside; where a fault or the
@@ -104,7 +103,8 @@ class FaultyGrid(Grid):
     """
 
     def __init__(self, grid: Grid, config: Config) -> None:
-        self._grid, self._faults, self._clock = grid, config.faults, Clock(config)
+        super().__init__(grid)
+        self._faults, self._clock = config.faults, Clock(config)
         self._without_books = config.privacy.mode is PrivacyMode.none
         self._names = {node.node_id: node.name for node in grid.get_nodes()}
         self._seen: set[tuple[int, int]] = set()
@@ -115,34 +115,6 @@ class FaultyGrid(Grid):
         """By the id of a message, that of whose reply is to be sent in its place."""
         self._held: dict[str, Message] = {}
         self._lent: dict[str, Message] = {}
-
-    def set_run(self, run: Run) -> None:
-        """As on the grid inside."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """As on the grid inside."""
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Deprecated by Flower in favour of `Message(...)`; the same."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """As on the grid inside."""
-        return self._grid.get_node_ids()
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """As on the grid inside."""
-        return self._grid.get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Queues messages; those that never reach their site are answered at once."""

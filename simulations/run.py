@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from datetime import datetime
-from functools import cache
 from pathlib import Path
 from time import monotonic
 
@@ -32,7 +30,7 @@ from client.persons import usable
 from client.train import Trainer
 from common.allocation import keep_freed_memory, return_freed_memory
 from common.cli import Invocation, emit_json
-from common.composition import run_job, sweep_index
+from common.composition import run_job
 from common.config import (
     Config,
     EngineName,
@@ -43,10 +41,10 @@ from common.config import (
     to_canonical,
 )
 from common.data import Splits, check_files, load_splits
+from common.device import device_of
 from common.errors import ConfigError, PrivacyRefusedError
 from common.keys import generate_key
 from common.messages import read_instruction
-from common.privacy.accounting import shown
 from common.privacy.chain import public_hex
 from common.privacy.mechanism import counting
 from common.progress import Told
@@ -54,7 +52,7 @@ from common.records import Records
 from common.tasks import TASKS, build_model, reader_of
 from server.app import CONFIG_KEY, Sections, Watch, server_app
 from server.groups import check_groups
-from server.interrupted import as_begun, occupied
+from server.interrupted import as_begun, occupied, run_dir_of
 from server.plan import (
     NOT_PRIVATE,
     epsilon_of,
@@ -130,11 +128,12 @@ def run_simulation(config: Config, console: Console, make: MakeTrainer = Trainer
     Raises: CoterieError of any kind; KeyboardInterrupt, which says how to go on.
     """
     check_installed(config.engine)
-    run_dir = _run_dir(config)
+    run_dir = run_dir_of(config)
     config = as_begun(replace(config, run_dir=str(run_dir)))
     if config.is_deployed:
         raise ConfigError("engine=superlink: its sites are elsewhere; give it to coterie submit")
     _configure_process(config)
+    device_of(config.engine.device)  # one that is not there is said at once
     if config.resume is Resume.auto and is_finished(run_dir):
         console.print(f"{run_dir}: is finished already; nothing was run", highlight=False)
         return run_dir
@@ -184,6 +183,7 @@ def _run(config: Config, run_dir: Path, console: Console, make: MakeTrainer) -> 
             books,
             1 if may_crash(config.faults) else sites_together(config, model),
             config.faults,
+            config.engine.device,
             make,
         )
         with _grid(config, opened, store, ledgers) as grid, _progress(config, console) as watch:
@@ -354,32 +354,6 @@ def _public(config: Config, splits: Splits) -> Records:
     return splits.holdout if config.evaluation.split is Split.holdout else splits.validation
 
 
-def _run_dir(config: Config) -> Path:
-    """The folder of this run; a job of a `-m` sweep gets its own.
-
-    Raises: ConfigError if it is taken, or was to be resumed and is no run's.
-    """
-    index, resumed = sweep_index(), config.resume is Resume.auto
-    if resumed and not config.run_dir:
-        raise ConfigError("resume=auto: which run? give run_dir=PATH")
-    path = Path(config.run_dir or _started()).expanduser()
-    if index is not None:
-        path = path / f"job-{index}"
-    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
-    if taken and not resumed:
-        raise ConfigError(
-            f"run_dir={path}: is not an empty folder; choose another, or go on with the run in it "
-            "by resume=auto"
-        )
-    return path
-
-
-@cache
-def _started() -> str:
-    """Where this process writes if it is not told: one folder for all jobs of a sweep."""
-    return f"runs/{datetime.now().astimezone():%Y-%m-%d/%H-%M-%S}"
-
-
 def _server_context(config: Config) -> Context:
     return Context(
         run_id=RUN_ID,
@@ -441,27 +415,21 @@ def _progress(config: Config, console: Console) -> Iterator[Watch]:
         disable=not console.is_terminal,
     )
     task = progress.add_task("preparing", total=total)
-    last = {"text": ""}
+    rounds, last = config.federation.rounds, {"found": ""}
 
     def on_reply(number: int, site: str) -> None:
-        text = f"round {number}/{config.federation.rounds} {site}{last['text']}"
+        text = f"round {number}/{rounds} {site}{last['found']}"
         progress.update(task, advance=1, description=text)
 
     def on_round(line: RoundLine) -> None:
-        measured = [f"  {name} {value:.4f}" for name, value in line.metrics.items()][:1]
-        last["text"] = f"{''.join(measured)}  epsilon {shown(line.epsilon)}"
-        progress.update(
-            task, description=f"round {line.round}/{config.federation.rounds}{last['text']}"
-        )
+        last["found"] = line.found()
+        progress.update(task, description=line.text(rounds))
         if not console.is_terminal:
-            console.print(
-                f"round {line.round}/{config.federation.rounds}{last['text']}", highlight=False
-            )
+            console.print(line.text(rounds), highlight=False)
 
     def on_resume(number: int) -> None:
         progress.update(task, completed=number * config.federation.training_sites)
-        text = f"resumed after round {number} of {config.federation.rounds}"
-        console.print(text, highlight=False)
+        console.print(f"resumed after round {number} of {rounds}", highlight=False)
 
     with progress:
         yield Watch(on_reply, on_round, on_resume)

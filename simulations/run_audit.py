@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -77,8 +78,8 @@ class Watched:
 class RunTrainer(CanaryTrainer):
     """A trainer that adds canaries to each site's records, and reads updates as anybody might."""
 
-    def __init__(self, config: Config, canaries: int) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, device: torch.device, canaries: int) -> None:
+        super().__init__(config, device)
         self._count = round(canaries / (1 - PILOT_SHARE))
         self.watched: dict[str, Watched] = {}
         """By site."""
@@ -187,8 +188,8 @@ def audit_run(config: Config, console: Console, canaries: int) -> tuple[Path, li
     """A run with canaries; its folder, and a result for each site that was heard."""
     trainers: list[RunTrainer] = []
 
-    def make(resolved: Config) -> RunTrainer:
-        trainers.append(RunTrainer(resolved, canaries))
+    def make(resolved: Config, device: torch.device) -> RunTrainer:
+        trainers.append(RunTrainer(resolved, device, canaries))
         return trainers[-1]
 
     # In this process, and one site after the other: canaries are added where a site trains alone.

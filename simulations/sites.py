@@ -13,6 +13,7 @@ from client.ledger import Store
 from client.site import Site
 from client.train import Trainer
 from common.config import FaultsConfig, NodeConfig
+from common.device import CPU, device_of
 from common.records import Records
 from simulations.answer import Answer
 from simulations.faults import FaultySites
@@ -32,16 +33,27 @@ class Sites:
     """How many may be answered at once; see `client.agreement.sites_together`."""
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     """What befalls them on purpose."""
+    device: str = CPU.type
+    """Where models are, as `engine.device` names it."""
     make: MakeTrainer = Trainer
     """What trains; of an audit, one that adds canaries."""
 
     def app(self, store: Store | None) -> ClientApp:
         """The ClientApp of them all. Args: store: `books`, as this process has opened it."""
-        return client_app(self._opening(store), allow_unprotected=True, make=self.make)
+        device = device_of(self.device)
+        return client_app(
+            self._opening(store), allow_unprotected=True, device=device, make=self.make
+        )
 
     def answer(self, store: Store | None) -> Cohort:
         """What answers for them in this process, for many at once where it can; see `app`."""
-        return Cohort(self._opening(store), most=self.most, allow_unprotected=True, make=self.make)
+        return Cohort(
+            self._opening(store),
+            most=self.most,
+            allow_unprotected=True,
+            device=device_of(self.device),
+            make=self.make,
+        )
 
     def _opening(self, store: Store | None) -> OpenSite:
         """A site, and its ledger, is opened when it is first asked."""

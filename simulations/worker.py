@@ -14,6 +14,7 @@ from flwr.app import Message, RecordDict
 
 import client.app  # noqa: F401 - what every worker needs is imported once, in the nursery
 from common.allocation import keep_freed_memory, trim_freed_memory
+from common.device import prefer_gpu
 from simulations.answer import Answer, answered, context_of, identify, partition_of
 from simulations.link import Link
 
@@ -28,6 +29,8 @@ class Settings:
     """From which on log records are passed on."""
     partitions: int
     """Number of sites."""
+    place: int = 0
+    """Among the workers."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def _serve(link: Link) -> None:
     settings: Settings = link.receive()
     _log_over(link, settings.level)
     torch.set_num_threads(settings.threads)
+    prefer_gpu(settings.place)
     keep_freed_memory()
     identify()
     answer: Answer = link.receive_parcel()()

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -21,6 +21,7 @@ from flwr.app import Array, Error, Message, RecordDict
 
 from common import messages
 from common.config import EngineConfig
+from common.device import gpus_of
 from simulations.answer import Answer, Together, alone, are_alike, is_late, partition_of
 from simulations.link import Link, Parcel, Shares
 from simulations.nursery import nursery
@@ -43,10 +44,11 @@ Lost = Callable[[Message], bool]
 def workers_of(engine: EngineConfig, sites: int) -> int:
     """How many processes answer: `engine.workers`, never more than there are sites.
 
-    0 divides the cores by the threads; as threads are all cores by default, so is one process.
+    0 is one for each GPU, or without any the cores divided by the threads; as threads are all cores
+    by default, so is one process.
     """
-    cores = len(os.sched_getaffinity(0))
-    return max(1, min(engine.workers or cores // (engine.threads or cores), sites))
+    cores, gpus = len(os.sched_getaffinity(0)), gpus_of(engine.device)
+    return max(1, min(engine.workers or gpus or cores // (engine.threads or cores), sites))
 
 
 def threads_of(engine: EngineConfig, workers: int) -> int:
@@ -89,6 +91,8 @@ class Worker:
     """One process, and what it has to do."""
 
     link: Link
+    place: int
+    """Among the workers; who takes the place of another has the same."""
     pid: int = 0
     """Once it has said so."""
     queue: deque[Task] = field(default_factory=deque)
@@ -133,7 +137,7 @@ class Workers:
         self._shares = Shares()
         self._replies: dict[str, Message] = {}
         self._workers: list[Worker] = []
-        self._workers += [self._started() for _ in range(workers)]
+        self._workers += [self._started(place) for place in range(workers)]
 
     @property
     def pids(self) -> list[int]:
@@ -172,10 +176,10 @@ class Workers:
         self._shares.clear()
         self._parcel.segment.close()
 
-    def _started(self) -> Worker:
-        worker = Worker(Link(nursery().worker()))
+    def _started(self, place: int) -> Worker:
+        worker = Worker(Link(nursery().worker()), place)
         with suppress(OSError):  # that it is gone already is found when it is listened to
-            worker.link.send(self._settings)
+            worker.link.send(replace(self._settings, place=place))
             worker.link.send_parcel(self._parcel)
         return worker
 
@@ -245,7 +249,7 @@ class Workers:
     def _replace(self, worker: Worker) -> None:
         """Puts a new worker in the place of one, and into its queue what that one left undone."""
         self._end(worker)
-        new = self._started()
+        new = self._started(worker.place)
         new.queue = worker.queue
         self._workers[self._workers.index(worker)] = new
         for place, job in reversed([*enumerate(worker.jobs)]):

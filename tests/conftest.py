@@ -21,8 +21,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hypothesis import settings
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from benchmarks import tiny
 from common import cli
 from common.composition import CONF
 from common.config import Config, from_composed, register_schemas
@@ -33,11 +33,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 settings.register_profile("coterie", derandomize=True, deadline=None)
 settings.load_profile("coterie")
 
-WORDS = {
-    "sport": ["goal", "match", "team", "coach", "cup", "score"],
-    "money": ["bank", "shares", "market", "profit", "loan", "trade"],
-}
-FILLER = ["the", "a", "of", "in", "was", "on", "today", "said"]
 RECORDS = 120
 
 
@@ -49,34 +44,8 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-block BERT with random weights and a whole-word tokenizer, as a local folder."""
-    folder = tmp_path_factory.mktemp("tiny-model")
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *FILLER,
-        *WORDS["sport"],
-        *WORDS["money"],
-    ]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        model = BertModel(
-            BertConfig(
-                vocab_size=len(words),
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=64,
-                max_position_embeddings=32,
-                initializer_range=0.3,  # distinct words get distinct features
-            )
-        )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny.save_model(folder)
     return folder
 
 
@@ -84,16 +53,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 different one-line texts of two classes that can be told apart."""
     path = tmp_path_factory.mktemp("tiny-data") / "records.csv"
-    draw = random.Random(0)
-    rows: dict[str, str] = {}
-    while len(rows) < RECORDS:
-        label = draw.choice(list(WORDS))
-        text = " ".join([*draw.sample(FILLER, 4), *draw.sample(WORDS[label], 3)])
-        rows[text] = label
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        writer.writerows(rows.items())
+    tiny.write(path, tiny.rows(RECORDS))
     return path
 
 

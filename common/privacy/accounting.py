@@ -20,7 +20,7 @@ from absl import logging as absl_logging
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
-from scipy import fft
+from scipy import fft, optimize
 
 from common.errors import ConfigError, VerificationError
 
@@ -40,6 +40,10 @@ HOPELESS_MIXTURE = 60.0
 """The same for a mixture, whose losses take ten times as long."""
 SIGMA_DIGITS = 4
 """Decimals of a solved noise multiplier, rounded up."""
+NEAR = 1e-5
+"""Share of a sigma to which it is found before it is rounded up."""
+FAR = 1e9
+"""Prices so many times too high or too low are all the same to who looks for the right one."""
 REMEMBERED_LENGTHS = range(2, 34)
 """Short transforms, more than scipy remembers."""
 MIN_SIGMA, MAX_SIGMA = 1e-3, 1e6
@@ -343,10 +347,56 @@ def solve_noise_multiplier(
     low = high / 2
     while low > MIN_SIGMA and price(low, LIVE_INTERVAL) <= epsilon:
         low, high = low / 2, low
-    sigma = _bisect(lambda s: price(s, LIVE_INTERVAL) <= epsilon, low, high)
-    if price(sigma, REPORT_INTERVAL) < 0.99 * epsilon:  # the coarse grid gave too much away
+    known = _Prices(lambda s: price(s, LIVE_INTERVAL), epsilon)
+    known.close_in(low, high)
+    sigma = _bisect(known.enough, low, high)
+    if price(sigma, LIVE_INTERVAL) > epsilon:  # prices rose with sigma somewhere, by rounding
+        sigma = _bisect(lambda s: price(s, LIVE_INTERVAL) <= epsilon, low, high)
+    # A grid rounds the loss of a step up by one interval at most, and may give too much away.
+    rounded_up = (steps + sum(each.steps for each in beside)) * LIVE_INTERVAL
+    close = 0.99 * epsilon
+    if price(sigma, LIVE_INTERVAL) - rounded_up < close and price(sigma, REPORT_INTERVAL) < close:
         sigma = _bisect(lambda s: price(s, REPORT_INTERVAL) <= epsilon, sigma / 2, sigma, 1e-3)
     return sigma
+
+
+class _Prices:
+    """Which sigma is enough, priced only where no price so far tells: they fall as sigma grows."""
+
+    def __init__(self, price: Callable[[float], float], epsilon: float) -> None:
+        self._price, self._epsilon = price, epsilon
+        self._too_little, self._enough = 0.0, math.inf
+
+    def enough(self, sigma: float) -> bool:
+        """Whether the price of `sigma` is at most epsilon."""
+        if self._too_little < sigma < self._enough:
+            self._priced(sigma)
+        return sigma >= self._enough
+
+    def close_in(self, low: float, high: float) -> None:
+        """Prices a few between, until those that tell are `NEAR` each other.
+
+        In logarithms the price is nearly a line, so that Brent's method (1973) needs half a dozen
+        where halving needs fourteen.
+        """
+
+        def beyond(exponent: float) -> float:
+            share = self._priced(math.exp(exponent)) / self._epsilon
+            return math.log(min(max(share, 1 / FAR), FAR))  # neither 0 nor inf
+
+        if self.enough(low):
+            return
+        found: float = optimize.brentq(beyond, math.log(low), math.log(high), xtol=NEAR)
+        for beside in (found - NEAR, found + NEAR):
+            self.enough(math.exp(beside))
+
+    def _priced(self, sigma: float) -> float:
+        price = self._price(sigma)
+        if price <= self._epsilon:
+            self._enough = min(self._enough, sigma)
+        else:
+            self._too_little = max(self._too_little, sigma)
+        return price
 
 
 def _bisect(

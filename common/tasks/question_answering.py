@@ -240,7 +240,8 @@ def _best_spans(logits: Tensor, offsets: Tensor) -> Tensor:
     tokens = logits.shape[1]
     spans = logits[:, :, 0].unsqueeze(2) + logits[:, :, 1].unsqueeze(1)
     context = offsets[:, :, 1] > 0
-    ordered = torch.ones(tokens, tokens, dtype=torch.bool).triu().tril(LONGEST - 1)
+    square = torch.ones(tokens, tokens, dtype=torch.bool, device=logits.device)
+    ordered = square.triu().tril(LONGEST - 1)
     allowed = context.unsqueeze(2) & context.unsqueeze(1) & ordered
     best = spans.masked_fill(~allowed, -torch.inf).flatten(1).max(1)
     found = torch.stack((best.indices // tokens, best.indices % tokens), 1)

@@ -16,6 +16,7 @@ from scipy.stats import norm
 
 from common.config import MIN_SAMPLE_RATE
 from common.errors import ConfigError, VerificationError
+from common.privacy import accounting
 from common.privacy.accounting import (
     COARSE_INTERVAL,
     LIVE_INTERVAL,
@@ -213,6 +214,29 @@ def test_the_solved_noise_spends_the_budget_and_no_more(epsilon, delta, q, steps
     assert within(history, epsilon=epsilon, delta=delta)
     assert epsilon_pld(history, delta, REPORT_INTERVAL) >= 0.98 * epsilon
     assert not within([Event(0.97 * sigma, q, steps)], epsilon=epsilon, delta=delta)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "q", "steps"),
+    [(3.0, 1e-4, 0.5, 20), (8.0, 1e-4, 1.0, 60), (8.0, 1e-3, 0.5, 2), (0.01, 1e-5, 0.1, 1)],
+)
+def test_the_noise_is_the_one_that_halving_finds_with_fewer_prices(
+    epsilon, delta, q, steps, monkeypatch
+):
+    prices, epsilon_of = [], accounting.epsilon_pld
+
+    def counted(events, delta, interval):
+        prices.append(interval)
+        return epsilon_of(events, delta, interval)
+
+    monkeypatch.setattr(accounting, "epsilon_pld", counted)
+    solve_noise_multiplier.cache_clear()
+    sigma = solve_noise_multiplier(epsilon, delta, q, steps)
+    asked = prices.count(LIVE_INTERVAL)
+    monkeypatch.setattr(accounting._Prices, "close_in", lambda *_: None)
+    solve_noise_multiplier.cache_clear()
+    assert solve_noise_multiplier(epsilon, delta, q, steps) == sigma
+    assert asked <= prices.count(LIVE_INTERVAL) - asked - 4
 
 
 def test_of_many_rounds_each_price_is_one_that_is_no_smaller():

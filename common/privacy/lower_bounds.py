@@ -402,5 +402,5 @@ def told(audits: Sequence[Audit]) -> str:
         return ""
     return (
         "A ceiling is not above the claim beside it: no result of that test could have falsified "
-        "it. More canaries, or a smaller epsilon, give a sharper one."
+        "it. A larger test, or one of a smaller epsilon, can say more."
     )

@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 
 from client.egress import egress
 from client.ledger import Ledger
+from client.meters import AlarmError
 from client.policy import check_policy
 from client.refusals import BooksBehindError, BudgetExhaustedError, RoundLostError
 from client.site import Site
@@ -49,6 +50,8 @@ from common.privacy.mechanism import (
 )
 
 OpenSite = Callable[[Context], Site]
+MakeTrainer = Callable[[Config, torch.device], Trainer]
+"""A trainer of a configuration, on a device."""
 
 
 def client_app(
@@ -56,6 +59,7 @@ def client_app(
     *,
     allow_unprotected: bool = False,
     trainers: dict[str, Trainer] | None = None,
+    make: MakeTrainer = Trainer,
     device: torch.device = CPU,
 ) -> ClientApp:
     """The ClientApp that answers training instructions for the sites `open_site` knows.
@@ -63,7 +67,8 @@ def client_app(
     Guarantee: whatever arrives, the reply is an `Update` or one of the fixed refusals of
     `common.messages`; see `client.egress`.
     Args: allow_unprotected: True in simulations only, for seeded noise and for none at all;
-    trainers: the warm ones, shared with whoever else answers in this process; device: theirs.
+    trainers: the warm ones, shared with whoever else answers in this process; device: theirs; make:
+    what trains.
     """
     app = ClientApp()
     warm: dict[str, Trainer] = {} if trainers is None else trainers
@@ -72,7 +77,7 @@ def client_app(
         instruction = messages.read_instruction(message)
         site = open_site(context)
         check_terms(site, instruction, allow_unprotected=allow_unprotected)
-        return site, warm_trainer(warm, instruction.config, device), instruction
+        return site, warm_trainer(warm, instruction.config, device, make), instruction
 
     @app.train(mods=[egress])
     def train(message: Message, context: Context) -> Message:
@@ -143,10 +148,15 @@ def _lost_on_failure(ledger: Ledger, reservation: int) -> Iterator[None]:
     except BaseException as error:
         # A disk that is full takes no entry that says so either; the charge is there, and enough.
         with suppress(OSError):
-            ledger.lose(reservation)
+            ledger.lose(reservation, reason_of(error))
         if not isinstance(error, Exception):  # somebody stops this process
             raise
         raise RoundLostError(f"a round was charged, and is lost: {error}") from error
+
+
+def reason_of(error: BaseException | None) -> str:
+    """Why a round is lost, as its ledger says it: of an alarm, that it was one, and not which."""
+    return "alarm" if isinstance(error, AlarmError) else "failure"
 
 
 def _coded(vector: Vector, site: Site, instruction: Instruction) -> bytes:
@@ -289,7 +299,10 @@ def ledger_of(site: Site) -> Ledger:
 
 
 def warm_trainer(
-    trainers: dict[str, Trainer], config: Config, device: torch.device = CPU
+    trainers: dict[str, Trainer],
+    config: Config,
+    device: torch.device = CPU,
+    make: MakeTrainer = Trainer,
 ) -> Trainer:
     """One trainer per configuration and process: the model is loaded once, and sites that differ
     in their terms alone take turns on it.
@@ -299,7 +312,7 @@ def warm_trainer(
         return known
     key = config_hash(without_terms(config))
     if key not in trainers:
-        trainer = Trainer(config, device)
+        trainer = make(config, device)
         trainer.rehearse()
         trainers.clear()
         trainers[key] = trainer

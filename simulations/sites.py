@@ -7,10 +7,11 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.app import OpenSite, client_app
+from client.app import MakeTrainer, OpenSite, client_app
 from client.cohort import TOGETHER, Cohort
 from client.ledger import Store
 from client.site import Site
+from client.train import Trainer
 from common.config import FaultsConfig, NodeConfig
 from common.device import CPU, device_of
 from common.records import Records
@@ -34,11 +35,15 @@ class Sites:
     """What befalls them on purpose."""
     device: str = CPU.type
     """Where models are, as `engine.device` names it."""
+    make: MakeTrainer = Trainer
+    """What trains; of an audit, one that adds canaries."""
 
     def app(self, store: Store | None) -> ClientApp:
         """The ClientApp of them all. Args: store: `books`, as this process has opened it."""
         device = device_of(self.device)
-        return client_app(self._opening(store), allow_unprotected=True, device=device)
+        return client_app(
+            self._opening(store), allow_unprotected=True, device=device, make=self.make
+        )
 
     def answer(self, store: Store | None) -> Cohort:
         """What answers for them in this process, for many at once where it can; see `app`."""
@@ -47,6 +52,7 @@ class Sites:
             most=self.most,
             allow_unprotected=True,
             device=device_of(self.device),
+            make=self.make,
         )
 
     def _opening(self, store: Store | None) -> OpenSite:

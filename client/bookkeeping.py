@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from common.privacy.books import Books
 from common.privacy.chain import Head, Kind
 from common.privacy.verification import Verified
 from common.privacy.verification import verify as verify_export
+from common.privacy.witness import Confirmation, as_fields, confirmed, opened
 
 BAR = 16
 """Characters of a budget bar."""
@@ -96,10 +98,19 @@ def ledger(invocation: Invocation) -> None:
         officer: Annotated[str, typer.Option(help="The officer's public key.")] = "",
         head: Annotated[str, typer.Option(help="SEQ:HASH that the ledger must contain.")] = "",
         prv: Annotated[bool, typer.Option(help="Also price it with Opacus (slow).")] = False,
+        witness: Annotated[str, typer.Option(help="HOST:PORT of a witness to ask.")] = "",
+        witness_pass: Annotated[
+            Path | None, typer.Option("--pass", help="Folder that `coterie witness admit` made.")
+        ] = None,
+        witness_id: Annotated[
+            str, typer.Option(help="What it is enrolled as there; DATASET/SITE if left out.")
+        ] = "",
     ) -> None:
         """Judges an exported ledger from the file alone; exit code 5 names the entry at fault.
 
         Example: coterie ledger verify ward-1.ledger --key 3b6a... --head 32:05e8...
+
+        Example: coterie ledger verify ward-1.ledger --witness witness:9443 --pass passes/officer
         """
         content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
         verdict = verify_export(
@@ -109,10 +120,18 @@ def ledger(invocation: Invocation) -> None:
             head=Head.parse(head) if head else None,
             prv=prv,
         )
+        found = None
+        if witness:
+            with opened(witness, witness_pass) as line:
+                found = confirmed(line, verdict.books, witness_id)
+            verdict = replace(verdict, head_pinned=True)
         if invocation.json:
-            emit_json(_verdict_object(verdict))
+            beside = {} if found is None else {"witness": as_fields(found, witness)}
+            emit_json({**_verdict_object(verdict), **beside})
         else:
             _show_verdict(verdict, file, Console(markup=False))
+            if found is not None:
+                print(_witness_sentence(found, witness))
 
     def cap(
         ledger: LedgerArgument,
@@ -271,6 +290,12 @@ def _show_verdict(verdict: Verified, file: Path, console: Console) -> None:
         console.print("officer not pinned: whose cap it is, the site says; give --officer")
     if not verdict.head_pinned:
         console.print("head not pinned: a cut-off end would not show; give --head")
+
+
+def _witness_sentence(found: Confirmation, address: str) -> str:
+    head, after = found.receipt.head, found.entries_after
+    later = f"; the last {after} entries it was not told of yet" if after else ""
+    return f"witness {address}: holds {found.ledger} at {head}, which is in this ledger{later}"
 
 
 def _answer_rotated(

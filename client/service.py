@@ -5,7 +5,8 @@ never fetched, and the records are those of the node's own settings. The order i
 
  1. the instruction is on this machine's disk before the SuperLink may forget it;
  2. policy, charge, training and preparation are `client.app`'s, the same as everywhere;
- 3. the answer leaves, and only when it is with the SuperLink is the instruction forgotten.
+ 3. the answer leaves, and only when it is with the SuperLink is the instruction forgotten;
+ 4. the officer's witness, if there is one, is told how far the ledger got; see `client.anchor`.
 
 Whatever is killed in between goes on from the disk: see `client.inbox`.
 """
@@ -30,6 +31,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.anchor import Anchor
 from client.app import client_app
 from client.commitment import commit_to
 from client.fleet import Fleet, NotAdmittedError, Parcel, RunOverError, UnreachableError, run_of
@@ -45,6 +47,7 @@ from common.data import check_files, load_splits
 from common.errors import ConfigError, CoterieError, FederationError, VerificationError
 from common.privacy.chain import Head
 from common.privacy.mechanism import counting
+from common.privacy.witness import opened
 from common.tasks import TASKS, FileTask, reader_of
 
 log = logging.getLogger(__name__)
@@ -63,7 +66,8 @@ def run_node(settings: NodeSettings) -> dict[str, Any]:
     """Answers until it is stopped; returns what `--json` prints.
 
     Raises: ConfigError where a setting, a file or the SuperLink does not fit, FederationError where
-    nobody was there for `patience_s`; nothing was answered then. KeyboardInterrupt where it was
+    nobody was there for `patience_s`, VerificationError where the ledger is not the one that a witness
+    knows; nothing was answered then. KeyboardInterrupt where it was
     told twice to stop.
     """
     _configure_process(settings)
@@ -74,6 +78,7 @@ def run_node(settings: NodeSettings) -> dict[str, Any]:
         inbox = Inbox(settings.inbox_path)
         stack.callback(inbox.close)
         ledger = _ledger(settings, stack)
+        anchor = _anchor(settings, ledger, stack)
         stopping = stack.enter_context(_stopped_by_signals())
         line = Line(settings, stopping)
         stack.enter_context(_leaving(fleet))
@@ -82,7 +87,7 @@ def run_node(settings: NodeSettings) -> dict[str, Any]:
             return _summary(settings, 0, 0, 0)
         stack.enter_context(_beating(fleet))
         site = open_site(settings, ledger)
-        node = Node(settings, site, fleet, line, inbox)
+        node = Node(settings, site, fleet, line, inbox, anchor)
         log.info(
             "%s: connected to %s as node %d; waiting for instructions",
             *(settings.name, settings.superlink, node_id),
@@ -170,9 +175,16 @@ class Node:
     """One site's answers, over one line."""
 
     def __init__(
-        self, settings: NodeSettings, site: Site, fleet: Fleet, line: Line, inbox: Inbox
+        self,
+        settings: NodeSettings,
+        site: Site,
+        fleet: Fleet,
+        line: Line,
+        inbox: Inbox,
+        anchor: Anchor | None = None,
     ) -> None:
         self._site, self._fleet, self._line, self._inbox = site, fleet, line, inbox
+        self._anchor = anchor
         self._poll_s = settings.poll_s
         self._app: ClientApp = client_app(
             lambda _: site, allow_unprotected=settings.allow_unprotected
@@ -184,7 +196,8 @@ class Node:
     def serve(self) -> None:
         """Answers what was left, and then what comes, until the node is to stop.
 
-        Raises: FederationError where nobody was there for too long.
+        Raises: FederationError where nobody was there for too long; VerificationError where a
+        witness knows another ledger than this one.
         """
         self._answer_left_over()
         stopping = self._line.stopping
@@ -203,6 +216,8 @@ class Node:
 
     def _rest(self) -> None:
         """While there is nothing to answer, what the next answer will say is priced, once."""
+        if self._anchor is not None:
+            self._anchor.keep_up()
         ledger = self._site.ledger
         if ledger is not None and ledger.head != self._foreseen:
             ledger.books.foresee()
@@ -279,6 +294,9 @@ class Node:
             "%s: %s: %s, %.1f s", self._site.name, _what(addressed), outcome, monotonic() - started
         )
         self._inbox.clear()
+        # 4. The witness hears of it when nobody waits for it any more.
+        if self._anchor is not None:
+            self._anchor.keep_up()
 
     def _reply(self, parcel: Parcel, addressed: Message, *, left_over: bool) -> Message:
         try:
@@ -393,6 +411,20 @@ def _ledger(settings: NodeSettings, stack: ExitStack) -> Ledger | None:
         return None
     path, site = settings.books
     return stack.enter_context(Store(path)).ledger(site)
+
+
+def _anchor(settings: NodeSettings, ledger: Ledger | None, stack: ExitStack) -> Anchor | None:
+    """What ties the ledger to the officer's witness, which has been asked once when this returns.
+
+    Raises: VerificationError if that witness knows another ledger than this one.
+    """
+    if not settings.witness or ledger is None:
+        return None
+    folder = Path(settings.witness_pass).expanduser()
+    line = stack.enter_context(opened(settings.witness, folder))
+    anchor = Anchor(line, ledger, settings.witness_id)
+    anchor.begin()
+    return anchor
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from common.privacy import chain
 from common.privacy.accounting import number, shown
 from common.privacy.books import Books
 from common.privacy.chain import Head, Kind
+from common.privacy.lower_bounds import FALSIFIED
 from common.privacy.verification import Verified
 from common.privacy.verification import verify as verify_export
 from common.privacy.witness import Confirmation, as_fields, confirmed, opened
@@ -213,6 +214,7 @@ def _state(books: Books) -> dict[str, Any]:
             {"run": plan.run, "rounds_left": books.remaining_rounds(plan.run)}
             for plan in books.plans.values()
         ],
+        "audits": [dict(audit) for audit in books.audits],
         "head": str(books.head),
         "site_key": books.site_key,
     }
@@ -236,6 +238,9 @@ def _show(states: dict[str, dict[str, Any]], console: Console) -> None:
             state["head"][:10],
         )
     console.print(table)
+    for name, state in states.items():
+        if state["audits"]:
+            console.print(f"{name}: {told(state['audits'])}", highlight=False)
     console.print(
         "epsilon: how much better than by guessing anybody can tell whether one record (or one "
         "person, by unit) was used, over everything ever released;\nleft: rounds that are "
@@ -247,6 +252,17 @@ def _show(states: dict[str, dict[str, Any]], console: Console) -> None:
 def _bar(share: float) -> str:
     filled = min(BAR, round(share * BAR))
     return "█" * filled + "░" * (BAR - filled)
+
+
+def told(audits: Sequence[Mapping[str, Any]]) -> str:
+    """What the audits of a ledger say, in a line: its last, and whether any falsified."""
+    last, falsified = audits[-1], sum(each["verdict"] == FALSIFIED for each in audits)
+    return (
+        f"audits: {len(audits)}, of which {falsified} {FALSIFIED}; the last, {last['design']}: at "
+        f"least epsilon {last['lower_bound']:.3f} of {shown(last['claimed_epsilon'])} claimed "
+        f"({last['confidence']:.0%}; at best it could have shown {last['ceiling']:.2f}): "
+        f"{last['verdict']}"
+    )
 
 
 def _verdict_object(verdict: Verified) -> dict[str, Any]:
@@ -267,6 +283,7 @@ def _verdict_object(verdict: Verified) -> dict[str, Any]:
         },
         "cap": verdict.books.cap,
         "delta": verdict.books.delta,
+        "audits": [dict(audit) for audit in verdict.books.audits],
         "head": str(verdict.books.head),
         "key_pinned": verdict.key_pinned,
         "officer_pinned": verdict.officer_pinned,
@@ -284,6 +301,8 @@ def _show_verdict(verdict: Verified, file: Path, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if books.audits:
+        console.print(told(books.audits), highlight=False, soft_wrap=True)
     if not verdict.key_pinned:
         console.print("key not pinned: the file says itself whose it is; give --key")
     if not verdict.officer_pinned:

@@ -17,7 +17,7 @@ record among others of that person (decision 0010).
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ from common.errors import PrivacyRefusedError, VerificationError
 from common.privacy import chain
 from common.privacy.accounting import Event, epsilon_pld, epsilon_rdp, within
 from common.privacy.chain import Entry, Head, Kind
+from common.privacy.lower_bounds import FALSIFIED
 
 MOST_STEPS = 10**7
 """Steps of a whole plan."""
@@ -104,6 +105,8 @@ class Books:
     hashes: list[str] = field(default_factory=list)
     receipts: dict[str, Head] = field(default_factory=dict)
     """The latest head each coordinator, by its key, has signed."""
+    audits: list[Mapping[str, Any]] = field(default_factory=list)
+    """Results of audits, as their entries hold them, oldest first."""
 
     @property
     def unit(self) -> str:
@@ -363,6 +366,11 @@ def _take_dataset(books: Books, entry: Entry) -> None:
 
 def _take_audit(books: Books, entry: Entry) -> None:
     """An audit charges nothing: what it trains on is made, or charged by itself."""
+    body = entry.body
+    falsified = body["lower_bound"] > body["claimed_epsilon"]
+    if (body["verdict"] == FALSIFIED) != falsified:
+        _fault(entry, "its verdict is not that of its own figures")
+    books.audits.append(body)
 
 
 def _take_rotation(books: Books, entry: Entry) -> None:

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from common.canonical import canonical_json
 from common.errors import ConfigError, VerificationError
 from common.privacy.accounting import MAX_SIGMA, MIN_SIGMA, Event
+from common.privacy.lower_bounds import VERDICTS
 
 VERSION = 1
 """Of the format. Another one is not guessed at."""
@@ -82,6 +83,10 @@ def _real(value: Any) -> bool:
 
 def _positive(value: Any) -> bool:
     return _real(value) and value > 0
+
+
+def _not_negative(value: Any) -> bool:
+    return _real(value) and value >= 0
 
 
 def _one_of(*values: str) -> Callable[[Any], bool]:
@@ -162,7 +167,16 @@ BODIES: dict[Kind, dict[str, _Check]] = {
     Kind.MISC_EVENT: {"purpose": _text, "unit": _UNIT, "event": _event, "admission": _MODE},
     Kind.CAP_CHANGE: {"cap": _positive, "officer_signature": _signature},
     Kind.DATASET: {"dataset_root": _hash},
-    Kind.AUDIT: {"report": _hash, "lower_bound": _real, "verdict": _text},
+    Kind.AUDIT: {
+        "report": _hash,
+        "design": _text,
+        "m": _count,
+        "confidence": lambda value: _positive(value) and value < 1,
+        "lower_bound": _not_negative,
+        "claimed_epsilon": _positive,
+        "ceiling": _not_negative,
+        "verdict": _one_of(*VERDICTS),
+    },
     Kind.KEY_ROTATE: {"site_key": _key, "proof": _signature},
 }
 """What the body of each kind holds, and nothing else."""

@@ -107,6 +107,20 @@ class Pen:
         }
         return self.write(Kind.PREPARE, **body | changes)
 
+    def audit(self, **changes):
+        """A result that falsifies nothing, changed as told."""
+        body = {
+            "report": digest("report"),
+            "design": "a design",
+            "m": 1000,
+            "confidence": 0.95,
+            "lower_bound": 0.31,
+            "claimed_epsilon": 3.0,
+            "ceiling": 6.5,
+            "verdict": "NOT FALSIFIED",
+        }
+        return self.write(Kind.AUDIT, **body | changes)
+
     def release(self, reservation):
         return self.write(Kind.RELEASE, reservation=reservation)
 
@@ -198,7 +212,7 @@ def eventful():
     pen.release(first)
     pen.write(Kind.CLOSE, run="b")
     pen.misc(Event(30.0, 1.0, 1), admission="filter")
-    pen.write(Kind.AUDIT, report=digest("report"), lower_bound=0.31, verdict="consistent")
+    pen.audit()
     pen.cap(4.0)
     pen.write(Kind.CLOSE, run="a")
     return pen
@@ -426,6 +440,8 @@ RULES = {
     "rotation-proved-for-another-key": lambda: made(half, ("rotate", {"old": OTHER})),
     "receipt-for-no-head": lambda: receipt_of(Head(4, digest("no head"))),
     "receipt-for-a-later-head": lambda: receipt_of(Head(6, digest("no head"))),
+    "audit-denies-its-figures": lambda: made(half, ("audit", {"lower_bound": 3.1})),
+    "audit-verifies": lambda: made(half, ("audit", {"verdict": "VERIFIED"})),
     "receipt-not-signed": lambda: made(half, ("receipt", EMPTY, {"key": OTHER})),
     # Entries that are none.
     "unknown-version": lambda: Pen(version=2),

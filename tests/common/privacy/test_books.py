@@ -185,7 +185,17 @@ def perform(site, name, seed):
         site.key = new
     elif name == "other":
         site.take(Kind.DATASET, dataset_root=f"{seed:064x}")
-        site.take(Kind.AUDIT, report="3" * 64, lower_bound=0.1, verdict="consistent")
+        site.take(
+            Kind.AUDIT,
+            report="3" * 64,
+            design="made",
+            m=1000,
+            confidence=0.95,
+            lower_bound=0.1,
+            claimed_epsilon=3.0,
+            ceiling=6.5,
+            verdict="NOT FALSIFIED",
+        )
     elif name == "restart":
         site.restart()
     elif name == "close":

@@ -62,7 +62,16 @@ BODIES = {
     },
     Kind.CAP_CHANGE: {"cap": 2.5, "officer_signature": "5" * 128},
     Kind.DATASET: {"dataset_root": "6" * 64},
-    Kind.AUDIT: {"report": "7" * 64, "lower_bound": 0.5, "verdict": "ok"},
+    Kind.AUDIT: {
+        "report": "7" * 64,
+        "design": "made",
+        "m": 1000,
+        "confidence": 0.95,
+        "lower_bound": 0.5,
+        "claimed_epsilon": 3.0,
+        "ceiling": 6.5,
+        "verdict": "NOT FALSIFIED",
+    },
     Kind.KEY_ROTATE: {"site_key": PUBLIC, "proof": "8" * 128},
 }
 
@@ -344,10 +353,12 @@ FITTING = {
     (Kind.GENESIS, "cap"): [1.5, 2**53],
     (Kind.GENESIS, "delta"): [1.5, 2**53],
     (Kind.CAP_CHANGE, "cap"): [1.5, 2**53],
-    (Kind.AUDIT, "lower_bound"): [-1, 1.5, -0.5, 2**53],
+    (Kind.AUDIT, "lower_bound"): [1.5, 2**53],
+    (Kind.AUDIT, "claimed_epsilon"): [1.5, 2**53],
+    (Kind.AUDIT, "ceiling"): [1.5, 2**53],
 }
 """Junk that is none at its place; other text of 64 signs is text everywhere."""
-TEXTS = {"site", "dataset", "run", "model", "purpose", "verdict"}
+TEXTS = {"site", "dataset", "run", "model", "purpose", "design"}
 
 
 @pytest.mark.parametrize("kind", Kind)

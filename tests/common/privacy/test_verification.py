@@ -124,6 +124,8 @@ FAULTS = {
     "rate-above-one": "entry 2 (PLAN): event: not as it must be",
     "receipt-for-a-later-head": "entry 6 (RECEIPT): is for a head that this chain never had",
     "receipt-for-no-head": "entry 6 (RECEIPT): is for a head that this chain never had",
+    "audit-denies-its-figures": "entry 6 (AUDIT): its verdict is not that of its own figures",
+    "audit-verifies": "entry 6 (AUDIT): verdict: not as it must be",
     "receipt-not-signed": "entry 6 (RECEIPT): its receipt is not signed by the key it names",
     "record-misc-in-person-ledger": (
         "entry 2 (MISC_EVENT): is priced by record, in a ledger whose unit is person"
@@ -219,6 +221,9 @@ def test_the_state_after_the_eventful_ledger():
     assert books.site_key == chain.public_hex(NEXT)
     assert books.genesis["site_key"] == chain.public_hex(SITE)
     assert books.genesis["dataset_root"] == MAKE["digest"]("more letters")
+    assert [(each["lower_bound"], each["verdict"]) for each in books.audits] == [
+        (0.31, "NOT FALSIFIED")
+    ]
 
 
 @pytest.mark.parametrize("name", GOOD)

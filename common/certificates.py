@@ -2,11 +2,12 @@
 
 An *authority* signs the coordinator's certificate; nodes are given the authority's certificate,
 and by it know whom they talk to. A node is known by a key pair of its own, whose public half the
-coordinator registers. Elliptic curves only, P-384, as Flower's.
+coordinator registers, and, where a door stands before the coordinator, by a certificate that the
+same authority signed and has not revoked. Elliptic curves only, P-384, as Flower's.
 """
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -57,19 +58,70 @@ class Authority(Credentials):
         now: when it is made, if not at this moment.
         Raises: ConfigError if there is such a key, or this authority's is not private.
         """
-        signer = load_pem_private_key(_secret(self.key), None)
-        assert isinstance(signer, ec.EllipticCurvePrivateKey)
-        above = x509.load_pem_x509_certificate(self.certificate.read_bytes())
         key = ec.generate_private_key(ec.SECP384R1())
-        built = _builder(name, above.subject, key.public_key(), days, now)
+        signed = self.sign(name, key.public_key(), hosts, days=days, now=now)
+        return _written(self.certificate.parent, name, signed, key)
+
+    def sign(
+        self,
+        name: str,
+        public: ec.EllipticCurvePublicKey,
+        hosts: Sequence[str] = (),
+        *,
+        days: int = 365,
+        now: datetime | None = None,
+    ) -> x509.Certificate:
+        """A certificate for whoever has the private half of a key: a server's if there are hosts,
+        and otherwise a client's, which no client takes for a server's.
+
+        Args: as `issue`. No certificate outlives the authority's own.
+        Raises: ConfigError if this authority's key is not private, or it has expired.
+        """
+        signer, above = self._signer(), self.read()
+        usage = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
+        made = now or datetime.now(UTC)
+        left = above.not_valid_after_utc - made
+        if left <= timedelta(0):
+            raise ConfigError(
+                f"{self.certificate}: expired on {above.not_valid_after_utc:%Y-%m-%d}; provision "
+                "the federation anew, in another folder"
+            )
+        built = _builder(name, above.subject, public, min(timedelta(days=days), left), made)
         for extension, critical in (
-            (x509.SubjectAlternativeName([_general(host) for host in hosts]), False),
             (x509.BasicConstraints(ca=False, path_length=None), True),
-            (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
+            (x509.ExtendedKeyUsage([usage]), False),
             (x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), False),
         ):
             built = built.add_extension(extension, critical)
-        return _written(self.certificate.parent, name, built.sign(signer, hashes.SHA384()), key)
+        if hosts:
+            names = x509.SubjectAlternativeName([_general(host) for host in hosts])
+            built = built.add_extension(names, critical=False)
+        return built.sign(signer, hashes.SHA384())
+
+    def revoking(self, serials: Mapping[int, datetime], *, now: datetime | None = None) -> bytes:
+        """The list of certificates that are believed no longer, in PEM; it holds as long as the
+        authority's own. Args: serials: when each was revoked.
+        """
+        above, made = self.read(), now or datetime.now(UTC)
+        built = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(above.subject)
+            .last_update(made - BACKDATED)
+            .next_update(max(above.not_valid_after_utc, made))
+        )
+        for serial, since in sorted(serials.items()):
+            revoked = x509.RevokedCertificateBuilder().serial_number(serial)
+            built = built.add_revoked_certificate(revoked.revocation_date(since).build())
+        return built.sign(self._signer(), hashes.SHA384()).public_bytes(Encoding.PEM)
+
+    def read(self) -> x509.Certificate:
+        """Its own certificate."""
+        return x509.load_pem_x509_certificate(self.certificate.read_bytes())
+
+    def _signer(self) -> ec.EllipticCurvePrivateKey:
+        signer = load_pem_private_key(_secret(self.key), None)
+        assert isinstance(signer, ec.EllipticCurvePrivateKey)
+        return signer
 
 
 def make_authority(folder: Path, *, days: int = 365, now: datetime | None = None) -> Authority:
@@ -80,7 +132,8 @@ def make_authority(folder: Path, *, days: int = 365, now: datetime | None = None
     folder.mkdir(parents=True, exist_ok=True)
     key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "coterie authority")])
-    built = _builder("coterie authority", name, key.public_key(), days, now)
+    made_at = now or datetime.now(UTC)
+    built = _builder("coterie authority", name, key.public_key(), timedelta(days=days), made_at)
     usage = x509.KeyUsage(
         key_cert_sign=True,
         crl_sign=True,
@@ -107,9 +160,13 @@ def make_node_key(path: Path) -> Path:
     key = ec.generate_private_key(ec.SECP384R1())
     write_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     public = path.with_name(f"{path.name}{PUBLIC_SUFFIX}")
-    line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    write_atomic(public, line + b"\n")
+    write_atomic(public, public_line(key.public_key()))
     return public
+
+
+def public_line(key: ec.EllipticCurvePublicKey) -> bytes:
+    """The public half of a node's key as one line, as Flower's command registers it."""
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n"
 
 
 def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -143,10 +200,9 @@ def _builder(
     subject: str,
     issuer: x509.Name,
     public: ec.EllipticCurvePublicKey,
-    days: int,
-    now: datetime | None,
+    valid: timedelta,
+    made: datetime,
 ) -> x509.CertificateBuilder:
-    made = now or datetime.now(UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
@@ -154,7 +210,7 @@ def _builder(
         .public_key(public)
         .serial_number(x509.random_serial_number())
         .not_valid_before(made - BACKDATED)
-        .not_valid_after(made + timedelta(days=days))
+        .not_valid_after(made + valid)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
     )
 

@@ -23,7 +23,9 @@ from typing import Annotated, Any
 
 import grpc
 import typer
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +34,7 @@ from common.certificates import AUTHORITY, Authority, make_authority
 from common.cli import Invocation, emit_json, run_typer
 from common.durable import folder_atomic
 from common.errors import ConfigError, VerificationError
-from common.keys import KEY_SUFFIX, generate_key, read_private_key
+from common.keys import KEY_SUFFIX, generate_key, read_private_key, write_private
 from common.privacy.chain import Head, Receipt, public_hex
 from common.privacy.stored import Pins, read_chains
 from common.privacy.witness import (
@@ -199,9 +201,11 @@ def admit_to(folder: Folder, name: str, output: Path, days: int) -> None:
         raise ConfigError(f"{output}: exists already; a pass is never overwritten")
     public = public_hex(folder.key())
     with folder_atomic(output) as made:
-        issued = folder.authority.issue_client(name, made, days=days)
-        issued.certificate.rename(made / CERTIFICATE_FILE)
-        issued.key.rename(made / KEY_FILE)
+        key = ec.generate_private_key(ec.SECP384R1())
+        certificate = folder.authority.sign(name, key.public_key(), days=days)
+        secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        write_private(made / KEY_FILE, secret)
+        (made / CERTIFICATE_FILE).write_bytes(certificate.public_bytes(Encoding.PEM))
         (made / AUTHORITY_FILE).write_bytes(folder.authority.certificate.read_bytes())
         (made / WITNESS_FILE).write_text(f"{public}\n")
     output.chmod(0o700)

@@ -348,7 +348,7 @@ def _checks(read: Chain, plans: Sequence[PlanFacts], told: RunClaims) -> Iterato
         yield _steps_check(plan)
         yield _noise_check(plan, told.min_noise_multiplier)
     yield Check(
-        "delta",
+        "delta, the chance of failing",
         f"{books.delta:g}, by the ledger's first entry",
         f"{told.facts['delta']:g}, by the run" if told.facts else "-",
         f"{books.delta:g}: every figure here",
@@ -407,7 +407,7 @@ def _run_checks(
         "rounds of the run",
         f"at most {sum(plan.rounds + plan.spare_rounds for plan in own)} were committed",
         f"{claim['rounds'] + claim['repeated']}, by the run",
-        f"{charged} charged, {sum(plan.released for plan in own)} released",
+        f"{charged} paid for, {sum(plan.released for plan in own)} released",
         claim["rounds"] + claim["repeated"] >= charged,
     )
 
@@ -428,7 +428,7 @@ def _steps_check(plan: PlanFacts) -> Check:
     return Check(
         f"steps of {_named(plan)}",
         f"{plan.steps_per_round} in each of at most {plan.rounds + plan.spare_rounds} rounds",
-        f"{plan.charged * plan.steps_per_round} charged",
+        f"{plan.charged * plan.steps_per_round} paid for",
         f"{plan.steps_counted} counted in the {done} rounds released",
         plan.steps_counted <= plan.charged * plan.steps_per_round,
     )
@@ -437,7 +437,7 @@ def _steps_check(plan: PlanFacts) -> Check:
 def _noise_check(plan: PlanFacts, floor: float) -> Check:
     return Check(
         f"noise of {_named(plan)}",
-        f"at least {floor:g}, by the sites' policy" if floor else "no floor beside the cap",
+        f"at least {floor:g}, by the sites' policy" if floor else "no minimum beside the cap",
         f"{plan.noise_multiplier:g} at rate {plan.sample_rate:g}, by its plan",
         "measured in each step at the site; what differed was not released",
         plan.noise_multiplier >= floor,

@@ -30,7 +30,8 @@ def page(report: Mapping[str, Any]) -> str:
         rows=_merged(sites, _spending),
         checks=_checks(sites),
         audits=_audits(sites),
-        verifications=_merged(sites, _verification),
+        keys=_merged(sites, _keys),
+        ordered=_ordered(sites)[:MOST_ROWS],
         more=max(0, len(sites) - MOST_ROWS),
         chance=chance(sites[0]["delta"]),
         open_points=_open_points(sites),
@@ -60,13 +61,17 @@ def chance(delta: float) -> str:
     return f"1 in {math.floor(1 / delta + 1e-6):,}"
 
 
-def names(sites: Sequence[Site]) -> str:
-    """Sites as a page names them.
+def names(sites: Sequence[Site], everybody: int = 0) -> str:
+    """Sites as a page names them; `everybody`: how many there are in all.
 
     >>> names([{"site": "a"}, {"site": "b"}]), names([{"site": f"s-{n}"} for n in range(9)])
     ('a, b', 's-0, s-1, s-2 and 6 more')
+    >>> names([{"site": "a"}, {"site": "b"}], 2)
+    'all 2 sites'
     """
     known = [str(site["site"]) for site in sites]
+    if len(known) == everybody > 1:
+        return f"all {everybody} sites"
     if len(known) <= FEW_NAMES + 2:
         return ", ".join(known)
     return f"{', '.join(known[:FEW_NAMES])} and {len(known) - FEW_NAMES} more"
@@ -85,7 +90,7 @@ def _merged(
     for site in sites:
         said = facts(site)
         groups.setdefault(repr(said), (said, []))[1].append(site)
-    rows = [{"sites": names(_ordered(alike)), **said} for said, alike in groups.values()]
+    rows = [{"sites": names(_ordered(alike), len(sites)), **said} for said, alike in groups.values()]
     return rows[:MOST_ROWS]
 
 
@@ -134,7 +139,7 @@ def _checks(sites: Sequence[Site]) -> list[dict[str, Any]]:
     for site in sites:
         for check in site["checks"]:
             rows.setdefault(tuple(check.items()), []).append(site)
-    merged = [{"sites": names(_ordered(alike)), **dict(said)} for said, alike in rows.items()]
+    merged = [{"sites": names(_ordered(alike), len(sites)), **dict(said)} for said, alike in rows.items()]
     return sorted(merged, key=lambda row: bool(row["agrees"]))[: 2 * MOST_ROWS]
 
 
@@ -142,7 +147,7 @@ def _audits(sites: Sequence[Site]) -> list[dict[str, Any]]:
     return [{"site": site["site"], **audit} for site in sites for audit in site["audits"]]
 
 
-def _verification(site: Site) -> dict[str, Any]:
+def _keys(site: Site) -> dict[str, Any]:
     found = site["verification"]
     return {
         "site_key": found["site_key"][:FINGERPRINT],
@@ -150,8 +155,6 @@ def _verification(site: Site) -> dict[str, Any]:
         "signed_end": found["signed_end"],
         "key_pinned": found["key_pinned"],
         "officer_pinned": found["officer_pinned"],
-        "head_pinned": found["head_pinned"],
-        "heads": [],
     }
 
 

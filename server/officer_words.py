@@ -36,8 +36,8 @@ WATCHED = (
 )
 """What a site's program measures in every step: name, and what is looked at."""
 WATCHED_RULE = (
-    "A round in which one of these is off is not released: it is lost, stays charged, and is counted "
-    "below as lost. The measurements themselves stay at the site, because they could tell of records."
+    "A round in which one of these is off is not released: it is lost, stays paid for, and is counted "
+    "as lost. The measurements themselves stay at the site, because they could tell of records."
 )
 
 UNCHARGED = (
@@ -46,8 +46,8 @@ UNCHARGED = (
         "seen by the coordinator and the network",
     ),
     (
-        "the state of the books: last entry's fingerprint, cap, what was charged",
-        "depends on plans and past charges, not on records",
+        "the state of the books: last entry's fingerprint, cap, what was paid for",
+        "depends on plans and past rounds, not on records",
     ),
     (
         "one of a fixed list of reasons for not answering",
@@ -102,6 +102,11 @@ GLOSSARY = (
         "The site's signed list of everything ever released about its records and what it cost. "
         "Entries can be added, not changed.",
     ),
+    (
+        "paid for, or charged",
+        "Written into the books, for good, before a record is read; nothing is ever given back, also "
+        "where nothing came of it.",
+    ),
     ("update", "The numbers a site sends after a round of training: its change to the model, with noise."),
     (
         "noise",
@@ -119,6 +124,11 @@ GLOSSARY = (
         "fixed in advance / filter",
         "How several runs are added up. Fixed in advance: all settings were committed before "
         "anything was seen. Filter: a more careful sum, for settings chosen later.",
+    ),
+    ("head", "The number and fingerprint of a ledger's last entry: it stands for all before it."),
+    (
+        "coordinator",
+        "Whoever runs the training: sends out the model, collects the updates, averages them.",
     ),
     ("fingerprint", "The start of a public key or of an entry's digest: enough to compare by eye."),
     (

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from common.privacy.accounting import shown
+
 WIDTH, HEIGHT = 360, 190
 """In the drawing's own units, near those of a telephone's screen: text keeps its size there."""
 LEFT, RIGHT, TOP, BOTTOM = 30, 350, 22, 158
@@ -34,7 +36,7 @@ class Point:
 def drawing(points: Sequence[Point], title: str) -> Markup:
     """The curve of a ledger, the cap above it, runs told apart below. Args: at least one point."""
     top = max(max(point.cap, point.epsilon) for point in points) * 1.12
-    across = (RIGHT - LEFT) / max(1, len(points) - 1)
+    across = (RIGHT - LEFT) / len(points)
 
     def x(index: float) -> float:
         return round(LEFT + index * across, 1)
@@ -42,18 +44,19 @@ def drawing(points: Sequence[Point], title: str) -> Markup:
     def y(value: float) -> float:
         return round(BOTTOM - (BOTTOM - TOP) * value / top, 1)
 
-    spent = _steps([(x(i), y(point.epsilon)) for i, point in enumerate(points)])
-    cap = _steps([(x(i), y(point.cap)) for i, point in enumerate(points)])
+    levels = [*points, points[-1]]  # the last level is drawn as wide as the others
+    spent = _steps([(x(i), y(point.epsilon)) for i, point in enumerate(levels)])
+    cap = _steps([(x(i), y(point.cap)) for i, point in enumerate(levels)])
     last = points[-1]
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
         f"<title>{escape(title)}</title>",
         *_scale(top, y),
-        f'<path class="area" d="M{LEFT} {y(0)} L{spent} L{x(len(points) - 1)} {y(0)} Z"/>',
+        f'<path class="area" d="M{LEFT} {y(0)} L{spent} L{RIGHT} {y(0)} Z"/>',
         f'<path class="spent" d="M{spent}"/>',
         f'<path class="cap" d="M{cap}"/>',
         f'<text class="capname" x="{LEFT + 4}" y="{y(points[0].cap) - 5}">cap</text>',
-        _end_label(x(len(points) - 1), y(last.epsilon), y(last.cap), last.epsilon),
+        _end_label(RIGHT - 3, y(last.epsilon), y(last.cap), last.epsilon),
         *_runs(points, x),
         "</svg>",
     ]
@@ -72,7 +75,7 @@ def _end_label(x: float, y: float, cap: float, epsilon: float) -> str:
     """The last value: below its line where the cap is too near for one above."""
     below = y - cap < LABEL_ABOVE
     at = y + LABEL_ABOVE + 2 if below else y - 5
-    return f'<text class="now" x="{x}" y="{at}" text-anchor="end">{epsilon:.3g}</text>'
+    return f'<text class="now" x="{x}" y="{at}" text-anchor="end">{shown(epsilon)}</text>'
 
 
 def _scale(top: float, y: _Scale) -> list[str]:
@@ -105,7 +108,7 @@ def _runs(points: Sequence[Point], x: _Scale) -> list[str]:
         begins = point.run and (index == 0 or points[index - 1].run != point.run)
         if not begins:
             continue
-        at = x(max(0, index - 1))
+        at = x(index)
         parts.append(f'<line class="run" x1="{at}" x2="{at}" y1="{TOP}" y2="{BOTTOM + 4}"/>')
         if at >= room:
             anchor = "end" if at > RIGHT - WIDE_LABEL else "start"

@@ -95,4 +95,3 @@ class Anchor:
             self._remind_at = now + REMIND_S
         self._away, self._not_before = True, now + self._delay
         self._delay = min(2 * self._delay, MAX_DELAY_S)
-

@@ -93,7 +93,7 @@ def ledger(invocation: Invocation) -> None:
             head = one.head
         _answer(invocation, {"file": str(output), "head": str(head)})
 
-    def verify(
+    def verify(  # noqa: PLR0917 - options, which are given by name
         file: Annotated[Path, typer.Argument(help="An exported ledger.")],
         key: Annotated[str, typer.Option(help="The site's public key, as it was enrolled.")] = "",
         officer: Annotated[str, typer.Option(help="The officer's public key.")] = "",
@@ -121,18 +121,8 @@ def ledger(invocation: Invocation) -> None:
             head=Head.parse(head) if head else None,
             prv=prv,
         )
-        found = None
-        if witness:
-            with opened(witness, witness_pass) as line:
-                found = confirmed(line, verdict.books, witness_id)
-            verdict = replace(verdict, head_pinned=True)
-        if invocation.json:
-            beside = {} if found is None else {"witness": as_fields(found, witness)}
-            emit_json({**_verdict_object(verdict), **beside})
-        else:
-            _show_verdict(verdict, file, Console(markup=False))
-            if found is not None:
-                print(_witness_sentence(found, witness))
+        found = _asked(verdict.books, witness, witness_pass, witness_id)
+        _tell_verdict(invocation, verdict, file, found, witness)
 
     def cap(
         ledger: LedgerArgument,
@@ -309,6 +299,32 @@ def _show_verdict(verdict: Verified, file: Path, console: Console) -> None:
         console.print("officer not pinned: whose cap it is, the site says; give --officer")
     if not verdict.head_pinned:
         console.print("head not pinned: a cut-off end would not show; give --head")
+
+
+def _asked(books: Books, witness: str, folder: Path | None, name: str) -> Confirmation | None:
+    """What the witness says, if there is one. Raises: VerificationError where it knows better."""
+    if not witness:
+        return None
+    with opened(witness, folder) as line:
+        return confirmed(line, books, name)
+
+
+def _tell_verdict(
+    invocation: Invocation,
+    verdict: Verified,
+    file: Path,
+    found: Confirmation | None,
+    witness: str,
+) -> None:
+    if found is not None:
+        verdict = replace(verdict, head_pinned=True)
+    if invocation.json:
+        beside = {} if found is None else {"witness": as_fields(found, witness)}
+        emit_json({**_verdict_object(verdict), **beside})
+        return
+    _show_verdict(verdict, file, Console(markup=False))
+    if found is not None:
+        print(_witness_sentence(found, witness))
 
 
 def _witness_sentence(found: Confirmation, address: str) -> str:

@@ -66,9 +66,8 @@ def run_node(settings: NodeSettings) -> dict[str, Any]:
     """Answers until it is stopped; returns what `--json` prints.
 
     Raises: ConfigError where a setting, a file or the SuperLink does not fit, FederationError where
-    nobody was there for `patience_s`, VerificationError where the ledger is not the one that a witness
-    knows; nothing was answered then. KeyboardInterrupt where it was
-    told twice to stop.
+    nobody was there for `patience_s`, VerificationError where the ledger is not the one that a
+    witness knows; nothing was answered then. KeyboardInterrupt where it was told twice to stop.
     """
     _configure_process(settings)
     check_files(settings.data)
@@ -87,7 +86,7 @@ def run_node(settings: NodeSettings) -> dict[str, Any]:
             return _summary(settings, 0, 0, 0)
         stack.enter_context(_beating(fleet))
         site = open_site(settings, ledger)
-        node = Node(settings, site, fleet, line, inbox, anchor)
+        node = Node(settings, site, fleet, line, inbox, anchor=anchor)
         log.info(
             "%s: connected to %s as node %d; waiting for instructions",
             *(settings.name, settings.superlink, node_id),
@@ -181,6 +180,7 @@ class Node:
         fleet: Fleet,
         line: Line,
         inbox: Inbox,
+        *,
         anchor: Anchor | None = None,
     ) -> None:
         self._site, self._fleet, self._line, self._inbox = site, fleet, line, inbox

@@ -161,7 +161,7 @@ def officer_report(
     """
     told, seen = claims or RunClaims(), witnessed or {}
     sites = [_site(each, told, seen.get(each.source)) for each in chains]
-    content = {
+    return {
         "schema": SCHEMA,
         "made": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         **({"run": dict(told.facts)} if claims else {}),
@@ -185,7 +185,6 @@ def officer_report(
             **{name: metadata.version(name) for name in LIBRARIES},
         },
     }
-    return content
 
 
 def _plain(site: SiteFacts) -> dict[str, Any]:
@@ -200,7 +199,7 @@ def _pairs(rows: Sequence[tuple[str, str]], left: str, right: str) -> list[dict[
 
 
 def _summary(sites: Sequence[SiteFacts]) -> dict[str, Any]:
-    worst = max(sites, key=lambda site: _share(site))
+    worst = max(sites, key=_share)
     audits = [audit for site in sites for audit in site.audits]
     return {
         "sites": len(sites),
@@ -481,4 +480,3 @@ def _charged(sites: Sequence[SiteFacts]) -> list[dict[str, Any]]:
         {"what": what, "where": where, "sites": len(times), "times": sum(times)}
         for (what, where), times in rows.items()
     ]
-

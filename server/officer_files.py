@@ -1,4 +1,4 @@
-"""`coterie report --for officer`: from a run, or ledgers alone, to a page, its JSON, a signature."""
+"""`coterie report --for officer`: from a run, or ledgers alone, to a page, JSON, a signature."""
 
 import hashlib
 import json
@@ -53,7 +53,11 @@ def answer(invocation: Invocation, asked: OfficerCall) -> None:
     chains = chains_of(sources)
     witnessed = _witnessed(asked, chains)
     content = made_report(sources, chains, witnessed)
-    folder = asked.output or sources.run or Path(sources.ledgers[0].rpartition("#")[0] or sources.ledgers[0]).parent
+    folder = (
+        asked.output
+        or sources.run
+        or Path(sources.ledgers[0].rpartition("#")[0] or sources.ledgers[0]).parent
+    )
     written = write_report(folder, content, key)
     if invocation.json:
         emit_json(content)
@@ -92,7 +96,9 @@ def _show(content: Mapping[str, Any], written: Sequence[Path]) -> None:
 
 
 def _checked_sentence(found: Mapping[str, Any]) -> str:
-    whose = "the key given" if found["key_pinned"] else f"{found['key']} (key not pinned: give --key)"
+    whose = (
+        "the key given" if found["key_pinned"] else f"{found['key']} (key not pinned: give --key)"
+    )
     return f"{' and '.join(found['files'])}: as signed {found['signed']} by {whose}"
 
 
@@ -196,7 +202,9 @@ def _uncharged(content: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield words.UNCHARGED_LEFT_OUT
 
 
-def write_report(folder: Path, content: dict[str, Any], key: Ed25519PrivateKey | None) -> list[Path]:
+def write_report(
+    folder: Path, content: dict[str, Any], key: Ed25519PrivateKey | None
+) -> list[Path]:
     """Writes page and JSON, and the signature under both if there is a key; whole each.
 
     Returns: the files. A signature that stood there is of another report, and goes first.
@@ -252,7 +260,7 @@ def check_signature(path: Path, key: str | None) -> dict[str, Any]:
 def _read_signature(path: Path) -> tuple[dict[str, Any], str, str]:
     try:
         if path.stat().st_size > MAX_SIGNATURE_BYTES:
-            raise VerificationError(f"{path}: longer than any signature")  # noqa: TRY301
+            raise VerificationError(f"{path}: longer than any signature")
         content = json.loads(path.read_bytes())
         statement, signer, signature = (content[x] for x in ("statement", "key", "signature"))
         files, signed = statement["files"], statement["signed"]

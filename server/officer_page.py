@@ -82,15 +82,15 @@ def _share(site: Site) -> float:
     return math.inf if isinstance(spent, str) else float(spent) / float(site["cap"])
 
 
-def _merged(
-    sites: Sequence[Site], facts: Callable[[Site], dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _merged(sites: Sequence[Site], facts: Callable[[Site], dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for all sites of which the same is said."""
     groups: dict[str, tuple[dict[str, Any], list[Site]]] = {}
     for site in sites:
         said = facts(site)
         groups.setdefault(repr(said), (said, []))[1].append(site)
-    rows = [{"sites": names(_ordered(alike), len(sites)), **said} for said, alike in groups.values()]
+    rows = [
+        {"sites": names(_ordered(alike), len(sites)), **said} for said, alike in groups.values()
+    ]
     return rows[:MOST_ROWS]
 
 
@@ -122,8 +122,8 @@ def _curves(sites: Sequence[Site]) -> list[dict[str, Any]]:
     for row in _merged(sites, curve)[:MOST_CURVES]:
         first = next(site for site in sites if curve(site)["points"] == row["points"])
         title = (
-            f"{row['sites']}: epsilon {first['epsilon']['proved']:.3f} of cap {first['cap']:g} after "
-            f"{first['rounds']['charged']} rounds"
+            f"{row['sites']}: epsilon {first['epsilon']['proved']:.3f} of cap {first['cap']:g} "
+            f"after {first['rounds']['charged']} rounds"
         )
         drawn.append({"sites": row["sites"], "svg": _drawn(first, title)})
     return drawn
@@ -139,7 +139,9 @@ def _checks(sites: Sequence[Site]) -> list[dict[str, Any]]:
     for site in sites:
         for check in site["checks"]:
             rows.setdefault(tuple(check.items()), []).append(site)
-    merged = [{"sites": names(_ordered(alike), len(sites)), **dict(said)} for said, alike in rows.items()]
+    merged = [
+        {"sites": names(_ordered(alike), len(sites)), **dict(said)} for said, alike in rows.items()
+    ]
     return sorted(merged, key=lambda row: bool(row["agrees"]))[: 2 * MOST_ROWS]
 
 
@@ -169,8 +171,8 @@ def _open_points(sites: Sequence[Site]) -> list[str]:
         )
     if not all(each["officer_pinned"] for each in found):
         points.append(
-            "Whose cap it is, the books say themselves: compare the officer's key with your own, or "
-            "give it (--officer)."
+            "Whose cap it is, the books say themselves: compare the officer's key with your own, "
+            "or give it (--officer)."
         )
     if not all(each["head_pinned"] for each in found):
         points.append(

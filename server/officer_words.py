@@ -14,7 +14,8 @@ NOT_AGAINST = (
 WATCHED = (
     (
         "amount of noise",
-        "that the noise added in each step has the size that the plan promises, neither less nor more",
+        "that the noise added in each step has the size that the plan promises, no less and no "
+        "more",
     ),
     (
         "fresh noise",
@@ -32,12 +33,16 @@ WATCHED = (
         "nothing released beside it",
         "that exactly the numbers that were trained with noise are released, and no others",
     ),
-    ("number of steps", "that as many steps were taken as were paid for, also those that drew nothing"),
+    (
+        "number of steps",
+        "that as many steps were taken as were paid for, also those that drew nothing",
+    ),
 )
 """What a site's program measures in every step: name, and what is looked at."""
 WATCHED_RULE = (
-    "A round in which one of these is off is not released: it is lost, stays paid for, and is counted "
-    "as lost. The measurements themselves stay at the site, because they could tell of records."
+    "A round in which one of these is off is not released: it is lost, stays paid for, and is "
+    "counted as lost. The measurements themselves stay at the site, because they could tell of "
+    "records."
 )
 
 UNCHARGED = (
@@ -61,7 +66,8 @@ UNCHARGED_RECORDS = (
 )
 UNCHARGED_CHOICE = (
     "what the choice of settings reveals",
-    "if settings were chosen by looking at earlier runs on these records, that is outside the bound",
+    "if settings were chosen by looking at earlier runs on these records, that is outside the "
+    "bound",
 )
 UNCHARGED_LEFT_OUT = (
     "how well the model does at the site that was left out",
@@ -70,8 +76,8 @@ UNCHARGED_LEFT_OUT = (
 
 NOT_COVERED = (
     "The same person at two sites, or under two names: the bounds add up.",
-    "The same records in another ledger, under another key or in other words: no ledger can show it. "
-    "That each set of records has one ledger is for you to enrol.",
+    "The same records in another ledger, under another key or in other words: no ledger can show "
+    "it. That each set of records has one ledger is for you to enrol.",
     "That the site runs the program it says it runs. The books are the site's own account; an "
     "audit tests that account, and cannot prove it.",
     "Where the noise came from: books hold how much was promised. A site refuses instructions with "
@@ -96,7 +102,10 @@ GLOSSARY = (
         "nothing; each 1 more multiplies the odds of a right guess by up to 2.7.",
     ),
     ("delta", "The small chance with which the bound on epsilon may fail."),
-    ("cap", "The epsilon that the officer allows. The site's own program stops before it is passed."),
+    (
+        "cap",
+        "The epsilon that the officer allows. The site's own program stops before it is passed.",
+    ),
     (
         "ledger, or books",
         "The site's signed list of everything ever released about its records and what it cost. "
@@ -104,10 +113,13 @@ GLOSSARY = (
     ),
     (
         "paid for, or charged",
-        "Written into the books, for good, before a record is read; nothing is ever given back, also "
-        "where nothing came of it.",
+        "Written into the books, for good, before a record is read; nothing is ever given back, "
+        "also where nothing came of it.",
     ),
-    ("update", "The numbers a site sends after a round of training: its change to the model, with noise."),
+    (
+        "update",
+        "The numbers a site sends after a round of training: its change to the model, with noise.",
+    ),
     (
         "noise",
         "Random numbers added to each step so that no single record can be read from the result. "
@@ -133,14 +145,16 @@ GLOSSARY = (
     ("fingerprint", "The start of a public key or of an entry's digest: enough to compare by eye."),
     (
         "audit",
-        "An attack on purpose. It can show that a claim is false; it can never show that one is true.",
+        "An attack on purpose. It can show that a claim is false, and never that one is true.",
     ),
     (
         "ceiling",
-        "The highest epsilon that an audit could have found at all. A claim above it was not tested.",
+        "The highest epsilon that an audit could have found at all. A claim above it was not "
+        "tested.",
     ),
     (
         "witness",
-        "A program outside the coordinator and the sites that remembers how far each ledger had got.",
+        "A program outside the coordinator and the sites that remembers how far each ledger had "
+        "got.",
     ),
 )

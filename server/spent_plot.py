@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup, escape
 
@@ -66,7 +67,7 @@ def drawing(points: Sequence[Point], title: str) -> Markup:
 def _steps(corners: Sequence[tuple[float, float]]) -> str:
     """A line that stays level until the next point."""
     path = [f"{corners[0][0]} {corners[0][1]}"]
-    for (_, before), (x, y) in zip(corners, corners[1:], strict=False):
+    for (_, before), (x, y) in pairwise(corners):
         path += [f"{x} {before}", f"{x} {y}"]
     return " L".join(path)
 

@@ -102,7 +102,7 @@ class Witness:
         step = read_advance(request)
         return self._testimony(step.ledger, self.book.advance(step, node))
 
-    def _testimony(self, ledger: str, head: Head, included: bool = True) -> bytes:  # noqa: FBT001, FBT002
+    def _testimony(self, ledger: str, head: Head, included: bool = True) -> bytes:
         return write_testimony(Testimony(ledger, Receipt.sign(head, self.key), included))
 
 
@@ -111,7 +111,10 @@ def handlers(witness: Witness) -> grpc.GenericRpcHandler:
     methods = {"Head": witness.head, "Includes": witness.includes, "Advance": witness.advance}
     return grpc.method_handlers_generic_handler(
         SERVICE,
-        {name: grpc.unary_unary_rpc_method_handler(_answered(each)) for name, each in methods.items()},
+        {
+            name: grpc.unary_unary_rpc_method_handler(_answered(each))
+            for name, each in methods.items()
+        },
     )
 
 
@@ -126,7 +129,7 @@ def _answered(
         except VerificationError:
             refusal = Refusal.malformed
         except OSError as error:
-            log.error("cannot be kept: %s", error.strerror or error)
+            log.warning("cannot be kept: %s", error.strerror or error)
             context.abort(grpc.StatusCode.UNAVAILABLE, "its disk takes nothing")
         log.warning("%s: refused: %s", _printable(_name_of(context)), refusal.value)
         context.abort(STATUS[refusal], refusal.name)
@@ -212,17 +215,19 @@ def admit_to(folder: Folder, name: str, output: Path, days: int) -> None:
 
 
 def witness(invocation: Invocation) -> None:
-    """Remember, for a privacy officer, how far each site's ledger had got: found out if put back."""
+    """Remember, for a privacy officer, how far each site's ledger got; no older copy passes."""
 
     def init(
         folder: Annotated[Path, typer.Argument(help="Folder to make.")],
-        host: Annotated[list[str], typer.Option(help="Name or address it is reached by; repeatable.")],
+        host: Annotated[
+            list[str], typer.Option(help="Name or address it is reached by; repeatable.")
+        ],
         days: Annotated[int, typer.Option(help="How long its certificates are valid.")] = DAYS,
     ) -> None:
         """Makes a witness: its key, its authority, an empty book.
 
-        Keep the folder on a machine that neither the coordinator nor a site controls. Its public key
-        is in every pass.
+        Keep the folder on a machine that neither the coordinator nor a site controls. Its public
+        key is in every pass.
 
         Example: coterie witness init witness --host witness.example.org --host 10.0.0.7
         """
@@ -355,7 +360,9 @@ def _show(standings: list[Standing], console: Console) -> None:
     for each in standings:
         for found in each.refused:
             reason = Refusal[found["reason"]].value
-            console.print(f"{each.ledger}: {found['seen']}: {reason} ({found['head']})", soft_wrap=True)
+            console.print(
+                f"{each.ledger}: {found['seen']}: {reason} ({found['head']})", soft_wrap=True
+            )
 
 
 def _answer(invocation: Invocation, content: dict[str, Any]) -> None:
@@ -363,4 +370,3 @@ def _answer(invocation: Invocation, content: dict[str, Any]) -> None:
         emit_json(content)
     else:
         print(", ".join(f"{name} {value}" for name, value in content.items()))
-

@@ -1,7 +1,7 @@
 """What a witness remembers: the whole chain of heads of each ledger an officer enrolled.
 
-One id, one ledger, one line of keys. Nothing is ever taken back: a head that was countersigned is on
-the disk first, and stays. What a site signed and the witness could not take, a fork or an older
+One id, one ledger, one line of keys. Nothing is ever taken back: a head that was countersigned is
+on the disk first, and stays. What a site signed and the witness could not take, a fork or an older
 copy, is kept as evidence.
 """
 
@@ -245,7 +245,9 @@ class WitnessBook:
 
 
 def _check_node(connection: sqlite3.Connection, ledger: str, node: str) -> None:
-    ((enrolled,),) = connection.execute("SELECT node FROM ledger WHERE id = ?", (ledger,)).fetchall()
+    ((enrolled,),) = connection.execute(
+        "SELECT node FROM ledger WHERE id = ?", (ledger,)
+    ).fetchall()
     if enrolled != node:
         raise RefusedError(Refusal.stranger)
 
@@ -292,11 +294,7 @@ def _append(connection: sqlite3.Connection, step: Advance, latest: Head) -> None
     now = _now()
     connection.executemany(
         "INSERT INTO entry VALUES (?, ?, ?, ?)",
-        [
-            (step.ledger, head.seq, head.hash, now)
-            for head in _heads(step)
-            if head.seq > latest.seq
-        ],
+        [(step.ledger, head.seq, head.hash, now) for head in _heads(step) if head.seq > latest.seq],
     )
 
 
@@ -313,7 +311,9 @@ def _take_rotation(connection: sqlite3.Connection, step: Advance, old: str) -> N
     before = Head(entry.seq - 1, entry.prev)
     body = entry.body
     shown = entry.kind is Kind.KEY_ROTATE and Head(entry.seq, entry.hash) == end
-    if not shown or not chain.rotation_is_proved(body["site_key"], body["proof"], old, after=before):
+    if not shown or not chain.rotation_is_proved(
+        body["site_key"], body["proof"], old, after=before
+    ):
         raise RefusedError(Refusal.malformed)
     row = (step.ledger, entry.seq, str(body["site_key"]))
     connection.execute("INSERT INTO signer VALUES (?, ?, ?)", row)

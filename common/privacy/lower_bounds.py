@@ -197,7 +197,12 @@ class Bounds:
 
 
 def bounds_of(
-    scores: Scores, present: Coins, *, delta: float, independent: bool, confidence: float = CONFIDENCE
+    scores: Scores,
+    present: Coins,
+    *,
+    delta: float,
+    independent: bool,
+    confidence: float = CONFIDENCE,
 ) -> Bounds:
     """Lower bounds from the scores of canaries, the first of which only choose where to cut.
 
@@ -214,9 +219,7 @@ def bounds_of(
     chosen = _cut(scores[:pilot], present[:pilot], delta=delta, m=len(scores) - pilot)
     counted = _Counted(scores[pilot:], present[pilot:], chosen)
     found = {name: estimate(counted, delta, share) for name, estimate in estimators.items()}
-    ideal = _Counted(
-        np.where(counted.present, 1.0, -1.0), counted.present, Cut(0.0, chosen.share)
-    )
+    ideal = _Counted(np.where(counted.present, 1.0, -1.0), counted.present, Cut(0.0, chosen.share))
     best = {name: estimate(ideal, delta, share) for name, estimate in estimators.items()}
     return Bounds(len(counted.scores), found, best)
 
@@ -255,9 +258,7 @@ def _gaussian(counted: _Counted, delta: float, significance: float) -> float:
 
 
 def _f_dp(counted: _Counted, delta: float, significance: float) -> float:
-    return f_dp_bound(
-        len(counted.scores), *counted.guessed, delta=delta, significance=significance
-    )
+    return f_dp_bound(len(counted.scores), *counted.guessed, delta=delta, significance=significance)
 
 
 def _one_run(counted: _Counted, delta: float, significance: float) -> float:
@@ -309,9 +310,7 @@ def _rejected(is_likely: Callable[[float], bool]) -> float:
     return _first(is_likely, 0.0, high, above=False)
 
 
-def _first(
-    holds: Callable[[float], bool], low: float, high: float, *, above: bool = True
-) -> float:
+def _first(holds: Callable[[float], bool], low: float, high: float, *, above: bool = True) -> float:
     """Where `holds` begins, between `low`, where it does not, and `high`, to 1e-9 relative.
 
     Args: above: whether the end at which it holds is returned, or the other.

@@ -52,7 +52,7 @@ class Pins:
     head: Head | None = None
 
 
-def read_chains(name: str, pins: Pins = Pins()) -> list[Chain]:  # noqa: B008 - frozen, and empty
+def read_chains(name: str, pins: Pins = Pins()) -> list[Chain]:
     """The ledgers of `name`: an exported file, a ledger's file, or one site of it as FILE#SITE.
 
     Guarantee: each was judged from its first entry to its last.

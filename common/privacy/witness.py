@@ -314,7 +314,8 @@ class WitnessLine:
             raise VerificationError(f"witness {self.address}: {error}") from error
         if found.ledger != ledger or found.receipt.key != self.key:
             raise VerificationError(
-                f"witness {self.address}: answered of another ledger, or by another key than its own"
+                f"witness {self.address}: answered of another ledger, or by another key "
+                "than its own"
             )
         return found
 

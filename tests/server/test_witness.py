@@ -169,7 +169,9 @@ def test_a_new_key_speaks_once_the_old_one_has_named_it(line, ledger):
     assert line.advance(after).head == pen.head
     stolen = copy_of(pen, pen.head.seq)
     stolen.key = SITE
-    refused(lambda: line.advance(step(grow(stolen, 1, "stolen"), pen.head, name)), Refusal.wrong_key)
+    refused(
+        lambda: line.advance(step(grow(stolen, 1, "stolen"), pen.head, name)), Refusal.wrong_key
+    )
     # Hidden, a rotation is no rotation: what follows is of an unknown key.
     hidden = copy_of(pen, pen.head.seq)
     before = hidden.head
@@ -517,4 +519,3 @@ def test_ten_thousand_heads_outlive_kill_9(tmp_path):
     assert sum(pen.head.seq for pen in pens.values()) >= 10_000
     assert len(receipts) > 300
     assert not (tmp_path / "log").read_text().count("Traceback")
-

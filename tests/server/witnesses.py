@@ -33,9 +33,7 @@ class Party:
 
     @contextmanager
     def serving(self, listen=ADDRESS):
-        server, self.address = started(
-            self.folder, Witness(self.book, self.folder.key()), listen
-        )
+        server, self.address = started(self.folder, Witness(self.book, self.folder.key()), listen)
         try:
             yield self.address
         finally:
@@ -83,4 +81,3 @@ def step(pen, after, name):
 def at_once(calls):
     with ThreadPoolExecutor(len(calls)) as pool:
         return [each.result() for each in [pool.submit(call) for call in calls]]
-

@@ -421,7 +421,7 @@ def _anchor(settings: NodeSettings, ledger: Ledger | None, stack: ExitStack) -> 
     if not settings.witness or ledger is None:
         return None
     folder = Path(settings.witness_pass).expanduser()
-    line = stack.enter_context(opened(settings.witness, folder))
+    line = stack.enter_context(opened(settings.witness, folder, patient=False))
     anchor = Anchor(line, ledger, settings.witness_id)
     anchor.begin()
     return anchor

@@ -4,6 +4,7 @@ Every figure is computed anew from entries that were checked one by one. What a 
 stands beside it as a claim, and is held against them.
 """
 
+import json
 import math
 import platform
 from collections import Counter
@@ -14,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from common.canonical import canonical_json
 from common.errors import VerificationError
 from common.privacy.accounting import (
     LIVE_INTERVAL,
@@ -161,7 +163,7 @@ def officer_report(
     """
     told, seen = claims or RunClaims(), witnessed or {}
     sites = [_site(each, told, seen.get(each.source)) for each in chains]
-    return {
+    content = {
         "schema": SCHEMA,
         "made": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         **({"run": dict(told.facts)} if claims else {}),
@@ -185,6 +187,8 @@ def officer_report(
             **{name: metadata.version(name) for name in LIBRARIES},
         },
     }
+    plain: dict[str, Any] = json.loads(canonical_json(content))  # as whoever reads the file
+    return plain
 
 
 def _plain(site: SiteFacts) -> dict[str, Any]:

@@ -274,7 +274,9 @@ class WitnessLine:
     where the answer is not that witness's.
     """
 
-    def __init__(self, address: str, given: Pass) -> None:
+    def __init__(self, address: str, given: Pass, *, patient: bool = False) -> None:
+        """Args: patient: a call waits its whole deadline for a witness that is not there yet."""
+        self._patient = patient
         self.address, self.key = address, given.witness_key
         options = [
             ("grpc.max_receive_message_length", MAX_BYTES),
@@ -305,7 +307,7 @@ class WitnessLine:
     def _call(self, method: str, ledger: str, request: bytes) -> Testimony:
         call: Callable[..., bytes] = self._channel.unary_unary(f"/{SERVICE}/{method}")
         try:
-            content = call(request, timeout=DEADLINE_S)
+            content = call(request, timeout=DEADLINE_S, wait_for_ready=self._patient)
         except grpc.RpcError as error:
             raise self._fault(error, ledger) from error
         try:
@@ -336,11 +338,11 @@ class WitnessLine:
 
 
 @contextmanager
-def opened(address: str, folder: Path | None) -> Iterator[WitnessLine]:
-    """A line for a while. Raises: ConfigError without a pass, or a HOST:PORT."""
+def opened(address: str, folder: Path | None, *, patient: bool = True) -> Iterator[WitnessLine]:
+    """A line for a while. Args: patient: as `WitnessLine`. Raises: ConfigError without a pass, or a HOST:PORT."""
     if folder is None:
         raise ConfigError("--witness: needs --pass FOLDER, which `coterie witness admit` made")
-    line = WitnessLine(checked_address(address), Pass(folder))
+    line = WitnessLine(checked_address(address), Pass(folder), patient=patient)
     try:
         yield line
     finally:

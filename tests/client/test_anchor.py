@@ -36,7 +36,13 @@ def books(tmp_path):
     path = tmp_path / "books.db"
     with Store.create(path) as store:
         ledger = store.open("ward-1", Terms("notes", 100.0, 1e-3, "1" * 64))
-        committed = dict(rounds=9, spare_rounds=0, plan="2" * 64, model="tiny", unit="record")
+        committed = {
+            "rounds": 9,
+            "spare_rounds": 0,
+            "plan": "2" * 64,
+            "model": "tiny",
+            "unit": "record",
+        }
         ledger.commit("run", ROUND, **committed)
     return path
 

@@ -339,7 +339,10 @@ class WitnessLine:
 
 @contextmanager
 def opened(address: str, folder: Path | None, *, patient: bool = True) -> Iterator[WitnessLine]:
-    """A line for a while. Args: patient: as `WitnessLine`. Raises: ConfigError without a pass, or a HOST:PORT."""
+    """A line for a while.
+
+    Args: patient: as `WitnessLine`. Raises: ConfigError without a pass, or a HOST:PORT.
+    """
     if folder is None:
         raise ConfigError("--witness: needs --pass FOLDER, which `coterie witness admit` made")
     line = WitnessLine(checked_address(address), Pass(folder), patient=patient)

@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 
 from client.egress import egress
 from client.ledger import Ledger
+from client.meters import AlarmError
 from client.policy import check_policy
 from client.refusals import BooksBehindError, BudgetExhaustedError, RoundLostError
 from client.site import Site
@@ -47,6 +48,7 @@ from common.privacy.mechanism import (
 )
 
 OpenSite = Callable[[Context], Site]
+MakeTrainer = Callable[[Config], Trainer]
 
 
 def client_app(
@@ -54,13 +56,14 @@ def client_app(
     *,
     allow_unprotected: bool = False,
     trainers: dict[str, Trainer] | None = None,
+    make: MakeTrainer = Trainer,
 ) -> ClientApp:
     """The ClientApp that answers training instructions for the sites `open_site` knows.
 
     Guarantee: whatever arrives, the reply is an `Update` or one of the fixed refusals of
     `common.messages`; see `client.egress`.
     Args: allow_unprotected: True in simulations only, for seeded noise and for none at all;
-    trainers: the warm ones, shared with whoever else answers in this process.
+    trainers: the warm ones, shared with whoever else answers in this process; make: what trains.
     """
     app = ClientApp()
     warm: dict[str, Trainer] = {} if trainers is None else trainers
@@ -69,7 +72,7 @@ def client_app(
         instruction = messages.read_instruction(message)
         site = open_site(context)
         check_terms(site, instruction, allow_unprotected=allow_unprotected)
-        return site, warm_trainer(warm, instruction.config), instruction
+        return site, warm_trainer(warm, instruction.config, make), instruction
 
     @app.train(mods=[egress])
     def train(message: Message, context: Context) -> Message:
@@ -138,10 +141,15 @@ def _lost_on_failure(ledger: Ledger, reservation: int) -> Iterator[None]:
     except BaseException as error:
         # A disk that is full takes no entry that says so either; the charge is there, and enough.
         with suppress(OSError):
-            ledger.lose(reservation)
+            ledger.lose(reservation, reason_of(error))
         if not isinstance(error, Exception):  # somebody stops this process
             raise
         raise RoundLostError(f"a round was charged, and is lost: {error}") from error
+
+
+def reason_of(error: BaseException | None) -> str:
+    """Why a round is lost, as its ledger says it: of an alarm, that it was one, and not which."""
+    return "alarm" if isinstance(error, AlarmError) else "failure"
 
 
 def _coded(vector: Vector, site: Site, instruction: Instruction) -> bytes:
@@ -283,7 +291,9 @@ def ledger_of(site: Site) -> Ledger:
     return site.ledger
 
 
-def warm_trainer(trainers: dict[str, Trainer], config: Config) -> Trainer:
+def warm_trainer(
+    trainers: dict[str, Trainer], config: Config, make: MakeTrainer = Trainer
+) -> Trainer:
     """One trainer per configuration and process: the model is loaded once, and sites that differ
     in their terms alone take turns on it.
     """
@@ -292,7 +302,7 @@ def warm_trainer(trainers: dict[str, Trainer], config: Config) -> Trainer:
         return known
     key = config_hash(without_terms(config))
     if key not in trainers:
-        trainer = Trainer(config)
+        trainer = make(config)
         trainer.rehearse()
         trainers.clear()
         trainers[key] = trainer

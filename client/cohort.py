@@ -16,6 +16,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.app import (
+    MakeTrainer,
     OpenSite,
     books_of,
     check_fit,
@@ -23,6 +24,7 @@ from client.app import (
     check_price,
     client_app,
     ledger_of,
+    reason_of,
     reserve,
     update_of,
     warm_trainer,
@@ -53,6 +55,8 @@ class _Case:
     """Its charge in the books; None before, and where nothing is charged."""
     trained: Trained | None = None
     outcome: Update | Exception | None = None
+    lost_for: str = ""
+    """Why its round is lost, as the books say it."""
 
     @property
     def asked(self) -> Instruction:
@@ -78,12 +82,25 @@ class Cohort:
     site's vector does not depend on who else is asked, or on how many at a time.
     """
 
-    def __init__(self, open_site: OpenSite, *, most: int, allow_unprotected: bool = False) -> None:
-        """Args: most: messages that are answered at once, of `client.agreement.sites_together`."""
+    def __init__(
+        self,
+        open_site: OpenSite,
+        *,
+        most: int,
+        allow_unprotected: bool = False,
+        make: MakeTrainer = Trainer,
+    ) -> None:
+        """Args: most: messages that are answered at once, of `client.agreement.sites_together`;
+        make: what trains.
+        """
+        self._make = make
         self._open_site, self._most, self._allow = open_site, most, allow_unprotected
         self._trainers: dict[str, Trainer] = {}
         self.app = client_app(
-            open_site, allow_unprotected=allow_unprotected, trainers=self._trainers
+            open_site,
+            allow_unprotected=allow_unprotected,
+            trainers=self._trainers,
+            make=make,
         )
         """Answers what is asked of one site alone."""
 
@@ -137,7 +154,7 @@ class Cohort:
         """Takes cases of one instruction through the round, or leaves them to the ClientApp."""
         asked = cases[0].asked
         try:
-            trainer = warm_trainer(self._trainers, asked.config)
+            trainer = warm_trainer(self._trainers, asked.config, self._make)
             if trainer.together == 1:
                 self._most = 1
                 return
@@ -241,8 +258,8 @@ def _lost_on_failure(charged: list[_Case]) -> Iterator[list[_Case]]:
             raise
         _end(unprepared, error)
     lost = [(case, _lost(case.outcome)) for case in unprepared]
-    for case in unprepared:
-        case.outcome = None
+    for case, why in lost:
+        case.outcome, case.lost_for = None, reason_of(why.__cause__)
     _in_one_transaction(unprepared, _lose)
     for case, why in lost:
         case.outcome = case.outcome or why
@@ -257,7 +274,7 @@ def _lost(cause: Update | Exception | None) -> RoundLostError:
 
 def _lose(case: _Case) -> None:
     assert case.reservation is not None
-    case.ledger.lose(case.reservation)
+    case.ledger.lose(case.reservation, case.lost_for or "failure")
 
 
 @contextmanager

@@ -576,9 +576,9 @@ class Ledger:
                 return reservation
         return None
 
-    def lose(self, reservation: int) -> None:
-        """Gives up a round that failed; its charge stays."""
-        self.append(Kind.LOST, {"reservation": reservation, "reason": "failure"})
+    def lose(self, reservation: int, reason: str = "failure") -> None:
+        """Gives up a round that failed; its charge stays. Args: reason: one of `chain.LOSSES`."""
+        self.append(Kind.LOST, {"reservation": reservation, "reason": reason})
 
     def lose_unfinished(self, *runs: str) -> bool:
         """Declares lost what was reserved by a process that is dead; its charge stays.

@@ -49,6 +49,12 @@ BLOCK, WINDOW = 1 << 16, 1 << 13
 parameters that is 2.8 million: noise off by half a percent alarms."""
 SLACK = 1e-4
 """Relative rounding allowed on a clipped sum."""
+
+
+class AlarmError(PrivacyRefusedError):
+    """A measurement says that a step did not do what its mechanism declares."""
+
+
 Residual = NDArray[np.float64]
 """(n,) released values, times the divisor, less the clipped sum, in declared deviations."""
 NEVER = 1e-16
@@ -310,4 +316,4 @@ def _judge_correlation(check: str, inner: float, count: int) -> None:
 
 def _alarm(check: str) -> NoReturn:
     """The same text whatever was measured: what a step did is private where it did wrong."""
-    raise PrivacyRefusedError(f"{check}: the step did not do what its mechanism declares")
+    raise AlarmError(f"{check}: the step did not do what its mechanism declares")

@@ -25,9 +25,11 @@ from rich.progress import (
 )
 
 from client.agreement import sites_together
+from client.app import MakeTrainer
 from client.commitment import commit_to
 from client.ledger import Ledger, Store, Terms
 from client.persons import usable
+from client.train import Trainer
 from common.allocation import keep_freed_memory, return_freed_memory
 from common.cli import Invocation, emit_json
 from common.composition import run_job, sweep_index
@@ -118,8 +120,10 @@ def _close_sweep(finished: list[Finished], invocation: Invocation) -> None:
     console.print(f"All runs together: coterie sweep-report {folder}", highlight=False)
 
 
-def run_simulation(config: Config, console: Console) -> Path:
+def run_simulation(config: Config, console: Console, make: MakeTrainer = Trainer) -> Path:
     """Runs one federation from plan to report; returns the run folder.
+
+    Args: make: what trains at its sites.
 
     Guarantee: a refused configuration leaves no file behind; a run that was interrupted once it
     had begun can be resumed, and leaves nothing behind before.
@@ -135,11 +139,11 @@ def run_simulation(config: Config, console: Console) -> Path:
         console.print(f"{run_dir}: is finished already; nothing was run", highlight=False)
         return run_dir
     with occupied(run_dir):
-        _run(config, run_dir, console)
+        _run(config, run_dir, console, make)
     return run_dir
 
 
-def _run(config: Config, run_dir: Path, console: Console) -> None:
+def _run(config: Config, run_dir: Path, console: Console, make: MakeTrainer) -> None:
     # The plan comes before the first record is read; what needs the records is checked after.
     check_files(config.data)
     run_plan = make_plan(config)
@@ -180,6 +184,7 @@ def _run(config: Config, run_dir: Path, console: Console) -> None:
             books,
             1 if may_crash(config.faults) else sites_together(config, model),
             config.faults,
+            make,
         )
         with _grid(config, opened, store, ledgers) as grid, _progress(config, console) as watch:
             app = server_app(lambda _: _public(config, splits), watch, left_out, _sections(config))

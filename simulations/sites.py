@@ -7,10 +7,11 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.app import OpenSite, client_app
+from client.app import MakeTrainer, OpenSite, client_app
 from client.cohort import TOGETHER, Cohort
 from client.ledger import Store
 from client.site import Site
+from client.train import Trainer
 from common.config import FaultsConfig, NodeConfig
 from common.records import Records
 from simulations.answer import Answer
@@ -31,14 +32,16 @@ class Sites:
     """How many may be answered at once; see `client.agreement.sites_together`."""
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     """What befalls them on purpose."""
+    make: MakeTrainer = Trainer
+    """What trains; of an audit, one that adds canaries."""
 
     def app(self, store: Store | None) -> ClientApp:
         """The ClientApp of them all. Args: store: `books`, as this process has opened it."""
-        return client_app(self._opening(store), allow_unprotected=True)
+        return client_app(self._opening(store), allow_unprotected=True, make=self.make)
 
     def answer(self, store: Store | None) -> Cohort:
         """What answers for them in this process, for many at once where it can; see `app`."""
-        return Cohort(self._opening(store), most=self.most, allow_unprotected=True)
+        return Cohort(self._opening(store), most=self.most, allow_unprotected=True, make=self.make)
 
     def _opening(self, store: Store | None) -> OpenSite:
         """A site, and its ledger, is opened when it is first asked."""

@@ -123,6 +123,23 @@ def _epsilon_pld(history: tuple[Event, ...], delta: float, interval: float) -> f
         return _compose(accountant, history, delta)
 
 
+def deltas_pld(events: Iterable[Event], epsilons: Sequence[float]) -> list[float]:
+    """Upper bounds of the delta of a history at each of some epsilons, on the coarse grid.
+
+    >>> [round(delta, 4) for delta in deltas_pld([Event(1.0, 1.0, 1)], [0.0, 1.0, 2.0])]
+    [0.3829, 0.1269, 0.0209]
+
+    Raises: ConfigError for a history that nothing protects.
+    """
+    history = coalesce(events)
+    if not history or _unprotected(history):
+        raise ConfigError("events: none, or without noise; there is no curve")
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, LIVE_INTERVAL)
+    with _transforms_forgotten():
+        _compose(accountant, history, 0.5)
+        return [float(accountant.get_delta(epsilon)) for epsilon in epsilons]
+
+
 def epsilon_rdp(events: Iterable[Event], delta: float, order: float | None = None) -> float:
     """Upper bound of epsilon from Renyi divergences; inf where nothing is private.
 

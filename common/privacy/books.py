@@ -73,6 +73,8 @@ class Reservation:
     event: Event
     state: str = "reserved"
     """`reserved`, `prepared`, `released` or `lost`; charged in each."""
+    reason: str = ""
+    """Why it was lost, one of `chain.LOSSES`."""
     update: str = ""
     """SHA-256 of the update that was prepared: only these bytes may be sent."""
 
@@ -176,6 +178,10 @@ class Books:
     def lost_rounds(self) -> int:
         """Attempts that were charged and released nothing."""
         return Counter(r.state for r in self.reservations.values())["lost"]
+
+    def alarms(self) -> int:
+        """Attempts that were charged and not released because a measurement alarmed."""
+        return Counter(r.reason for r in self.reservations.values())["alarm"]
 
     def open_reservations(self, *states: str) -> list[int]:
         """Reservations in one of these states, oldest first."""
@@ -321,7 +327,8 @@ def _take_release(books: Books, entry: Entry) -> None:
 
 
 def _take_lost(books: Books, entry: Entry) -> None:
-    _reservation(books, entry, "reserved", "prepared").state = "lost"
+    reservation = _reservation(books, entry, "reserved", "prepared")
+    reservation.state, reservation.reason = "lost", entry.body["reason"]
 
 
 def _take_receipt(books: Books, entry: Entry) -> None:

@@ -127,6 +127,9 @@ _MODE = _one_of("plan", "filter")
 UNITS = ("record", "person")
 """Whose presence an event is the price of."""
 _UNIT = _one_of(*UNITS)
+LOSSES = ("crash", "failure", "alarm")
+"""Why a round was charged and released nothing: the process died; something failed; a measurement
+of its noise, its coins or its clipping alarmed, so that it must not be released."""
 BODIES: dict[Kind, dict[str, _Check]] = {
     Kind.GENESIS: {
         "version": _count,
@@ -161,7 +164,7 @@ BODIES: dict[Kind, dict[str, _Check]] = {
     Kind.RELEASE: {"reservation": _count},
     Kind.LOST: {
         "reservation": _count,
-        "reason": _one_of("crash", "failure"),
+        "reason": _one_of(*LOSSES),
     },
     Kind.RECEIPT: {"seq": _count, "hash": _hash, "coordinator_key": _key, "signature": _signature},
     Kind.MISC_EVENT: {"purpose": _text, "unit": _UNIT, "event": _event, "admission": _MODE},

@@ -25,10 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from common.privacy.accounting import number
+
 CONFIDENCE = 0.95
 """Of a result: what it says of a sound mechanism is wrong in at most one of twenty audits."""
 PILOT_SHARE = 0.2
 """Of the canaries choose where to cut, and are not counted afterwards."""
+THRESHOLDS = 64
+"""Places at which a pilot tries to cut."""
+WORTH = 0.5
+"""Standard deviations by which another place must promise more than the middle."""
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Of the canaries, the surest ones, on which a guess may be dared."""
 MOST_EPSILON = 700.0
@@ -36,6 +42,11 @@ MOST_EPSILON = 700.0
 FALSIFIED, NOT_FALSIFIED = "FALSIFIED", "NOT FALSIFIED"
 VERDICTS = (FALSIFIED, NOT_FALSIFIED)
 """There is no third: an audit never verifies."""
+
+INDEPENDENT = ("gaussian", "f_dp")
+"""Estimators for one Gaussian step, of which no canary's score disturbs another's."""
+ONE_RUN = ("one_run", "f_dp")
+"""For a run whose privacy is covered by the curve of a Gaussian; else `one_run` alone."""
 
 Scores = NDArray[np.float64]
 Coins = NDArray[np.bool_]
@@ -78,6 +89,16 @@ def mu_of_epsilon(epsilon: float, delta: float) -> float:
     while gaussian_delta(epsilon, high) <= delta:
         high *= 2
     return _first(lambda mu: gaussian_delta(epsilon, mu) > delta, 0.0, high)
+
+
+def gaussian_covers(curve: Sequence[tuple[float, float]], epsilon: float, delta: float) -> bool:
+    """Whether Gaussian privacy with this epsilon at `delta` allows all that a mechanism allows.
+
+    Args: curve: (epsilon, delta) that the mechanism has; smaller deltas than `delta` say nothing
+    that so few canaries could tell.
+    """
+    mu = mu_of_epsilon(epsilon, delta)
+    return all(gaussian_delta(at, mu) >= own - delta for at, own in curve)
 
 
 def clopper_pearson(errors: int, trials: int, significance: float) -> float:
@@ -169,9 +190,11 @@ class Cut:
     """Where scores are cut, and how many guesses are dared: decided before they are counted."""
 
     threshold: float
-    """A canary that scores more is guessed to have been there."""
+    """Where errors are counted: a canary that scores more is held to have been there."""
+    middle: float
+    """Where guesses turn from one side to the other, the surest ones far from it."""
     share: float
-    """Of the canaries, those farthest from the threshold are guessed."""
+    """Of the canaries, those farthest from the middle are guessed."""
 
 
 @dataclass(frozen=True)
@@ -201,25 +224,25 @@ def bounds_of(
     present: Coins,
     *,
     delta: float,
-    independent: bool,
+    by: Sequence[str],
     confidence: float = CONFIDENCE,
 ) -> Bounds:
     """Lower bounds from the scores of canaries, the first of which only choose where to cut.
 
-    Guarantee: of a mechanism that has (epsilon, delta) privacy, with the curve of a Gaussian, the
-    larger bound exceeds epsilon with probability at most 1 - `confidence`, whatever the scores are
-    computed by: two estimators share what may go wrong. Of a mechanism with subsampling only
-    `one_run` holds without more; see docs/audits.md.
+    Guarantee: where what each estimator needs is so (see the module), the larger bound exceeds the
+    true epsilon with probability at most 1 - `confidence`: the estimators share what may go wrong.
     Args: scores: (n,) larger where a canary seems to have been there; present: (n,) whether it was,
-    each by a fair coin; independent: whether noise and canaries of different scores are.
+    each by a fair coin; by: names of estimators, such as `INDEPENDENT`.
     """
     pilot = round(PILOT_SHARE * len(scores))
-    estimators = _INDEPENDENT if independent else _TOGETHER
+    estimators = {name: _ESTIMATORS[name] for name in by}
     share = (1.0 - confidence) / len(estimators)
     chosen = _cut(scores[:pilot], present[:pilot], delta=delta, m=len(scores) - pilot)
     counted = _Counted(scores[pilot:], present[pilot:], chosen)
     found = {name: estimate(counted, delta, share) for name, estimate in estimators.items()}
-    ideal = _Counted(np.where(counted.present, 1.0, -1.0), counted.present, Cut(0.0, chosen.share))
+    ideal = _Counted(
+        np.where(counted.present, 1.0, -1.0), counted.present, Cut(0.0, 0.0, chosen.share)
+    )
     best = {name: estimate(ideal, delta, share) for name, estimate in estimators.items()}
     return Bounds(len(counted.scores), found, best)
 
@@ -248,8 +271,8 @@ class _Counted:
     def guessed(self) -> tuple[int, int]:
         """How many of the surest are guessed, and how many of these guesses are right."""
         guesses = max(1, round(self.cut.share * len(self.scores)))
-        surest = np.argsort(-np.abs(self.scores - self.cut.threshold), kind="stable")[:guesses]
-        right = (self.scores[surest] > self.cut.threshold) == self.present[surest]
+        surest = np.argsort(-np.abs(self.scores - self.cut.middle), kind="stable")[:guesses]
+        right = (self.scores[surest] > self.cut.middle) == self.present[surest]
         return guesses, int(right.sum())
 
 
@@ -268,20 +291,16 @@ def _one_run(counted: _Counted, delta: float, significance: float) -> float:
 
 
 _Estimate = Callable[[_Counted, float, float], float]
-_INDEPENDENT: dict[str, _Estimate] = {"gaussian": _gaussian, "f_dp": _f_dp}
-_TOGETHER: dict[str, _Estimate] = {"one_run": _one_run, "f_dp": _f_dp}
+_ESTIMATORS: dict[str, _Estimate] = {"gaussian": _gaussian, "f_dp": _f_dp, "one_run": _one_run}
 
 
 def _cut(scores: Scores, present: Coins, *, delta: float, m: int) -> Cut:
-    """Half way between those that were there and those that were not; as many guesses as pay.
-
-    Args: m: canaries that will be counted.
-    """
+    """What promises most on a pilot. Args: m: canaries that will be counted."""
     if present.all() or not present.any():
-        return Cut(0.0, 1.0)
-    threshold = (float(np.median(scores[present])) + float(np.median(scores[~present]))) / 2
-    surest = np.argsort(-np.abs(scores - threshold), kind="stable")
-    right = (scores[surest] > threshold) == present[surest]
+        return Cut(0.0, 0.0, 1.0)
+    middle = (float(np.median(scores[present])) + float(np.median(scores[~present]))) / 2
+    surest = np.argsort(-np.abs(scores - middle), kind="stable")
+    right = (scores[surest] > middle) == present[surest]
 
     def promised(share: float) -> float:
         guesses = max(1, round(share * len(scores)))
@@ -289,7 +308,20 @@ def _cut(scores: Scores, present: Coins, *, delta: float, m: int) -> Cut:
         dared = max(1, round(share * m))
         return f_dp_bound(m, dared, round(rate * dared), delta=delta, significance=1 - CONFIDENCE)
 
-    return Cut(threshold, max(SHARES, key=promised))
+    def separation(threshold: float) -> float:
+        above = scores > threshold
+        errors = ((~above & present).sum(), (above & ~present).sum())
+        kinds = (present.sum(), (~present).sum())
+        rates = [(float(e) + 1) / (float(n) + 2) for e, n in zip(errors, kinds, strict=True)]
+        most = [clopper_pearson(round(rate * m / 2), m // 2, 1 - CONFIDENCE) for rate in rates]
+        return -float(special.ndtri(most).sum())
+
+    ordered = np.sort(scores)
+    between = np.linspace(0, len(ordered) - 1, THRESHOLDS).astype(int)[:-1]
+    elsewhere = max(((ordered[between] + ordered[between + 1]) / 2).tolist(), key=separation)
+    # The middle is best where scores are Gaussian; a pilot alone would lose half of that by luck.
+    better = separation(elsewhere) > separation(middle) + WORTH
+    return Cut(elsewhere if better else middle, middle, max(SHARES, key=promised))
 
 
 def _at_least(correct: int, guesses: int, rate: float) -> float:
@@ -340,6 +372,11 @@ class Audit:
         """`FALSIFIED` or `NOT FALSIFIED`: nothing else can be said."""
         return FALSIFIED if self.bounds.lower_bound > self.claimed_epsilon else NOT_FALSIFIED
 
+    @property
+    def could_falsify(self) -> bool:
+        """Whether the best result this test could have had would have."""
+        return self.bounds.ceiling > self.claimed_epsilon
+
     def content(self) -> dict[str, Any]:
         """What `--json` gives."""
         site = {"site": self.site} if self.site else {}
@@ -347,17 +384,23 @@ class Audit:
             **site,
             "design": self.design,
             "lower_bound": self.bounds.lower_bound,
-            "claimed_epsilon": self.claimed_epsilon,
+            "claimed_epsilon": number(self.claimed_epsilon),
             "delta": self.delta,
             "confidence": self.confidence,
             "m": self.bounds.m,
             "ceiling": self.bounds.ceiling,
+            "could_falsify": self.could_falsify,
             "verdict": self.verdict,
             "bounds": dict(self.bounds.found),
             "ceilings": dict(self.bounds.best),
         }
 
 
-def is_falsified(audits: Sequence[Audit]) -> bool:
-    """Whether any of them falsifies what it was held against."""
-    return any(audit.verdict == FALSIFIED for audit in audits)
+def told(audits: Sequence[Audit]) -> str:
+    """What must be said beside verdicts of tests that no result would have made others."""
+    if all(audit.could_falsify for audit in audits):
+        return ""
+    return (
+        "A ceiling is not above the claim beside it: no result of that test could have falsified "
+        "it. More canaries, or a smaller epsilon, give a sharper one."
+    )

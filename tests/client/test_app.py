@@ -16,6 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import _coded, client_app
 from client.ledger import Ledger, Store
+from client.meters import NoiseMeter
 from client.site import Site
 from common import messages, parameters
 from common.canonical import canonical_json, digest
@@ -28,6 +29,7 @@ from common.parameters import Layout
 from common.privacy.accounting import epsilon_pld
 from common.privacy.chain import Receipt, continued
 from common.privacy.mechanism import round_event
+from common.privacy.watched import watched
 from common.records import Records
 from common.tasks import build_model
 
@@ -471,6 +473,35 @@ def test_failure_on_the_data_gives_no_charge_back(instruction):
     assert refusal(ask(app, instruction)) == FAILED
     assert refusal(ask(app, instruction)) == NO_SPARE
     assert charges_of(site) == {(instruction.run_id, 1): round_event(instruction.config)}
+
+
+def test_a_round_whose_measurement_alarms_is_not_released(instruction, monkeypatch):
+    """Its charge stays, its ledger says that a measurement alarmed, and nobody else is told so."""
+    site, original = site_of(), NoiseMeter.close_step
+
+    def close_step(self):
+        if noise_is_less:
+            self._step.energies[0] *= 0.5
+        original(self)
+
+    monkeypatch.setattr(NoiseMeter, "close_step", close_step)
+    noise_is_less = False
+    app = app_of(site)
+    assert ask(app, instruction).has_content()
+    noise_is_less = True
+    second = replace(instruction, round=2)
+    assert refusal(ask(app, second)) == FAILED
+    noise_is_less = False
+    assert refusal(ask(app, second)) == NO_SPARE  # nor is it, when asked again
+    books = site.ledger.books
+    assert [(r.state, r.reason) for r in books.reservations.values()] == [
+        ("released", ""),
+        ("lost", "alarm"),
+    ]
+    assert (books.alarms(), len(books.charges())) == (1, 1)
+    assert books.charges()[0].steps == 2 * round_event(instruction.config).steps
+    assert watched(books)["alarms"] == 1
+    assert watched(books)["rounds_released"] == 1
 
 
 def test_a_spare_round_pays_for_another_attempt(instruction):

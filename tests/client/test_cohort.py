@@ -400,6 +400,7 @@ def test_what_cannot_be_prepared_is_lost(instruction, store, monkeypatch):
     replies = answers(cohort_of(sites), asked(instruction))
     assert codes(replies) == [messages.LOCAL_FAILURE, *[None] * 4]
     assert [kinds(site) for site in sites] == [LOST, *[ANSWERED] * 4]
+    assert sites[0].ledger.books.alarms() == 0
 
 
 def test_what_was_prepared_and_not_released_is_sent_when_asked_again(
@@ -424,6 +425,7 @@ def test_an_alarm_of_one_site_loses_its_round_alone(instruction, store, monkeypa
     replies = answers(cohort, asked(replace(instruction, round=2)))
     assert codes(replies) == [*[None] * 4, messages.LOCAL_FAILURE]
     assert kinds(sites[4])[-2:] == [Kind.RESERVE, Kind.LOST]
+    assert [site.ledger.books.alarms() for site in sites] == [0, 0, 0, 0, 1]
 
 
 def test_no_text_of_a_failure_leaves(instruction, store, monkeypatch, caplog):

@@ -50,7 +50,10 @@ def run(command, folder, tiny_overrides):
         return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "coterie " in command, f"not a command this test knows: {command}"
     own_settings = "resume=auto" in command  # those of the run that it goes on with
-    if re.search(r"coterie (simulate|plan|preflight)\b", command) and not own_settings:
+    if (
+        re.search(r"coterie (simulate|plan|preflight|audit (mechanism|run))\b", command)
+        and not own_settings
+    ):
         own = ["data=csv", *(o for o in tiny_overrides if not o.startswith(("data", "task")))]
         chosen = own[1:] if "data.path=" in command else tiny_overrides
         epsilon = re.findall(r"privacy\.epsilon=\S+", command) if "ledger=" in command else []

@@ -175,7 +175,10 @@ def officer_report(
             "uncharged": _pairs((*words.UNCHARGED, *told.uncharged), "what", "why"),
         },
         "watched": {
-            "checks": _pairs(words.WATCHED, "name", "what"),
+            "checks": [
+                {"name": name, "what": what, "measurements": list(measured)}
+                for name, what, measured in words.WATCHED
+            ],
             "rule": words.WATCHED_RULE,
             "lost_rounds": sum(each.rounds["lost"] for each in sites),
             "alarmed_rounds": sum(each.rounds["alarmed"] for each in sites),
@@ -266,7 +269,7 @@ def _site(read: Chain, told: RunClaims, witness: WitnessFacts | None) -> SiteFac
             "charged": len(books.reservations),
             "released": states["released"],
             "lost": states["lost"],
-            "alarmed": sum(entry.body.get("reason") == "alarm" for entry in read.entries),
+            "alarmed": books.alarms(),
             "left": sum(books.remaining_rounds(run) for run in books.plans),
         },
         history=tuple(_history(read)),

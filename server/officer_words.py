@@ -16,29 +16,36 @@ WATCHED = (
         "amount of noise",
         "that the noise added in each step has the size that the plan promises, no less and no "
         "more",
+        ("noise-scale",),
     ),
     (
         "fresh noise",
         "that no noise is used twice, and that its parts do not depend on each other",
+        ("noise-correlation", "noise-reuse"),
     ),
     (
         "random choice of records",
         "that each step draws every record by a coin of its own, at the promised rate",
+        ("sampler-rate", "sampler-dispersion", "sampler-overlap", "sampler-repeat"),
     ),
     (
         "limit on each record's say",
         "that no record moves a step by more than the fixed bound (the clip bound)",
+        ("clip-bound",),
     ),
     (
         "nothing released beside it",
         "that exactly the numbers that were trained with noise are released, and no others",
+        ("optimizer-coverage",),
     ),
     (
         "number of steps",
         "that as many steps were taken as were paid for, also those that drew nothing",
+        ("step-count",),
     ),
 )
-"""What a site's program measures in every step: name, and what is looked at."""
+"""What a site's program measures in every step: name, what is looked at, and which of the checks of
+`common.privacy.watched` that is."""
 WATCHED_RULE = (
     "A round in which one of these is off is not released: it is lost, stays paid for, and is "
     "counted as lost. The measurements themselves stay at the site, because they could tell of "

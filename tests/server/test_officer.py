@@ -12,7 +12,9 @@ import pytest
 
 from client.ledger import Store
 from common import cli
+from common.privacy import watched
 from common.privacy.stored import read_chains
+from server import officer_words as words
 from server.officer import officer_report
 from server.officer_page import chance, odds, page
 from server.spent_plot import Point, drawing
@@ -218,6 +220,11 @@ def test_any_good_ledger_has_a_report(name):
         assert "two records of one person" not in text.split("Words used here")[0]
 
 
+def test_every_measurement_is_told_in_plain_words():
+    told = [name for _, _, names in words.WATCHED for name in names]
+    assert sorted(told) == sorted(check.name for check in watched.CHECKS)
+
+
 JARGON = (
     "PLD", "RDP", "Renyi", "Gaussian", "sigma", "Poisson", "DP-SGD", "differential", "hash",
     "SHA", "Ed25519", "gRPC", "TLS", "accountant", "admission", "SQLite", "canary", "canaries",
@@ -232,12 +239,12 @@ EXPLAINED = (
 def test_every_word_of_the_trade_is_explained_or_absent(lasting):
     content = officer_report(read_chains(str(lasting / "books.db")))
     text = re.sub(r"<style>.*?</style>|<[^>]+>", " ", page(content), flags=re.DOTALL)
-    words = text.split("Words used here")[1]
+    explained = text.split("Words used here")[1]
     for word in JARGON:
         assert word not in text, word
     for word in EXPLAINED:
         if word in text:
-            assert word in words, word
+            assert word in explained, word
 
 
 def test_names_in_a_ledger_are_text_and_never_markup():
@@ -250,7 +257,7 @@ def test_names_in_a_ledger_are_text_and_never_markup():
 
 
 def test_what_is_no_ledger_is_named(tmp_path, coterie, lasting):
-    for words, code, said in (
+    for given, code, said in (
         ([], 2, "RUN|LEDGER: give the folder"),
         ([tmp_path / "none"], 2, "no such ledger, exported file or run folder"),
         ([f"{lasting / 'books.db'}#nobody"], 2, "no such site; it holds site-1, site-2"),
@@ -258,7 +265,7 @@ def test_what_is_no_ledger_is_named(tmp_path, coterie, lasting):
         ([lasting / "first", lasting / "second"], 2, "a report is of one run"),
         ([tmp_path], 5, "holds no finished run"),
     ):
-        answer = coterie("report", "--for", "officer", *words, "--output", tmp_path / "out")
+        answer = coterie("report", "--for", "officer", *given, "--output", tmp_path / "out")
         assert (answer.code, said in answer.err) == (code, True), answer.err
     assert coterie("report", "--for", "nurse", lasting / "first").code == 2
     assert not (tmp_path / "out").exists()

@@ -162,6 +162,7 @@ def officer_report(
     Raises: VerificationError where a ledger does not hold what the run says it had.
     """
     told, seen = claims or RunClaims(), witnessed or {}
+    own = (words.UNCHARGED_UNKNOWN,) if claims is None else told.uncharged
     sites = [_site(each, told, seen.get(each.source)) for each in chains]
     content = {
         "schema": SCHEMA,
@@ -172,7 +173,7 @@ def officer_report(
         "sites": [_plain(each) for each in sites],
         "left_the_sites": {
             "charged": _charged(sites),
-            "uncharged": _pairs((*words.UNCHARGED, *told.uncharged), "what", "why"),
+            "uncharged": _pairs((*words.UNCHARGED, *own), "what", "why"),
         },
         "watched": {
             "checks": [

@@ -196,8 +196,6 @@ def claims_of(run: Path) -> RunClaims:
 def _uncharged(content: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if content["privacy"].get("records") == "counted":
         yield words.UNCHARGED_RECORDS
-    if not content["privacy"].get("selection_charged"):
-        yield words.UNCHARGED_CHOICE
     if "evaluation_left_out" in content:
         yield words.UNCHARGED_LEFT_OUT
 

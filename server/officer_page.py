@@ -12,7 +12,7 @@ from server.spent_plot import Point, drawing
 TEMPLATE = "officer.html.jinja"
 MOST_CURVES, MOST_ROWS, FEW_NAMES = 6, 24, 3
 """Drawings and rows of a page, worst first; more stand in the JSON. Names that are spelled out."""
-FINGERPRINT = 16
+PAIR, FINGERPRINT = 2, 16
 ODDS_DIGITS = 3
 
 Site = Mapping[str, Any]
@@ -67,11 +67,11 @@ def names(sites: Sequence[Site], everybody: int = 0) -> str:
     >>> names([{"site": "a"}, {"site": "b"}]), names([{"site": f"s-{n}"} for n in range(9)])
     ('a, b', 's-0, s-1, s-2 and 6 more')
     >>> names([{"site": "a"}, {"site": "b"}], 2)
-    'all 2 sites'
+    'both sites'
     """
     known = [str(site["site"]) for site in sites]
     if len(known) == everybody > 1:
-        return f"all {everybody} sites"
+        return "both sites" if everybody == PAIR else f"all {everybody} sites"
     if len(known) <= FEW_NAMES + 2:
         return ", ".join(known)
     return f"{', '.join(known[:FEW_NAMES])} and {len(known) - FEW_NAMES} more"
@@ -140,7 +140,12 @@ def _checks(sites: Sequence[Site]) -> list[dict[str, Any]]:
         for check in site["checks"]:
             rows.setdefault(tuple(check.items()), []).append(site)
     merged = [
-        {"sites": names(_ordered(alike), len(sites)), **dict(said)} for said, alike in rows.items()
+        {
+            "sites": names(_ordered(alike), len(sites)),
+            "everybody": len(alike) == len(sites),
+            **dict(said),
+        }
+        for said, alike in rows.items()
     ]
     return sorted(merged, key=lambda row: bool(row["agrees"]))[: 2 * MOST_ROWS]
 

@@ -65,16 +65,20 @@ UNCHARGED = (
         "one of a fixed list of reasons for not answering",
         "names no record; a fault while a record is handled would show as 'local failure'",
     ),
+    (
+        "what the choice of settings reveals",
+        "if settings were chosen by looking at earlier runs on these records, that is outside the "
+        "bound",
+    ),
 )
 """What leaves every site without a charge, and why."""
+UNCHARGED_UNKNOWN = (
+    "the number of records, where it was counted and not declared",
+    "no run was given with this report; the run's own report says which it was",
+)
 UNCHARGED_RECORDS = (
     "the number of records",
     "it was counted, not declared: it sets a divisor of the update, and is outside the bound",
-)
-UNCHARGED_CHOICE = (
-    "what the choice of settings reveals",
-    "if settings were chosen by looking at earlier runs on these records, that is outside the "
-    "bound",
 )
 UNCHARGED_LEFT_OUT = (
     "how well the model does at the site that was left out",

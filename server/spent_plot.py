@@ -93,8 +93,8 @@ def _scale(top: float, y: _Scale) -> list[str]:
 def _tick(least: float) -> float:
     """The smallest round number that is not below.
 
-    >>> _tick(0.7), _tick(2.1), _tick(0.012)
-    (1.0, 5.0, 0.02)
+    >>> _tick(0.7), _tick(2.1), _tick(0.3)
+    (1.0, 5.0, 0.5)
     """
     power = 10.0 ** len(str(int(least))) if least >= 1 else 1.0
     while power / 10 >= least:

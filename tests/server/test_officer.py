@@ -13,6 +13,7 @@ import pytest
 from client.ledger import Store
 from common import cli
 from common.privacy import watched
+from common.privacy.accounting import Event, shown
 from common.privacy.stored import read_chains
 from server import officer_words as words
 from server.officer import officer_report
@@ -29,15 +30,24 @@ FILES = ("officer-report.html", "officer-report.json")
 
 @pytest.fixture(scope="module")
 def lasting(tmp_path_factory, tiny_overrides):
-    """Two runs on lasting books, whose officer has a key; the second is admitted by the filter."""
+    """A run on lasting books, whose officer has a key; rounds of another one, which the filter
+    admitted, after it.
+    """
     folder = tmp_path_factory.mktemp("officer")
     sites = [part for number in (1, 2) for part in ("--site", f"site-{number}")]
     common = ["--cap", "20", "--delta", "1e-3", "--dataset", "made", *sites]
     key = ["--officer-key", str(folder / "officer.key")]
     assert cli.main(["ledger", "init", str(folder / "books.db"), *common, *key]) == 0
-    for name in ("first", "second"):
-        own = [*tiny_overrides, "privacy.epsilon=4", f"ledger={folder / 'books.db'}"]
-        assert cli.main(["simulate", *own, f"run_dir={folder / name}", "--json"]) == 0
+    own = [*tiny_overrides, "privacy.epsilon=4", f"ledger={folder / 'books.db'}"]
+    assert cli.main(["simulate", *own, f"run_dir={folder / 'first'}", "--json"]) == 0
+    event, rounds = Event(3.0, 0.5, 2), {"rounds": 2, "spare_rounds": 0}
+    with Store(folder / "books.db") as store:
+        for ledger in map(store.ledger, store.sites()):
+            ledger.commit("later", event, **rounds, plan="2" * 64, model="tiny", unit="record")
+            for number in (1, 2):
+                reservation = ledger.reserve("later", number, event)
+                ledger.prepare(reservation, b"update", steps=2)
+                ledger.release(reservation)
     return folder
 
 
@@ -76,8 +86,8 @@ def test_its_figures_are_those_of_ledger_verify(lasting, exports, tmp_path, cote
 
 
 def test_a_run_is_held_against_the_ledgers_and_not_copied(lasting, tmp_path, coterie):
-    run = tmp_path / "second"
-    shutil.copytree(lasting / "second", run)
+    run = tmp_path / "run"
+    shutil.copytree(lasting / "first", run)
     answer = coterie("report", "--for", "officer", run, "--json")
     assert answer.code == 0, answer.err
     content = checked(answer.json)
@@ -92,7 +102,10 @@ def test_a_run_is_held_against_the_ledgers_and_not_copied(lasting, tmp_path, cot
     (run / "report.json").write_text(json.dumps(report))
     content = checked(coterie("report", "--for", "officer", run, "--json").json)
     assert not content["summary"]["claims_agree"]
-    assert content["sites"][0]["epsilon"]["proved"] == pytest.approx(spent, abs=1e-9)
+    then = next(each for each in content["sites"][0]["checks"] if "when the run" in each["what"])
+    assert not then["agrees"]
+    assert then["measured"] == shown(spent)
+    assert content["sites"][0]["epsilon"]["proved"] > spent  # the ledger has gone on since
     assert "does not agree" in (run / FILES[0]).read_text()
     report["sites"][0]["ledger_head"] = f"5:{'a' * 64}"
     (run / "report.json").write_text(json.dumps(report))
@@ -262,7 +275,7 @@ def test_what_is_no_ledger_is_named(tmp_path, coterie, lasting):
         ([tmp_path / "none"], 2, "no such ledger, exported file or run folder"),
         ([f"{lasting / 'books.db'}#nobody"], 2, "no such site; it holds site-1, site-2"),
         ([ROOT / "README.md"], 5, "README.md: "),
-        ([lasting / "first", lasting / "second"], 2, "a report is of one run"),
+        ([lasting / "first", tmp_path], 2, "a report is of one run"),
         ([tmp_path], 5, "holds no finished run"),
     ):
         answer = coterie("report", "--for", "officer", *given, "--output", tmp_path / "out")

@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from server import officer_words as words
 from server.documents import render
 from server.spent_plot import Point, drawing
 
@@ -151,7 +152,16 @@ def _checks(sites: Sequence[Site]) -> list[dict[str, Any]]:
 
 
 def _audits(sites: Sequence[Site]) -> list[dict[str, Any]]:
-    return [{"site": site["site"], **audit} for site in sites for audit in site["audits"]]
+    return [
+        {"site": site["site"], "attacked": _attacked(audit), **audit}
+        for site in sites
+        for audit in site["audits"]
+    ]
+
+
+def _attacked(audit: Mapping[str, Any]) -> str:
+    kind = audit.get("kind", str(audit["design"]).partition(":")[0])
+    return words.AUDITS.get(kind, words.OTHER_AUDIT)
 
 
 def _keys(site: Site) -> dict[str, Any]:

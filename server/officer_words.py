@@ -52,6 +52,15 @@ WATCHED_RULE = (
     "records."
 )
 
+AUDITS = {
+    "mechanism": "the training step alone, on made-up records that are easy to recognise; that "
+    "records are drawn by chance is not tested",
+    "run": "a whole run, with made-up records that are easy to recognise beside the real ones",
+    "mia": "the finished model: which records it was trained on, guessed from how well they fit",
+}
+"""What an audit attacked, by the first word of its design."""
+OTHER_AUDIT = "of a kind that this report has no words for; its design is in the JSON"
+
 UNCHARGED = (
     (
         "that the site takes part, when it answers and how long it takes",

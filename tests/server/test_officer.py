@@ -209,6 +209,7 @@ def test_audits_stand_with_their_ceiling_and_verdict():
     text = page(content)
     assert "6.500" in text
     assert "proved a claim false" in text
+    assert words.OTHER_AUDIT in text
     assert 'class="answer bad"' in text
 
 
@@ -251,6 +252,12 @@ EXPLAINED = (
 
 def test_every_word_of_the_trade_is_explained_or_absent(lasting):
     content = officer_report(read_chains(str(lasting / "books.db")))
+    figures = {"m": 9, "confidence": 0.95, "lower_bound": 1.0, "claimed_epsilon": 3.0}
+    content["sites"][0]["audits"] = [
+        {"time": "2026-01-02T03:04:05Z", "design": f"{kind}: canaries in gradient space", **figures}
+        | {"ceiling": 2.5, "verdict": "NOT FALSIFIED"}
+        for kind in words.AUDITS
+    ]
     text = re.sub(r"<style>.*?</style>|<[^>]+>", " ", page(content), flags=re.DOTALL)
     explained = text.split("Words used here")[1]
     for word in JARGON:

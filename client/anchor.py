@@ -89,8 +89,7 @@ class Anchor:
         now = monotonic()
         if not self._away or now >= self._remind_at:
             log.warning(
-                "%s: NOT WITNESSED from entry %d on: %s; going on without, and trying again",
-                *(self._name, self._anchored.seq + 1, error),
+                "%s: NOT WITNESSED: %s; going on without, and trying again", self._name, error
             )
             self._remind_at = now + REMIND_S
         self._away, self._not_before = True, now + self._delay

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from common.privacy.chain import Head, Kind
 from common.privacy.lower_bounds import FALSIFIED
 from common.privacy.verification import Verified
 from common.privacy.verification import verify as verify_export
+from common.privacy.witness import Confirmation, as_fields, confirmed, opened
 
 BAR = 16
 """Characters of a budget bar."""
@@ -95,16 +97,25 @@ def ledger(invocation: Invocation) -> None:
             head = one.head
         _answer(invocation, {"file": str(output), "head": str(head)})
 
-    def verify(
+    def verify(  # noqa: PLR0917 - options, which are given by name
         file: Annotated[Path, typer.Argument(help="An exported ledger.")],
         key: Annotated[str, typer.Option(help="The site's public key, as it was enrolled.")] = "",
         officer: Annotated[str, typer.Option(help="The officer's public key.")] = "",
         head: Annotated[str, typer.Option(help="SEQ:HASH that the ledger must contain.")] = "",
         prv: Annotated[bool, typer.Option(help="Also price it with Opacus (slow).")] = False,
+        witness: Annotated[str, typer.Option(help="HOST:PORT of a witness to ask.")] = "",
+        witness_pass: Annotated[
+            Path | None, typer.Option("--pass", help="Folder that `coterie witness admit` made.")
+        ] = None,
+        witness_id: Annotated[
+            str, typer.Option(help="What it is enrolled as there; DATASET/SITE if left out.")
+        ] = "",
     ) -> None:
         """Judges an exported ledger from the file alone; exit code 5 names the entry at fault.
 
         Example: coterie ledger verify ward-1.ledger --key 3b6a... --head 32:05e8...
+
+        Example: coterie ledger verify ward-1.ledger --witness witness:9443 --pass passes/officer
         """
         content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
         verdict = verify_export(
@@ -114,10 +125,8 @@ def ledger(invocation: Invocation) -> None:
             head=Head.parse(head) if head else None,
             prv=prv,
         )
-        if invocation.json:
-            emit_json(_verdict_object(verdict))
-        else:
-            _show_verdict(verdict, file, Console(markup=False))
+        found = _asked(verdict.books, witness, witness_pass, witness_id)
+        _tell_verdict(invocation, verdict, file, found, witness)
 
     def cap(
         ledger: LedgerArgument,
@@ -294,6 +303,38 @@ def _show_verdict(verdict: Verified, file: Path, console: Console) -> None:
         console.print("officer not pinned: whose cap it is, the site says; give --officer")
     if not verdict.head_pinned:
         console.print("head not pinned: a cut-off end would not show; give --head")
+
+
+def _asked(books: Books, witness: str, folder: Path | None, name: str) -> Confirmation | None:
+    """What the witness says, if there is one. Raises: VerificationError where it knows better."""
+    if not witness:
+        return None
+    with opened(witness, folder) as line:
+        return confirmed(line, books, name)
+
+
+def _tell_verdict(
+    invocation: Invocation,
+    verdict: Verified,
+    file: Path,
+    found: Confirmation | None,
+    witness: str,
+) -> None:
+    if found is not None:
+        verdict = replace(verdict, head_pinned=True)
+    if invocation.json:
+        beside = {} if found is None else {"witness": as_fields(found, witness)}
+        emit_json({**_verdict_object(verdict), **beside})
+        return
+    _show_verdict(verdict, file, Console(markup=False))
+    if found is not None:
+        print(_witness_sentence(found, witness))
+
+
+def _witness_sentence(found: Confirmation, address: str) -> str:
+    head, after = found.receipt.head, found.entries_after
+    later = f"; the last {after} entries it was not told of yet" if after else ""
+    return f"witness {address}: holds {found.ledger} at {head}, which is in this ledger{later}"
 
 
 def _answer_rotated(

@@ -395,6 +395,10 @@ class Ledger:
         """The whole chain."""
         return list(self._entries(after=0))
 
+    def entries_after(self, head: Head) -> list[Entry]:
+        """Those that follow `head`, which must be one of this chain's."""
+        return list(self._entries(after=head.seq))
+
     @property
     def head(self) -> Head:
         """Its end."""

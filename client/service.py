@@ -5,7 +5,8 @@ never fetched, and the records are those of the node's own settings. The order i
 
  1. the instruction is on this machine's disk before the SuperLink may forget it;
  2. policy, charge, training and preparation are `client.app`'s, the same as everywhere;
- 3. the answer leaves, and only when it is with the SuperLink is the instruction forgotten.
+ 3. the answer leaves, and only when it is with the SuperLink is the instruction forgotten;
+ 4. the officer's witness, if there is one, is told how far the ledger got; see `client.anchor`.
 
 Whatever is killed in between goes on from the disk: see `client.inbox`.
 """
@@ -30,6 +31,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.anchor import Anchor
 from client.app import client_app
 from client.commitment import commit_to
 from client.fleet import Fleet, NotAdmittedError, Parcel, RunOverError, UnreachableError, run_of
@@ -48,6 +50,7 @@ from common.errors import ConfigError, CoterieError, FederationError, Verificati
 from common.exposition import health_at, metrics_at
 from common.privacy.chain import Head
 from common.privacy.mechanism import counting
+from common.privacy.witness import opened
 from common.records import Records
 from common.tasks import TASKS, FileTask, reader_of
 
@@ -67,8 +70,8 @@ def run_node(settings: NodeSettings) -> dict[str, Any]:
     """Answers until it is stopped; returns what `--json` prints.
 
     Raises: ConfigError where a setting, a file or the SuperLink does not fit, FederationError where
-    nobody was there for `patience_s`; nothing was answered then. KeyboardInterrupt where it was
-    told twice to stop.
+    nobody was there for `patience_s`, VerificationError where the ledger is not the one that a
+    witness knows; nothing was answered then. KeyboardInterrupt where it was told twice to stop.
     """
     _configure_process(settings)
     device_of(settings.device, setting="device")  # one that is not there is said at once
@@ -82,6 +85,7 @@ def run_node(settings: NodeSettings) -> dict[str, Any]:
         inbox = Inbox(settings.inbox_path)
         stack.callback(inbox.close)
         ledger = _ledger(settings, stack)
+        anchor = _anchor(settings, ledger, stack)
         stopping = stack.enter_context(_stopped_by_signals())
         line = Line(settings, stopping, vitals)
         stack.enter_context(_leaving(fleet))
@@ -90,7 +94,7 @@ def run_node(settings: NodeSettings) -> dict[str, Any]:
             return _summary(settings, 0, 0, 0)
         stack.enter_context(_beating(fleet))
         site = open_site(settings, ledger)
-        node = Node(settings, site, fleet, line, inbox, vitals=vitals)
+        node = Node(settings, site, fleet, line, inbox, vitals=vitals, anchor=anchor)
         log.info(
             "%s: connected to %s as node %d; waiting for instructions",
             *(settings.name, settings.superlink, node_id),
@@ -197,9 +201,11 @@ class Node:
         inbox: Inbox,
         *,
         vitals: Vitals | None = None,
+        anchor: Anchor | None = None,
     ) -> None:
         self._vitals = vitals or Vitals(settings.name)
         self._site, self._fleet, self._line, self._inbox = site, fleet, line, inbox
+        self._anchor = anchor
         self._poll_s = settings.poll_s
         self._app: ClientApp = client_app(
             lambda _: site,
@@ -213,7 +219,8 @@ class Node:
     def serve(self) -> None:
         """Answers what was left, and then what comes, until the node is to stop.
 
-        Raises: FederationError where nobody was there for too long.
+        Raises: FederationError where nobody was there for too long; VerificationError where a
+        witness knows another ledger than this one.
         """
         self._answer_left_over()
         stopping = self._line.stopping
@@ -232,6 +239,8 @@ class Node:
 
     def _rest(self) -> None:
         """While there is nothing to answer, what the next answer will say is priced, once."""
+        if self._anchor is not None:
+            self._anchor.keep_up()
         ledger = self._site.ledger
         if ledger is not None and ledger.head != self._foreseen:
             self._vitals.priced(ledger.books)
@@ -310,6 +319,9 @@ class Node:
         self._vitals.took(reply.error.code if reply.has_error() else None, seconds)
         log.info("%s: %s: %s, %.1f s", self._site.name, _what(addressed), outcome, seconds)
         self._inbox.clear()
+        # 4. The witness hears of it when nobody waits for it any more.
+        if self._anchor is not None:
+            self._anchor.keep_up()
 
     def _reply(self, parcel: Parcel, addressed: Message, *, left_over: bool) -> Message:
         try:
@@ -432,6 +444,20 @@ def _ledger(settings: NodeSettings, stack: ExitStack) -> Ledger | None:
         return None
     path, site = settings.books
     return stack.enter_context(Store(path)).ledger(site)
+
+
+def _anchor(settings: NodeSettings, ledger: Ledger | None, stack: ExitStack) -> Anchor | None:
+    """What ties the ledger to the officer's witness, which has been asked once when this returns.
+
+    Raises: VerificationError if that witness knows another ledger than this one.
+    """
+    if not settings.witness or ledger is None:
+        return None
+    folder = Path(settings.witness_pass).expanduser()
+    line = stack.enter_context(opened(settings.witness, folder, patient=False))
+    anchor = Anchor(line, ledger, settings.witness_id)
+    anchor.begin()
+    return anchor
 
 
 @contextmanager

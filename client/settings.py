@@ -75,6 +75,13 @@ class NodeSettings:
     ledger: str = ""
     """The books of these records: a file that `coterie ledger init` made, or FILE#SITE where it
     holds others too; SITE is `name` if left out. May be empty with `allow_unprotected` only."""
+    witness: str = ""
+    """HOST:PORT of a privacy officer's witness, which is told after each round how far the ledger
+    got; empty: none is. Without an answer the node goes on."""
+    witness_pass: str = ""
+    """Folder that `coterie witness admit` made for this node."""
+    witness_id: str = ""
+    """What the officer enrolled the ledger as. Empty: DATASET/SITE, by its first entry."""
     inbox: str = ""
     """Folder for the instruction that is being answered. Empty: beside the ledger."""
     task: TaskConfig = MISSING
@@ -157,6 +164,10 @@ def _broken(settings: NodeSettings) -> Iterator[str]:
         )
     if not settings.ledger and not settings.allow_unprotected:
         yield "ledger='': must name this site's books; make them with `coterie ledger init`"
+    if settings.witness and not settings.ledger:
+        yield f"witness={settings.witness}: needs a ledger, which it can be told of"
+    if bool(settings.witness) != bool(settings.witness_pass):
+        yield "witness, witness_pass: must be given both, or neither"
     data = settings.data
     if data.holdout_fraction or data.validation_fraction or data.test_path or data.test_split:
         yield (
@@ -199,6 +210,7 @@ def _is_address(value: str) -> bool:
 _RULES: dict[str, tuple[str, Callable[..., bool]]] = {
     "name": ("a name without # and /", lambda value: bool(re.fullmatch(r"[^#/\s]+", value))),
     "superlink": ("HOST:PORT, without http:// or https://; TLS is always used", _is_address),
+    "witness": ("HOST:PORT", lambda value: not value or _is_address(value)),
     "authority": ("the path of a certificate", bool),
     "key": ("the path of a private key", bool),
     "sealed_by": (

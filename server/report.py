@@ -81,6 +81,21 @@ class RunFacts:
     """Rounds after which the run was interrupted and taken up again."""
 
 
+@dataclass(frozen=True)
+class OfficerCall:
+    """What was asked for on the command line; empty where nothing was."""
+
+    given: tuple[str, ...]
+    output: Path | None
+    key: str
+    officer: str
+    head: str
+    witness: str
+    witness_pass: Path | None
+    sign: Path | None
+    check: Path | None
+
+
 def build_report(
     run_plan: RunPlan, lines: list[RoundLine], facts: RunFacts, counted: Counted | None = None
 ) -> dict[str, Any]:
@@ -211,33 +226,98 @@ def read_report(run_dir: Path) -> tuple[dict[str, Any], list[RoundLine]]:
 
 
 def report(invocation: Invocation) -> None:
-    """Show a finished run again, beside its baseline if there is one."""
+    """Show a finished run again, or report to a privacy officer from the sites' ledgers."""
 
-    def command(
-        run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    def command(  # noqa: PLR0917 - options, which are given by name
+        given: Annotated[
+            list[str] | None,
+            typer.Argument(
+                metavar="RUN|LEDGER...",
+                help="Folder of a finished run; for an officer, exported ledgers or FILE[#SITE].",
+            ),
+        ] = None,
         baseline: Annotated[
             Path | None, typer.Option(help="Folder of the same run with privacy=none.")
         ] = None,
+        reader: Annotated[
+            str, typer.Option("--for", help="Whom it is for: officer, or nobody in particular.")
+        ] = "",
+        output: Annotated[
+            Path | None, typer.Option(help="Officer: folder to write to; else RUN, or LEDGER's.")
+        ] = None,
+        key: Annotated[
+            str, typer.Option(help="Officer: the site's public key; of --check: the signer's.")
+        ] = "",
+        officer: Annotated[str, typer.Option(help="Officer: your own public key.")] = "",
+        head: Annotated[
+            str, typer.Option(help="Officer: SEQ:HASH that the one ledger must contain.")
+        ] = "",
+        witness: Annotated[str, typer.Option(help="Officer: HOST:PORT of a witness.")] = "",
+        witness_pass: Annotated[
+            Path | None, typer.Option("--pass", help="Folder that `coterie witness admit` made.")
+        ] = None,
+        sign: Annotated[
+            Path | None, typer.Option(help="Officer: private key file that signs page and JSON.")
+        ] = None,
+        check: Annotated[
+            Path | None, typer.Option(help="Check a signature that --sign made, and nothing else.")
+        ] = None,
     ) -> None:
-        """Prints the closing table of a run and writes its report.html anew.
+        """Prints the closing table of a run and writes its report.html anew; or, for an officer,
+        writes officer-report.html and .json from the ledgers alone, and signs them.
 
-        RUN is the folder of a finished run.
+        RUN is the folder of a finished run. For an officer, ledgers alone will do; of a deployed
+        run give the sites' exports beside RUN.
 
         Example: coterie report runs/demo --baseline runs/baseline
+
+        Example: coterie report --for officer runs/demo --sign officer.key
+
+        Example: coterie report --for officer ward-1.ledger --key 3b6a... --output reports
+
+        Example: coterie report --check runs/demo/officer-report.sig --key 90c5...
         """
-        content, lines = read_report(run)
-        if baseline is not None:
-            content["baseline"] = _baseline(baseline, content)
-        try:
-            write_report(run, content, lines)
-            if not invocation.json:
-                show_report(content, run, Console(markup=False))
-        except (KeyError, TypeError, ValueError, UndefinedError) as error:
-            raise VerificationError(f"{run}: its report.json is not one of ours") from error
-        if invocation.json:
-            emit_json(content)
+        if reader not in {"", "officer"}:
+            raise ConfigError(f"--for={reader}: must be officer, or left out")
+        if check is not None or reader:
+            asked = OfficerCall(
+                tuple(given or ()),
+                output=output,
+                key=key,
+                officer=officer,
+                head=head,
+                witness=witness,
+                witness_pass=witness_pass,
+                sign=sign,
+                check=check,
+            )
+            _for_officer(invocation, asked)
+            return
+        if given is None or len(given) != 1:
+            raise ConfigError("RUN: give the folder of one finished run")
+        _again(invocation, Path(given[0]), baseline)
 
     run_typer(command, invocation)
+
+
+def _for_officer(invocation: Invocation, asked: OfficerCall) -> None:
+    from server.officer_files import answer  # noqa: PLC0415 - imports this module
+
+    answer(invocation, asked)
+
+
+def _again(invocation: Invocation, run: Path, baseline: Path | None) -> None:
+    content, lines = read_report(run)
+    if baseline is not None:
+        content["baseline"] = _baseline(baseline, content)
+    try:
+        write_report(run, content, lines)
+        if not invocation.json:
+            show_report(content, run, Console(markup=False))
+    except (KeyError, TypeError, ValueError, UndefinedError) as error:
+        raise VerificationError(f"{run}: its report.json is not one of ours") from error
+    if invocation.json:
+        emit_json(content)
 
 
 def show_report(content: dict[str, Any], run_dir: Path, console: Console) -> None:

@@ -136,6 +136,13 @@ class Books:
         """
         return self._filtered(self.charges()) if self.filtered else self.spent_pld()
 
+    def committed(self) -> float:
+        """The same, once everything that open plans may still charge was charged."""
+        events = self.commitments()
+        if self.filtered:
+            return self._filtered(events)
+        return min(epsilon_rdp(events, self.delta), epsilon_pld(events, self.delta))
+
     def spent_pld(self) -> float:
         """Epsilon of what was charged, by PLD; by RDP where PLD's grid has drifted above it."""
         return min(self.spent_rdp(), epsilon_pld(self.charges(), self.delta))

@@ -342,11 +342,16 @@ def check_body(number: int, kind: Kind, body: Mapping[str, Any]) -> None:
 
 def check_signature(entry: Entry, key: str) -> None:
     """Raises: VerificationError unless the key's owner signed this entry at this place."""
-    if not _signed(key, entry.signature, _ENTRY + bytes.fromhex(entry.hash)):
+    if not hash_is_signed(key, entry.signature, entry.hash):
         raise VerificationError(
             f"entry {entry.seq} ({entry.kind.value}): its signature is not the site's; "
             "it was edited, or signed by another key"
         )
+
+
+def hash_is_signed(key: str, signature: str, entry_hash: str) -> bool:
+    """Whether the key's owner wrote the entry with this hash: for who knows no more of it."""
+    return _signed(key, signature, _ENTRY + bytes.fromhex(entry_hash))
 
 
 def sign_cap(key: Ed25519PrivateKey, *, cap: float, after: Head) -> str:
@@ -367,6 +372,11 @@ def sign_head(key: Ed25519PrivateKey, head: Head) -> str:
 def head_is_signed(key: str, signature: str, head: Head) -> bool:
     """Whether the key's owner has seen this head."""
     return _signed(key, signature, _HEAD + str(head).encode())
+
+
+def is_signed_head(receipt: Receipt) -> bool:
+    """Whether a receipt holds; False for what is no key or no signature."""
+    return is_signed(receipt.key, receipt.signature, _HEAD + str(receipt.head).encode())
 
 
 def prove_rotation(new: Ed25519PrivateKey, old_key: str, *, after: Head) -> str:
@@ -472,6 +482,11 @@ def _fields(line: str, name: str) -> dict[str, Any]:
 
 def _cap_statement(cap: float, after: Head) -> bytes:
     return canonical_json({"cap": cap, "after": str(after)}).encode()
+
+
+def is_signed(key: str, signature: str, message: bytes) -> bool:
+    """Whether the key's owner signed these bytes; False for what is no key or no signature."""
+    return _key(key) and _signature(signature) and _signed(key, signature, message)
 
 
 def _signed(key: str, signature: str, message: bytes) -> bool:

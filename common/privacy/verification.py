@@ -1,11 +1,12 @@
 """Judges an exported ledger from the file and public keys alone; no site, no torch, no data."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from common.errors import PrivacyRefusedError, VerificationError
 from common.privacy.accounting import epsilon_prv
 from common.privacy.books import Books
-from common.privacy.chain import EMPTY, Export, Head, read_export
+from common.privacy.chain import EMPTY, Entry, Export, Head, read_export
 
 TOLERANCE = 1e-6
 """By how much a claimed epsilon may be below ours before it is an under-count."""
@@ -47,10 +48,29 @@ def verify(
     Raises: VerificationError naming the entry at fault.
     """
     export = read_export(content)
-    books = replayed(export)
+    books = replayed(export.entries)
     export.check_tail(books.site_key)
     if export.head != books.head:
         raise VerificationError("tail: does not name the last entry; entries are missing")
+    verified = judged(books, key=key, officer=officer, head=head, prv=prv)
+    _check_claim(export, "epsilon_pld", verified.epsilon_pld)
+    _check_claim(export, "epsilon_rdp", verified.epsilon_rdp)
+    return verified
+
+
+def judged(
+    books: Books,
+    *,
+    key: str | None = None,
+    officer: str | None = None,
+    head: Head | None = None,
+    prv: bool = False,
+) -> Verified:
+    """Holds books whose entries were all found sound against what their reader knows, and prices
+    them again.
+
+    Args and Raises: as `verify`.
+    """
     if key is not None and books.genesis["site_key"] != key:
         raise VerificationError("entry 1 (GENESIS): is of another site's key than the one given")
     if officer is not None and books.genesis["officer_key"] != officer:
@@ -60,13 +80,10 @@ def verify(
             f"entry {head.seq}: is not the one whose head was given; this is a fork, or a copy "
             "older than that head"
         )
-    pld, rdp = books.spent_pld(), books.spent_rdp()
-    _check_claim(export, "epsilon_pld", pld)
-    _check_claim(export, "epsilon_rdp", rdp)
     return Verified(
         books,
-        pld,
-        rdp,
+        books.spent_pld(),
+        books.spent_rdp(),
         epsilon_prv(books.charges(), books.delta) if prv else None,
         key is not None,
         officer is not None,
@@ -74,10 +91,10 @@ def verify(
     )
 
 
-def replayed(export: Export) -> Books:
+def replayed(entries: Iterable[Entry]) -> Books:
     """The books after all entries. Raises: VerificationError naming the entry at fault."""
     books = Books()
-    for entry in export.entries:
+    for entry in entries:
         try:
             books.apply(entry)
         except PrivacyRefusedError as error:

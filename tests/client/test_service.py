@@ -305,3 +305,13 @@ def test_a_reply_says_nothing_of_the_nodes_clock():
     asked = Message(messages.RecordDict(), metadata=facts)
     reply = service._dated(Message(Error(603, "local failure"), reply_to=asked), asked)
     assert (reply.metadata.created_at, reply.metadata.ttl) == (1_800_000_000.0, 60.0)
+
+
+def test_a_witness_is_told_once_the_answer_has_left_and_whenever_nothing_is_asked(node, asked):
+    one, sent = node
+    told = []
+    one._anchor = SimpleNamespace(keep_up=lambda: told.append(len(sent)))
+    one._answer(asked)
+    assert told == [1]
+    one._rest()
+    assert told == [1, 1]

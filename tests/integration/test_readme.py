@@ -56,7 +56,9 @@ def run(command, folder, tiny_overrides):
     ):
         own = ["data=csv", *(o for o in tiny_overrides if not o.startswith(("data", "task")))]
         chosen = own[1:] if "data.path=" in command else tiny_overrides
-        command = f"{command} {shlex.join([*chosen, 'task.max_tokens=12', 'privacy.epsilon=8'])}"
+        epsilon = re.findall(r"privacy\.epsilon=\S+", command) if "ledger=" in command else []
+        settings = [*chosen, "task.max_tokens=12", "privacy.epsilon=8", *epsilon]
+        command = f"{command} {shlex.join(settings)}"
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(
         command,

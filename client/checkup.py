@@ -103,7 +103,7 @@ class Checkup:
         yield Check("registered", self.registered, "have the coordinator register it", calls=True)
         folder = (settings.books[0] if settings.ledger else Path(settings.key)).parent
         yield Check("disk", lambda: check_room(folder, "ledger and inbox"), "make room")
-        if self.visit.gpu:
+        if self.visit.gpu or settings.device.startswith("cuda"):
             yield Check("GPU", check_gpu, "install the driver, and a torch for CUDA")
         yield Check("model", self.model, "save the model in a folder, as safetensors")
         yield Check("records", self.records, "correct data.* in the node's settings")

@@ -51,7 +51,7 @@ def check_gpu() -> str:
         built = "this torch is built without CUDA" if torch.version.cuda is None else "no device"
         raise ConfigError(
             f"no GPU that torch {torch.__version__} can use ({built}); install the driver and a "
-            "torch built for CUDA, or leave out --gpu"
+            "torch built for CUDA, or leave out --gpu and device=cuda"
         )
     names = [torch.cuda.get_device_name(each) for each in range(torch.cuda.device_count())]
     return ", ".join(names)

@@ -8,6 +8,7 @@ import pytest
 from dp_accounting import get_epsilon_gaussian
 from scipy import stats
 
+from common.privacy.accounting import Event, deltas_pld, epsilon_pld
 from common.privacy.lower_bounds import (
     INDEPENDENT,
     ONE_RUN,
@@ -18,6 +19,7 @@ from common.privacy.lower_bounds import (
     epsilon_of_mu,
     f_dp_bound,
     gaussian_bound,
+    gaussian_covers,
     gaussian_delta,
     mu_of_epsilon,
     one_run_bound,
@@ -162,3 +164,18 @@ def test_there_are_two_verdicts():
     assert result(3.1).verdict == "FALSIFIED"
     asked = {"lower_bound", "claimed_epsilon", "confidence", "m", "design", "ceiling", "verdict"}
     assert asked <= set(result(1.0).content())
+
+
+def test_a_gaussian_covers_itself_and_the_main_job_and_not_what_leaks_more():
+    """Where it does not, a run is judged without the bound that assumes a Gaussian's curve."""
+
+    def curve(event, epsilon):
+        at = [float(each) for each in np.linspace(0.0, epsilon, 9)]
+        return [*zip(at, deltas_pld([event], at), strict=True)]
+
+    for event, delta in ((Event(1.3, 1.0, 1), 1e-5), (Event(2.9222, 0.5, 20), 1e-4)):
+        epsilon = epsilon_pld([event], delta)
+        assert gaussian_covers(curve(event, epsilon), epsilon, delta)
+        assert not gaussian_covers(curve(event, epsilon), 0.5 * epsilon, delta)
+    rare = Event(0.5, 0.01, 1)  # seldom drawn, and then hardly hidden
+    assert not gaussian_covers([(0.0, 1.0), *curve(rare, 1.0)], 1.0, 1e-2)

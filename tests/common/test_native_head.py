@@ -16,7 +16,7 @@ from transformers import (
 
 from client.train import Trainer
 from common.classes import load_native
-from common.config import HeadName, TaskName, check
+from common.config import DataSource, HeadName, TaskName, check
 from common.errors import ConfigError
 from common.model import HIDDEN, NativeClassifier
 from common.parameters import flatten
@@ -160,7 +160,8 @@ def test_a_head_that_ends_in_no_linear_layer_is_one_line(tiny_config):
 
 @pytest.mark.parametrize("name", [n for n in TaskName if not n.has_classes], ids=lambda n: n.name)
 def test_tasks_without_classes_refuse_the_choice(name, tiny_config):
-    config = replace(tiny_config, task=replace(tiny_config.task, name=name))
+    made = replace(tiny_config.data, source=DataSource.toy)
+    config = replace(tiny_config, task=replace(tiny_config.task, name=name), data=made)
     check(config)
     with pytest.raises(ConfigError, match=rf"^model\.head=native: .*task={name.name}"):
         check(native(config))

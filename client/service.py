@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from random import uniform
-from time import monotonic, time
+from time import monotonic, sleep, time
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -61,6 +61,9 @@ BEAT_S, BEAT_AGAIN_S = 15.0, 3.0
 """From one sign of life to the next, and after one that was not heard. Flower waits 60 s."""
 FIRST_DELAY_S, MAX_DELAY_S = 0.25, 20.0
 """Before a call is tried again: doubled each time, and drawn from its upper half."""
+STAY_S = 2.0
+"""How long a node stays online after an answer: several times what a coordinator waits between two
+looks."""
 STOPPING = b"stopping once what is under way is answered; again to stop at once\n"
 
 Result = TypeVar("Result")
@@ -215,6 +218,8 @@ class Node:
         self._foreseen: Head | None = None
         """The end of the ledger when what comes next was priced."""
         self.answered = self.refused = 0
+        self._sent_at = -STAY_S
+        """When the last answer left, on the monotonic clock."""
 
     def serve(self) -> None:
         """Answers what was left, and then what comes, until the node is to stop.
@@ -236,6 +241,13 @@ class Node:
                     self._rest()
                 else:
                     self._answer(parcel)
+        self._stay()
+
+    def _stay(self) -> None:
+        """Until the coordinator has had the time to fetch the last answer: of a node that is gone
+        Flower gives out none, and says that it is gone.
+        """
+        sleep(max(0.0, self._sent_at + STAY_S - monotonic()))
 
     def _rest(self) -> None:
         """While there is nothing to answer, what the next answer will say is priced, once."""
@@ -315,7 +327,8 @@ class Node:
         outcome = self._sent(reply, until=started + _expires_in(addressed))
         if outcome is None:
             return
-        seconds = monotonic() - started
+        self._sent_at = monotonic()
+        seconds = self._sent_at - started
         self._vitals.took(reply.error.code if reply.has_error() else None, seconds)
         log.info("%s: %s: %s, %.1f s", self._site.name, _what(addressed), outcome, seconds)
         self._inbox.clear()

@@ -635,6 +635,10 @@ NEEDS = {
     "image_folder": [each for each in IMAGES if not each.startswith("data")],
     "audio_folder": [each for each in SOUNDS if not each.startswith("data")],
 }
+TEXTS = {
+    "question_answering": "data.columns=[question,context,answer]",
+    "seq2seq": "data.columns=[source,target]",
+}
 """What a choice asks of other groups: a task and a model that read these data."""
 OWN = ("csv", "jsonl", "parquet", "image_folder", "audio_folder", "hub")
 """Data that need a path and labels."""
@@ -644,6 +648,7 @@ def private_configs(compose_config, tiny_overrides, tiny_csv, models):
     """Every choice of every group under conf/, by record and by person, that draws real noise."""
     files = sorted(CONF.glob("*/*.yaml"))
     needed = NEEDS | {task: [f"model.name={at}", "tuning=full"] for task, at in models.items()}
+    needed |= {task: [*needed.get(task, []), columns] for task, columns in TEXTS.items()}
     units = [path.stem for path in files if path.parent.name == "privacy"]
     base = [o for o in tiny_overrides if not o.startswith(("data", "federation.sites"))]
     own = ["data.labels=[sport,money]"]

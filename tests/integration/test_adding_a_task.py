@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "adding-a-task.md").read_text(encoding="utf-8")
-COPIED = ("common", "client", "server", "simulations", "conf", "tests")
+COPIED = ("common", "client", "server", "simulations", "conf", "tests", "benchmarks")
 FILES = dict(re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 LINES = re.findall(r"^```python\n( {4}.*)\n```$", PAGE, re.MULTILINE)
 COMMANDS = re.findall(r"^```console\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

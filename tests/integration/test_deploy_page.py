@@ -12,7 +12,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -241,6 +243,25 @@ def scrape(port):
     }
 
 
+@contextmanager
+def scraped_on(port):
+    """What Prometheus reads meanwhile, several times a second."""
+    over, found = threading.Event(), []
+
+    def scrape_on():
+        while not over.wait(0.3):
+            with suppress(httpx.TransportError):  # the monitor may still be starting
+                found.append(scrape(port))
+
+    thread = threading.Thread(target=scrape_on)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+
+
 def well(port, service):
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         answer = HealthStub(channel).Check(HealthCheckRequest(service=service), timeout=5)
@@ -268,8 +289,13 @@ def test_ten_commands_lead_to_a_report_that_its_metrics_agree_with(place):
             for line in text.splitlines():
                 if line.startswith("coterie submit"):
                     monitor = watching(place)
-                if not line.startswith("coterie monitor"):
+                    with scraped_on(place.port("coordinator", 9464)) as found:
+                        place.line(line, info[0])
+                elif not line.startswith("coterie monitor"):
                     place.line(line, "coordinator" if info[0] == "both" else info[0])
+        rounds = [each.get(("coterie_run_round", "first"), 0) for each in found]
+        assert rounds == sorted(rounds)
+        assert 0 <= rounds[0] < 3  # while the run was going on
         check_metrics(place)
     finally:
         if monitor is not None:
@@ -320,13 +346,20 @@ def check_metrics(place):
     assert well(place.port("coordinator", 9465), "run")
     runs = place.folder / "coordinator/var/lib/coterie/runs"
     assert [*(runs / "first/tensorboard").glob("events.*")]  # the ServerApp's own tracker
-    events = [json.loads(line) for line in (place.folder / "monitor.log").read_text().splitlines()]
-    last = [event for event in events if event.get("run") == "first"][-1]
+    patience = time.monotonic() + 20  # the monitor looks now and then
+    while (last := told_last(place))["state"] != "finished" and time.monotonic() < patience:
+        time.sleep(0.2)
     assert (last["state"], last["round"]) == ("finished", 3)
     log = (place.folder / "ward-1-coterie-node.log").read_text()
     answers = [json.loads(line)["message"] for line in log.splitlines() if line.startswith("{")]
     assert sum("answered" in message for message in answers) == 3
     place.head = site["ledger_head"]
+
+
+def told_last(place):
+    """The monitor's last word about the run."""
+    lines = (place.folder / "monitor.log").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event.get("run") == "first"][-1]
 
 
 def test_a_backup_is_restored_and_an_older_one_is_noticed(place):

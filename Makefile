@@ -18,7 +18,7 @@ test: check  ## lint, types, arrows, and the quick suite
 	$(BIN)/python -m pytest -q -n 2
 
 test-all: test  ## and the slow tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not alone and not gpu and not network"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not alone and not gpu and not network"
 	$(BIN)/python -m pytest -q -m "alone and not gpu and not network"
 
 check: $(INSTALLED)

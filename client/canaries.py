@@ -72,7 +72,7 @@ class Layer:
 
     @property
     def _weight(self) -> Tensor:
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        weight: Tensor = self.module.weight  # type: ignore[assignment] # of a layer
         return weight
 
 

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -91,15 +90,7 @@ class Checkup:
         if self.own is not None:
             yield Check("own certificate", self.own_certificate, "get the kit renewed")
         yield Check("node key", self.node_key, "make one: ssh-keygen -t ecdsa -b 384 -N '' -f FILE")
-        yield Check("port", self.peer.reach, "start the SuperLink", calls=True)
-        yield Check("certificate", self.peer.handshake, "renew it", calls=True)
-        yield Check(
-            "flwr there",
-            lambda: self.peer.flower(metadata.version("flwr")),
-            "install one minor version on both sides",
-            calls=True,
-        )
-        yield Check("clock", self.peer.clock, "set it right, by NTP", calls=True)
+        yield from self.peer.checks()
         yield Check("registered", self.registered, "have the coordinator register it", calls=True)
         folder = (settings.books[0] if settings.ledger else Path(settings.key)).parent
         yield Check("disk", lambda: check_room(folder, "ledger and inbox"), "make room")
@@ -147,8 +138,8 @@ class Checkup:
     def registered(self) -> str:
         """Whether the SuperLink lets this key in: as a node does, and out again at once."""
         from client.fleet import Fleet  # noqa: PLC0415 - Flower takes a second to import
-        from client.inbox import Inbox  # noqa: PLC0415
-        from client.service import fingerprint  # noqa: PLC0415
+        from client.inbox import Inbox  # noqa: PLC0415 - the same
+        from client.service import fingerprint  # noqa: PLC0415 - torch comes with it
 
         try:
             key = read_node_key(Path(self.settings.key).expanduser())

@@ -78,8 +78,8 @@ def metrics_at(setting: str, address: str, families: Families) -> Iterator[None]
         yield
         return
     try:
-        from prometheus_client import CollectorRegistry, ProcessCollector  # noqa: PLC0415
-        from prometheus_client import start_http_server as started  # noqa: PLC0415
+        from prometheus_client import CollectorRegistry, ProcessCollector  # noqa: PLC0415 - an extra
+        from prometheus_client import start_http_server as started  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise ConfigError(f"{setting}={address}: needs prometheus-client; {EXTRA}") from error
     registry = CollectorRegistry()

@@ -6,10 +6,12 @@ that each fault can be told from the others. Nothing is asked that would change 
 
 import socket
 import ssl
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from importlib import metadata
 from pathlib import Path
 from time import time
 
@@ -17,7 +19,7 @@ import httpx
 from cryptography import x509
 
 from common.certificates import Credentials
-from common.doctor import DoubtError, OpenError
+from common.doctor import Check, DoubtError, OpenError
 from common.errors import ConfigError, CoterieError, FederationError
 
 CALL_S = 10.0
@@ -56,6 +58,18 @@ class Peer:
         if not host or "/" in host or not port.isdecimal():
             raise ConfigError(f"{self.name}: is no address; give HOST:PORT")
         return host.strip("[]"), int(port)
+
+    def checks(self) -> Iterator[Check]:
+        """What either side asks of it, in order."""
+        yield Check("port", self.reach, "start the SuperLink", calls=True)
+        yield Check("certificate", self.handshake, "renew it", calls=True)
+        yield Check(
+            "flwr there",
+            lambda: self.flower(metadata.version("flwr")),
+            "install one minor version on both sides",
+            calls=True,
+        )
+        yield Check("clock", self.clock, "set it right, by NTP", calls=True)
 
     def reach(self) -> str:
         """Whether a port is open there. Raises: FederationError."""

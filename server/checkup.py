@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 
 from common.cli import Invocation
@@ -51,15 +50,7 @@ class Checkup:
         yield Check("versions", self.versions, "install this program anew, with constraints.txt")
         yield Check("authority", self.authority_, "give superlink.ca=ca.crt")
         yield Check("door", self.door, "keep the control API on loopback")
-        yield Check("port", self.peer.reach, "start the SuperLink", calls=True)
-        yield Check("certificate", self.peer.handshake, "renew it", calls=True)
-        yield Check(
-            "flwr there",
-            lambda: self.peer.flower(metadata.version("flwr")),
-            "install one minor version on both sides",
-            calls=True,
-        )
-        yield Check("clock", self.peer.clock, "set it right, by NTP", calls=True)
+        yield from self.peer.checks()
         yield Check("sites", self.sites, "have the sites start their nodes", calls=True)
         yield Check("disk", lambda: check_room(self._runs, "runs"), "make room")
         yield Check("run folder", self.run_folder, "choose another run_dir")

@@ -1,6 +1,6 @@
 """The simulation engine: what messages cost, how soon the first round is there, what workers gain.
 
-    python -m benchmarks.workers sites|loop|first|speedup|books --json FILE [--repeats 3]
+    python -m benchmarks.workers sites|loop|first|speedup|books|interrupt --json FILE [--repeats 3]
 
 Each figure is of a process of its own (`benchmarks.workers_run`), one after the other; what is
 compared takes turns. Wall times depend on what else the machine does, which `load` tells: the
@@ -10,6 +10,8 @@ system's mean number of running processes before a measurement.
 import argparse
 import json
 import os
+import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -47,6 +49,13 @@ READY_S = 25.0
 """After which processes that are started together have all read their records."""
 IMPORTS = "from common.cli import importing\nwith importing(): import simulations.run"
 """What the command imports before it does anything, as it does."""
+INTERRUPTIBLE = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from common.cli import main; sys.exit(main())"
+)
+"""The command as a terminal runs it: what is started in the background ignores Ctrl-C."""
+INTERRUPTED = 4
+"""Runs that are interrupted, of each kind and repeat."""
 Found = dict[str, float]
 
 
@@ -131,6 +140,51 @@ def books(_: int) -> Iterator[dict[str, Any]]:
         yield {"sites": count, "workers": workers, **measured("books", count, workers)}
 
 
+def interrupt(repeats: int) -> Iterator[dict[str, Any]]:
+    """Seconds from Ctrl-C, at moments drawn anew, until no process of the run is left.
+
+    `code` is 130 where the command had begun to listen, and -2 while Python was starting.
+    """
+    draw = random.Random(0)  # noqa: S311 - moments, not secrets
+    for workers in (1, 2):
+        found = [
+            _interrupted(workers, draw.uniform(2.0, 30.0)) for _ in range(INTERRUPTED * repeats)
+        ]
+        worst = max(each["seconds"] for each in found)
+        yield middle(found, workers=workers, worst_s=round(worst, 3))
+
+
+def _interrupted(workers: int, after_s: float) -> Found:
+    """One main job, in a session of its own, as a terminal gives it."""
+    with tempfile.TemporaryDirectory() as name:
+        run = [sys.executable, "-c", INTERRUPTIBLE, "simulate", f"run_dir={name}/run"]
+        settings = ["federation.rounds=50", "privacy.epsilon=50", f"engine.workers={workers}"]
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen([*run, *settings], start_new_session=True, **silent) as process:
+            time.sleep(after_s)
+            load, started = os.getloadavg()[0], time.perf_counter()
+            os.killpg(process.pid, signal.SIGINT)
+            while _alive(process.pid):
+                time.sleep(0.01)
+            seconds = time.perf_counter() - started
+        rounds = Path(name, "run", "metrics.jsonl")
+        whole = rounds.read_bytes().count(b"\n") if rounds.exists() else 0
+        code = float(process.returncode)
+        return {"seconds": seconds, "after_s": after_s, "rounds": whole, "code": code, "load": load}
+
+
+def _alive(session: int) -> bool:
+    """Whether a process of this session is there that is not only waiting to be collected."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, its = path.read_text().rpartition(") ")[2].split()[:4]
+        except OSError:  # it has just ended
+            continue
+        if int(its) == session and state != "Z":
+            return True
+    return False
+
+
 def _ceiling(work: str) -> float:
     alone, together = (sum(_bare(work, processes)) for processes in (1, 2))
     return together / alone
@@ -183,6 +237,7 @@ MEASUREMENTS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
     "first": first,
     "speedup": speedup,
     "books": books,
+    "interrupt": interrupt,
 }
 
 if __name__ == "__main__":

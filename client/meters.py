@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor, nn
@@ -85,7 +84,7 @@ class Meters:
         Raises: PrivacyRefusedError naming `clip-bound`.
         """
         bound = min(records * self._clip_norm, units * self._sensitivity)
-        norm = torch.stack([total.norm() for total in sums.values()]).norm()
+        norm = nn.utils.get_total_norm(list(sums.values()))
         if not float(norm) <= bound * (1 + SLACK):  # NaN alarms too
             _alarm("clip-bound")
 
@@ -140,10 +139,9 @@ class NoiseMeter:
 
         Args: lengths: of the pieces that are judged each by itself; by default one.
         """
-        residual = released.cpu().numpy().astype(np.float64)
-        residual *= self._divisor
-        residual -= total.cpu().numpy()
-        residual /= self._noise_std or 1.0
+        std = self._noise_std or 1.0
+        scaled = released.cpu().double().mul_(self._divisor / std)
+        residual = scaled.sub_(total.cpu().double(), alpha=1.0 / std).numpy()
         for piece in np.split(residual, np.cumsum(lengths)[:-1]) if lengths else [residual]:
             self._step.add(piece)
 

@@ -192,16 +192,15 @@ def release(sums: Sums, mechanism: Mechanism, randomness: Randomness, meter: Noi
     """
     released: Sums = {}
     for group in _together(sums):
-        totals, sizes = [sums.pop(p).view(-1) for p in group], [p.numel() for p in group]
-        whole = totals[0] if len(totals) == 1 else torch.cat(totals)
-        windows = meter.windows(sizes)
-        clipped = torch.cat([whole[window] for window in windows])
-        for piece in torch.split(whole, NOISE_CHUNK):
-            _noise(piece, mechanism, randomness)
-        noised = torch.cat([whole[window] for window in windows])
-        meter.read(clipped, noised, [window.stop - window.start for window in windows])
-        for parameter, part in zip(group, torch.split(whole, sizes), strict=True):
-            released[parameter] = part.view_as(parameter).to(parameter.dtype)
+        totals = [sums.pop(p).view(-1) for p in group]
+        read = [(at, window) for at in totals for window in meter.windows([at.numel()])]
+        clipped = torch.cat([at[window] for at, window in read])
+        for pieces in _chunks(totals):
+            _noise(pieces, mechanism, randomness)
+        noised = torch.cat([at[window] for at, window in read])
+        meter.read(clipped, noised, [window.stop - window.start for _, window in read])
+        for parameter, total in zip(group, totals, strict=True):
+            released[parameter] = total.view_as(parameter).to(parameter.dtype)
     meter.close_step()
     return released
 
@@ -219,11 +218,29 @@ def _together(sums: Sums) -> list[list[nn.Parameter]]:
     return groups
 
 
-def _noise(piece: Tensor, mechanism: Mechanism, randomness: Randomness) -> None:
-    """Puts (piece + N(0, noise_std^2) per coordinate) / divisor into `piece`, added in float64."""
+def _chunks(totals: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The coordinates of `totals` in order, as views of `NOISE_CHUNK` together."""
+    held: list[Tensor] = []
+    room = NOISE_CHUNK
+    for total in totals:
+        while len(total) >= room:
+            yield [*held, total[:room]]
+            held, total, room = [], total[room:], NOISE_CHUNK  # noqa: PLW2901
+        if len(total):
+            held.append(total)
+            room -= len(total)
+    if held:
+        yield held
+
+
+def _noise(pieces: list[Tensor], mechanism: Mechanism, randomness: Randomness) -> None:
+    """Puts (piece + N(0, noise_std^2) per coordinate) / divisor into each, added in float64."""
     std, divisor = mechanism.noise_std, mechanism.divisor
-    noise = torch.from_numpy(randomness.normal(len(piece), std / divisor)).to(piece.device)
-    piece.copy_(noise.add_(piece, alpha=1.0 / divisor))
+    sizes = [len(piece) for piece in pieces]
+    noise = torch.from_numpy(randomness.normal(sum(sizes), std / divisor)).to(pieces[0].device)
+    for piece, drawn in zip(pieces, torch.split(noise, sizes), strict=True):
+        # Two passes of one type each are quicker than one that converts on the way.
+        piece.copy_(drawn.add_(piece.double(), alpha=1.0 / divisor))
 
 
 def cut(sample: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:

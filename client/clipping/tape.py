@@ -9,6 +9,7 @@ Shapes: B records, R rows (tokens, patches) per record, d inputs and p outputs o
 V rows of an embedding table.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,12 +84,12 @@ class Tape:
     fans: list[FanUse] = field(default_factory=list)
     kept: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     """Per-record gradients (B, *shape), where they are small or the only way."""
-    _early: "dict[nn.Parameter, _Norms]" = field(default_factory=dict)
+    _early: "list[_Norms]" = field(default_factory=list)
     """Norms taken in the backward pass."""
     _narrow: dict[nn.Parameter, slice] = field(default_factory=dict)
     _terms: Tensor = field(default_factory=lambda: torch.zeros(()))
-    _last: "tuple[Tensor, Tensor] | None" = None
-    """Input of the last matrix and its Gram: query, key and value share them."""
+    _open: "_Shared | None" = None
+    """The matrices filed last, of which more may follow: query, key and value share an input."""
 
     def live_rows(self, weight: nn.Parameter, g: Tensor) -> slice:
         """Where rows of `g` (B, R, p), at the output of `weight`, are not zero; all, if many.
@@ -134,18 +135,25 @@ class Tape:
         self.matrices.append(use)
         early = self.habits is not None and use.weight in self.habits.alone
         if early and not _cheaper_built(rows, inputs, outputs):
-            grams = self._input_gram(use.a), _gram(use.g.float())
-            self._early[use.weight] = _Norms.sum_of([use], grams)
+            self._take_early(use)
 
-    def _input_gram(self, a: Tensor) -> Tensor:
-        if self._last is None or _memory(self._last[0]) != _memory(a):
-            self._last = a, _gram(a.float())
-        return self._last[1]
+    def _take_early(self, use: MatrixUse) -> None:
+        if self._open is not None and _memory(self._open.uses[0].a) == _memory(use.a):
+            self._open.add(use)
+            return
+        self._close_early()
+        self._open = _Shared([use], _gram(use.a.float()), _gram(use.g.float()))
+
+    def _close_early(self) -> None:
+        if self._open is not None:
+            self._early.append(self._open.norms())
+        self._open = None
 
     @torch.no_grad()
     def settle(self, parameters: list[nn.Parameter]) -> None:
         """Carries gradients of shared tensors back to their parameters; call after backward."""
-        fans, self.fans, self._last = self.fans, [], None
+        self._close_early()
+        fans, self.fans = self.fans, []
         for fan in fans:
             if isinstance(fan.shared, nn.Parameter):
                 self.keep(fan.shared, fan.g)
@@ -165,8 +173,10 @@ class Tape:
         for gradients in self.kept.values():
             total += gradients.reshape(self.records, -1).float().square().sum(1)
         alone, tied = self._by_multiplicity()
-        norms = [self._early[use.weight] for use in alone if use.weight in self._early]
-        late = [use for use in alone if use.weight not in self._early]
+        still = {use.weight for use in alone}
+        norms = [each for each in self._early if still.issuperset(use.weight for use in each.uses)]
+        done = {use.weight for each in norms for use in each.uses}
+        late = [use for use in alone if use.weight not in done]
         norms += [_matrix_norms(group) for group in _same_input(late)]
         norms += [_table_norms(tables) for tables in _same_gradient(late)]
         norms += [_tied_norms(uses) for uses in tied]
@@ -264,6 +274,14 @@ def per_record(use: MatrixUse) -> Tensor:
     return torch.bmm(use.g.transpose(1, 2), use.a)
 
 
+def row_sums(rows: Tensor) -> Tensor:
+    """(B, d) sums of the rows of (B, R, d); as a product, up to three times as fast as `sum`."""
+    records, count, _ = rows.shape
+    if count == 1:
+        return rows[:, 0]
+    return torch.bmm(rows.new_ones(1, 1, count).expand(records, -1, -1), rows)[:, 0]
+
+
 def _used_both_ways(uses: list[MatrixUse]) -> set[nn.Parameter]:
     """Weights applied both as they are and transposed."""
     plain = {use.weight for use in uses if not use.transposed}
@@ -307,12 +325,10 @@ class _Norms:
         cls, uses: Sequence[MatrixUse | TableUse], *products: tuple[Tensor, Tensor]
     ) -> "_Norms":
         """Of inner products of two (B, n, n) each, of which the second is overwritten."""
-        found = rows = products[0][0].new_zeros(())
-        for kept, spent in products:
-            both = spent.mul_(kept)
-            found = found + both.sum((1, 2))
-            rows = rows + both.diagonal(dim1=1, dim2=2).sum(1)
-        return cls(uses, found, rows)
+        products_of = [spent.mul_(kept) for kept, spent in products]
+        found = [row_sums(each).sum(1) for each in products_of]
+        rows = [each.diagonal(dim1=1, dim2=2).sum(1) for each in products_of]
+        return cls(uses, functools.reduce(torch.add, found), functools.reduce(torch.add, rows))
 
     @classmethod
     def built(cls, uses: Sequence[MatrixUse]) -> "_Norms":
@@ -320,6 +336,27 @@ class _Norms:
         rows = [use.a.float().square().sum(2) * use.g.float().square().sum(2) for use in uses]
         found = _built_norms(uses, range(len(rows[0])))
         return cls(uses, found, torch.stack([each.sum(1) for each in rows]).sum(0))
+
+
+@dataclass
+class _Shared:
+    """Matrices with one input, as they come in the backward pass: their Grams add up."""
+
+    uses: list[MatrixUse]
+    of_input: Tensor
+    """(B, R, R) Gram of the input."""
+    of_gradients: Tensor
+    """(B, R, R) sum of the Grams of the output gradients."""
+
+    def add(self, use: MatrixUse) -> None:
+        """One more."""
+        g = use.g.float()
+        self.uses.append(use)
+        self.of_gradients.baddbmm_(g, g.transpose(1, 2))
+
+    def norms(self) -> _Norms:
+        """Of all of them; uses up the Grams."""
+        return _Norms.sum_of(self.uses, (self.of_input, self.of_gradients))
 
 
 def _added(norms: list[_Norms]) -> Tensor:
@@ -340,11 +377,10 @@ def _matrix_norms(group: list[MatrixUse]) -> _Norms:
         return _Norms(group, found, found)
     if _cheaper_built(a.shape[1], a.shape[2], sum(use.g.shape[2] for use in group)):
         return _Norms.built(group)
-    of_gradients = _gram(group[0].g.float())
+    shared = _Shared(group[:1], _gram(a), _gram(group[0].g.float()))
     for use in group[1:]:
-        g = use.g.float()
-        of_gradients.baddbmm_(g, g.transpose(1, 2))
-    return _Norms.sum_of(group, (_gram(a), of_gradients))
+        shared.add(use)
+    return shared.norms()
 
 
 def _table_norms(tables: list[TableUse]) -> _Norms:

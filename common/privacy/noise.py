@@ -61,12 +61,12 @@ class Randomness:
         pairs = (count + 1) // 2
         # 52 random bits under the exponent of 1.0 are uniform in [1, 2): no conversion, no scaling.
         bits = self._bits(2 * pairs).bitwise_and_(_FRACTION).bitwise_or_(_ONE)
-        shifted = bits.view(torch.float64)
-        radius = shifted[:pairs].neg_().add_(2.0).log_().mul_(-2.0 * std * std).sqrt_()
-        angle = shifted[pairs:].mul_(2.0 * math.pi)
-        both = torch.empty(2 * pairs, dtype=torch.float64)
-        torch.cos(angle, out=both[:pairs]).mul_(radius)
-        torch.sin(angle, out=both[pairs:]).mul_(radius)
+        both = bits.view(torch.float64)
+        radius = torch.rsub(both[:pairs], 2.0).log_().mul_(-2.0 * std * std).sqrt_()
+        angle = both[pairs:].mul_(2.0 * math.pi)
+        torch.cos(angle, out=both[:pairs])
+        angle.sin_()
+        both.view(2, pairs).mul_(radius)
         gaussians: NDArray[np.float64] = both[:count].numpy()
         return gaussians
 

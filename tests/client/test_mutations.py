@@ -346,7 +346,7 @@ MUTATIONS = {
             private_step.release,
             (
                 "noised = torch.cat",
-                "last = sizes[-1]; whole[-last:] = clipped[-last:] / mechanism.divisor; "
+                "totals[-1].copy_(clipped[-len(totals[-1]) :] / mechanism.divisor); "
                 "noised = torch.cat",
             ),
         ),

@@ -120,8 +120,8 @@ def rehearse_chance(sample_rate: float) -> None:
     """Draws made units and noises made zeros as steps do, beneath meters of its own.
 
     Guarantee: coins or noise that are not what is declared mostly show here, where nothing is
-    charged or released yet; of no record anything is seen. Noise off by a hundredth alarms, and
-    passes over shuffled units do, at rates from 1e-4 on.
+    charged or released yet; of no record anything is seen. Passes over shuffled units alarm at
+    rates from 1e-4 on, noise off by a tenth always, and by a hundredth in 96 of 100 trials.
     Raises: PrivacyRefusedError naming the check.
     """
     mechanism = Mechanism(1.0, 1.0, sample_rate, 1.0 / sample_rate)

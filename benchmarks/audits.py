@@ -26,15 +26,15 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from numpy.typing import NDArray
 from scipy import special, stats
 from torch import nn
 
 from benchmarks.tiny import make_job
 from client import meters
 from client.audit import audit_mechanism
-from client.canaries import coins_of
 from client.clipping.engines import ClippingEngine, EngineName
-from client.private_step import ParameterGroup, private_steps, sgd
+from client.private_step import ParameterGroup, private_steps, rehearse_chance, sgd
 from common.composition import CONF
 from common.config import Config, from_composed, register_schemas
 from common.errors import PrivacyRefusedError
@@ -42,16 +42,15 @@ from common.privacy.lower_bounds import (
     INDEPENDENT,
     ONE_RUN,
     bounds_of,
-    mu_of_epsilon,
     one_run_bound,
 )
 from common.privacy.mechanism import Mechanism
 from common.privacy.noise import Randomness
 from tests.client.test_audit import FAULTS
-from tests.client.test_mutations import MUTATIONS, SKIPPED, noise, sampler, shuffled
+from tests.client.test_mutations import MUTATIONS, SKIPPED, fixed_size, noise, sampler, shuffled
+from tests.common.privacy.games import DELTA, EPSILONS, game
 
-DELTA, ODDS = 1e-5, 0.05
-EPSILONS = (1.0, 3.0, 8.0)
+ODDS = 0.05
 REPEATED = 20
 """Audits of the sound step, and times that each fault is tried."""
 FEW_STEPS = 10
@@ -64,14 +63,12 @@ def validity(trials: int) -> dict[str, Any]:
     """Shares of bounds above the truth, under the exact Gaussian and randomised response."""
     rows = []
     for epsilon in EPSILONS:
-        mu = mu_of_epsilon(epsilon, DELTA)
         for m in (1000, 5000):
             draw = np.random.default_rng(int(epsilon) * 10_000 + m)
             for by in (INDEPENDENT, ONE_RUN):
                 found = []
                 for _ in range(trials):
-                    present = coins_of(m * 5 // 4, draw.random(m * 5 // 4))
-                    scores = present + draw.normal(size=len(present)) / mu
+                    scores, present = game(epsilon, m * 5 // 4, draw)
                     found.append(bounds_of(scores, present, delta=DELTA, by=by))
                 bounds = np.array([each.lower_bound for each in found])
                 rows.append(
@@ -151,15 +148,36 @@ class Nothing(ClippingEngine):
 SIZES = {
     "main job": (14_213, 299, Mechanism(2.9222, 1.0, 0.5, 299)),
     "tiny": (1_088, 60, Mechanism(2.0, 1.0, 0.5, 42)),
+    "tenth": (14_213, 300, Mechanism(2.0, 1.0, 0.1, 300)),
     "rare": (14_213, 30, Mechanism(1.0, 1.0, 1 / 30, 30)),
 }
 """Parameters, records and mechanism; of `rare` every third step draws nobody."""
+
+
+def whole_passes() -> Callable[..., NDArray[np.int64]]:
+    """As `shuffled`, with the few that are left at the end of a pass as a batch of their own."""
+    draw, waiting = np.random.default_rng(0), list[int]()
+
+    def sample(records: int, *, sample_rate: float, coins: Randomness) -> NDArray[np.int64]:
+        size = round(records * sample_rate)
+        if not waiting:
+            waiting.extend(draw.permutation(records).tolist())
+        taken = np.sort(np.array(waiting[:size], dtype=np.int64))
+        del waiting[:size]
+        return taken
+
+    return sample
+
+
 STOPPED: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "noise x0.9": ("main job", noise(lambda draw, stream, count: 0.9 * draw(stream, count))),
     "noise x0.9, tiny": ("tiny", noise(lambda draw, stream, count: 0.9 * draw(stream, count))),
     "noise x0.99": ("main job", noise(lambda draw, stream, count: 0.99 * draw(stream, count))),
     "noise used twice": ("main job", MUTATIONS["noise used twice"].apply),
-    "shuffled, not drawn": ("main job", sampler(shuffled)),
+    "batches of one size": ("main job", sampler(fixed_size)),
+    "shuffled, remainders kept": ("main job", sampler(whole_passes)),
+    "shuffled, remainders left out": ("main job", sampler(shuffled)),
+    "shuffled, rate 1/10": ("tenth", sampler(shuffled)),
     "shuffled, rate 1/30": ("rare", sampler(shuffled)),
     "empty samples skipped": ("rare", SKIPPED),
 }
@@ -211,6 +229,7 @@ def alarms(trials: int) -> dict[str, Any]:
                     "most": max(steps, default=None),
                 },
                 "within_ten": sum(step <= FEW_STEPS for step in steps) / trials,
+                "before_the_first": rehearsed(SIZES[size][2].sample_rate, fault, trials),
             }
         )
         print(json.dumps(rows[-1]), flush=True)
@@ -218,6 +237,19 @@ def alarms(trials: int) -> dict[str, Any]:
         "faults": rows,
         "sound": [false_alarms(size, 50 * trials) for size in ("main job", "tiny")],
     }
+
+
+def rehearsed(rate: float, fault: Callable[[pytest.MonkeyPatch], None], trials: int) -> float:
+    """The share of times that the rehearsal before a run finds it."""
+    found = 0
+    for _ in range(trials):
+        with pytest.MonkeyPatch.context() as patch:
+            fault(patch)
+            try:
+                rehearse_chance(rate)
+            except PrivacyRefusedError:
+                found += 1
+    return found / trials
 
 
 def false_alarms(size: str, steps: int) -> dict[str, Any]:
@@ -246,12 +278,12 @@ def false_alarms(size: str, steps: int) -> dict[str, Any]:
 
 
 def expected_share(odds: float) -> float:
-    """At most so many sound steps alarm: two tails of nine judgements.
+    """At most so many sound steps alarm: two tails of nine judgements, and one bet.
 
     Energy of the step, of all steps, of pieces; neighbours, pieces, the step before; rate,
     dispersion, overlap.
     """
-    return 9 * 2 * odds
+    return (9 * 2 + 1) * odds
 
 
 def small_config(folder: Path) -> Config:

@@ -15,6 +15,7 @@ goes off only if an engine breaks its own guarantee. Statistical tests of DP cod
 | `sampler-rate` | too many records, or persons, drawn, too few |
 | `sampler-dispersion` | batches whose sizes vary too little, or too much |
 | `sampler-overlap` | steps that avoid, or repeat, those drawn in the step before |
+| `sampler-passes` | batches of one size, or passes in which nobody comes twice: shuffling |
 | `sampler-repeat` | a record, or person, twice in one step |
 | `step-count` | a step, an empty one for example, that drew or released nothing |
 | `clip-bound` | a sum longer than its clipped gradients, or its persons, can make it |
@@ -31,6 +32,7 @@ from scipy import special
 from torch import Tensor, nn
 
 from client.measurements import Measurements
+from client.passes import Passes
 from common.errors import PrivacyRefusedError
 from common.privacy.mechanism import Mechanism
 from common.privacy.noise import Randomness
@@ -207,10 +209,10 @@ class SamplerMeter:
     """Were records, or persons, drawn independently, each with probability q? Over all steps.
 
     Batches of a fixed size vary too little, those of a shuffled pass never meet: both alarm,
-    after some steps. What is remembered (sizes, the last sample) is private and stays here.
+    after some steps. What is remembered (sizes, samples) is private and stays here.
     Args: dither: coins that spread a size over the odds of that size, see `_read_dispersion`.
     Raises, from `read`: PrivacyRefusedError naming `sampler-rate`, `sampler-dispersion`,
-    `sampler-overlap` or `sampler-repeat`; see the module.
+    `sampler-overlap`, `sampler-passes` or `sampler-repeat`; see the module.
     """
 
     def __init__(self, sample_rate: float, *, dither: Randomness | None = None) -> None:
@@ -220,6 +222,7 @@ class SamplerMeter:
         """Samples read."""
         self._spread = 0.0
         self._last: NDArray[np.int64] | None = None
+        self._passes = Passes(sample_rate)
 
     def read(self, sample: NDArray[np.int64], *, units: int) -> None:
         """The indices of those drawn in one step, out of `units` records or persons."""
@@ -234,6 +237,9 @@ class SamplerMeter:
             self._overlap.toss(len(self._last), common)
             self._overlap.judge("sampler-overlap")
         self._last = sample
+        self._passes.read(sample, units=units)
+        if not self._passes.odds >= ODDS:
+            _alarm("sampler-passes")
 
     def _read_dispersion(self, drawn: int, units: int) -> None:
         """A size becomes a standard Gaussian, exactly and for any number of records or persons.

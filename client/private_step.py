@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from client.clipping.engines import FILLER, ClippingEngine, LossOf, Sums, completed
 from client.measurements import Measurements
-from client.meters import Meters, NoiseMeter
+from client.meters import WINDOW, Meters, NoiseMeter
 from client.proximal import ProximalSGD
 from common.errors import PrivacyRefusedError
 from common.privacy.mechanism import Mechanism
@@ -37,6 +37,12 @@ SPARED = 1.1
 """What fewer passes are worth, in rows computed."""
 NOISED_TOGETHER = 1 << 19
 """Coordinates of parameters that are cut into chunks as one, so that few chunks are small."""
+
+REHEARSED_DRAWS, SPREAD, MOST_DRAWN, MOST_UNITS = 16, 100, 1 << 12, 1 << 17
+"""Samples that are drawn of made units before a run; what the variance of their sizes should be;
+how many units are expected in each at most, and of how many, where the rate is close to 1 or 0."""
+REHEARSED_NOISES, MADE_PIECES = 2, 16
+"""Noise that is drawn before a run: so often, for so many pieces that are read whole."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,26 @@ def private_steps(
         for parameter in engine.parameters:
             parameter.grad = None
     return meters.close_round(steps)
+
+
+def rehearse_chance(sample_rate: float) -> None:
+    """Draws made units and noises made zeros as steps do, beneath meters of its own.
+
+    Guarantee: coins or noise that are not what is declared mostly show here, where nothing is
+    charged or released yet; of no record anything is seen. Passes over shuffled units alarm at
+    rates from 1e-4 on, noise off by a tenth always, and by a hundredth in 96 of 100 trials.
+    Raises: PrivacyRefusedError naming the check.
+    """
+    mechanism = Mechanism(1.0, 1.0, sample_rate, 1.0 / sample_rate)
+    meters, randomness = Meters(mechanism), Randomness.from_entropy()
+    spread = sample_rate * (1.0 - sample_rate)
+    units = math.ceil(min(SPREAD / max(spread, 1e-9), MOST_DRAWN / sample_rate, MOST_UNITS))
+    for _ in range(REHEARSED_DRAWS):
+        sample = poisson_sample(units, sample_rate=sample_rate, coins=randomness)
+        meters.sampler.read(sample, units=units)
+    for _ in range(REHEARSED_NOISES):
+        made = [nn.Parameter(torch.zeros(WINDOW)) for _ in range(MADE_PIECES)]
+        release({p: torch.zeros(WINDOW) for p in made}, mechanism, randomness, meters.noise)
 
 
 def batch_rows(expected: float, sample_rate: float, most: int, *, fillers: int = 1) -> int:

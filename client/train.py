@@ -24,7 +24,14 @@ from client.measurements import Measurements
 from client.meters import Meters
 from client.persons import usable
 from client.preflight import Verdict, preflight, refusal
-from client.private_step import ParameterGroup, batch_rows, plain_steps, private_steps, sgd
+from client.private_step import (
+    ParameterGroup,
+    batch_rows,
+    plain_steps,
+    private_steps,
+    rehearse_chance,
+    sgd,
+)
 from client.site import Site
 from client.stacked_step import Seat, Stack, plain_steps_together, private_steps_together
 from common import parameters
@@ -213,6 +220,7 @@ class Trainer:
         every site, and so tells nothing about records. The gradients of the made records are far
         beyond the clip bound, and that of one alone is held against it. Where persons are drawn,
         one alone has the same record twice, if they may have two, and is held against theirs.
+        Coins and noise, too, are tried on what is made up.
         Raises: ConfigError if the model cannot read its input; PrivacyRefusedError if it cannot
         be trained privately.
         """
@@ -223,6 +231,7 @@ class Trainer:
         made, most = self._made(REHEARSED), self._config.privacy.max_records_per_person or 1
         for units, each in ((REHEARSED, 1), (1, min(most, REHEARSED)), (0, 0)):
             self._rehearse_step(made, still, np.repeat(np.arange(units), each))
+        rehearse_chance(self._config.privacy.sample_rate)
 
     def _rehearse_together(self, stack: Stack) -> None:
         """The same steps, each at a site of its own, beside each other and under a bound that

@@ -7,6 +7,7 @@ its holder's, and is written once: made again, a kit keeps the keys that it has.
 import json
 import shlex
 import shutil
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -15,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.canonical import digest
@@ -34,6 +35,7 @@ from server.holders import (
     SUPERLINK_KEY,
     Book,
     Holder,
+    Key,
     Office,
     certificate_of,
     make_key,
@@ -209,6 +211,7 @@ class Maker:
             book.holders[COORDINATOR],
             sites=[*let_in],
             serials=serials,
+            node_keys=[(name, _as_sent(each.keys[NODE_KEY])) for name, each in let_in.items()],
             calls=STOCK_CALLS if self.federation.stock_supernodes else CALLS,
             superlink_command=flags,
             superlink_command_pod=pod,
@@ -333,6 +336,13 @@ def _serial(number: int) -> str:
     """As nginx writes it: hexadecimal, two digits to a byte."""
     digits = f"{number:X}"
     return digits if len(digits) % 2 == 0 else f"0{digits}"
+
+
+def _as_sent(key: Key) -> str:
+    """A node's public key as the header of a fleet call has it: base64 of PEM."""
+    public = load_ssh_public_key(key.public.encode())
+    pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return b64encode(pem).decode("ascii")
 
 
 def _environment(folder: Path) -> Environment:

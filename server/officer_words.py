@@ -26,7 +26,13 @@ WATCHED = (
     (
         "random choice of records",
         "that each step draws every record by a coin of its own, at the promised rate",
-        ("sampler-rate", "sampler-dispersion", "sampler-overlap", "sampler-repeat"),
+        (
+            "sampler-rate",
+            "sampler-dispersion",
+            "sampler-overlap",
+            "sampler-passes",
+            "sampler-repeat",
+        ),
     ),
     (
         "limit on each record's say",

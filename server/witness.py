@@ -4,9 +4,9 @@ A party of its own, outside the coordinator and the sites. It holds heads, count
 refuses what does not go on from them: a ledger that was put back to an older copy is found out at
 its next word, or at the officer's next question. It needs no torch, no data and no model.
 
-Who may ask is whoever has a pass (TLS, both ways). Who may bring a ledger on is the one node that
-was enrolled with it, and only by what the site's key signed. Enrolment is done here, by the
-officer, and by nobody over the network.
+Who may ask is whoever has a pass (TLS, both ways) that was given and not taken back. Who may bring
+a ledger on is the one node that was enrolled with it, and only by what the site's key signed.
+Enrolment is done here, by the officer, and by nobody over the network.
 """
 
 import logging
@@ -17,12 +17,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import grpc
 import typer
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -52,7 +53,7 @@ from common.privacy.witness import (
     read_question,
     write_testimony,
 )
-from server.witnessed import RefusedError, Standing, WitnessBook
+from server.witnessed import Given, RefusedError, Standing, WitnessBook
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ MAX_METADATA = 8192
 STATUS = {
     Refusal.malformed: grpc.StatusCode.INVALID_ARGUMENT,
     Refusal.unknown: grpc.StatusCode.NOT_FOUND,
+    Refusal.revoked: grpc.StatusCode.PERMISSION_DENIED,
     Refusal.stranger: grpc.StatusCode.PERMISSION_DENIED,
     Refusal.wrong_key: grpc.StatusCode.PERMISSION_DENIED,
     Refusal.gap: grpc.StatusCode.OUT_OF_RANGE,
@@ -112,17 +114,18 @@ def handlers(witness: Witness) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(
         SERVICE,
         {
-            name: grpc.unary_unary_rpc_method_handler(_answered(each))
+            name: grpc.unary_unary_rpc_method_handler(_answered(each, witness.book))
             for name, each in methods.items()
         },
     )
 
 
 def _answered(
-    method: Callable[[bytes, str], bytes],
+    method: Callable[[bytes, str], bytes], book: WitnessBook
 ) -> Callable[[bytes, grpc.ServicerContext], bytes]:
     def call(request: bytes, context: grpc.ServicerContext) -> bytes:
         try:
+            book.check_pass(_serial_of(context))
             return method(request, _name_of(context))
         except RefusedError as error:
             refusal = error.refusal
@@ -142,6 +145,16 @@ def _name_of(context: grpc.ServicerContext) -> str:
     """Whose pass it is: TLS has shown that this witness's authority signed it."""
     names = context.auth_context().get("x509_common_name", [])
     return names[0].decode("utf-8", "replace") if len(names) == 1 else ""
+
+
+def _serial_of(context: grpc.ServicerContext) -> int:
+    """Of the certificate that was shown. Raises: VerificationError if there is not one."""
+    shown = context.auth_context().get("x509_pem_cert", [])
+    try:
+        (certificate,) = shown
+        return x509.load_pem_x509_certificate(certificate).serial_number
+    except ValueError as error:
+        raise VerificationError("pass: is none") from error
 
 
 def _printable(name: str) -> str:
@@ -186,6 +199,7 @@ def make_witness(folder: Path, hosts: list[str], days: int) -> str:
         authority.issue(SERVER, hosts, days=days)
         key = generate_key(made / f"{BOOK}{KEY_SUFFIX}")
         WitnessBook.create(made / BOOK).close()
+    folder.chmod(0o700)
     return public_hex(key)
 
 
@@ -206,6 +220,8 @@ def admit_to(folder: Folder, name: str, output: Path, days: int) -> None:
     with folder_atomic(output) as made:
         key = ec.generate_private_key(ec.SECP384R1())
         certificate = folder.authority.sign(name, key.public_key(), days=days)
+        with folder.book() as book:
+            book.give(certificate.serial_number, name, certificate.not_valid_after_utc)
         secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         write_private(made / KEY_FILE, secret)
         (made / CERTIFICATE_FILE).write_bytes(certificate.public_bytes(Encoding.PEM))
@@ -248,6 +264,20 @@ def witness(invocation: Invocation) -> None:
         admit_to(Folder(folder), name, output, days)
         _answer(invocation, {"pass": str(output), "name": name})
 
+    def revoke(
+        folder: FolderArgument,
+        name: Annotated[str, typer.Argument(help="Whose passes are taken back.")],
+    ) -> None:
+        """Takes back every pass of a name: lost, stolen, or its holder has left.
+
+        A witness that is running refuses them from its next answer on. The same name may be given
+        another pass with `admit`; ledgers that were enrolled with it stay enrolled.
+
+        Example: coterie witness revoke witness ward-1
+        """
+        with Folder(folder).book() as book:
+            _answer(invocation, {"revoked": name, "passes": book.take_back(name)})
+
     def enrol(  # noqa: PLR0917 - options, which are given by name
         folder: FolderArgument,
         ledger: Annotated[str, typer.Argument(help="An exported ledger, from its site.")],
@@ -283,18 +313,20 @@ def witness(invocation: Invocation) -> None:
         _serve(invocation, Folder(folder), checked_address(listen))
 
     def show(folder: FolderArgument) -> None:
-        """Shows each enrolled ledger: where it stands, since when, and what was refused.
+        """Shows each enrolled ledger, where it stands and what was refused, and each pass.
 
         Example: coterie witness show witness
         """
         with Folder(folder).book() as book:
-            standings = book.standings()
+            standings, passes = book.standings(), book.passes()
         if invocation.json:
-            emit_json({"ledgers": [_fields(each) for each in standings]})
+            told = {"passes": [asdict(each) for each in passes]}
+            emit_json({"ledgers": [_fields(each) for each in standings], **told})
         else:
             _show(standings, Console(markup=False))
+            _show_passes(passes, Console(markup=False))
 
-    run_typer([init, admit, enrol, serve, show], invocation)
+    run_typer([init, admit, revoke, enrol, serve, show], invocation)
 
 
 def _serve(invocation: Invocation, folder: Folder, listen: str) -> None:
@@ -363,6 +395,15 @@ def _show(standings: list[Standing], console: Console) -> None:
             console.print(
                 f"{each.ledger}: {found['seen']}: {reason} ({found['head']})", soft_wrap=True
             )
+
+
+def _show_passes(passes: list[Given], console: Console) -> None:
+    table = Table(title="Passes given", title_justify="left")
+    for column in ("name", "given", "valid until", "taken back"):
+        table.add_column(column)
+    for each in passes:
+        table.add_row(each.name, each.given, each.until, each.revoked or "no")
+    console.print(table)
 
 
 def _answer(invocation: Invocation, content: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 One id, one ledger, one line of keys. Nothing is ever taken back: a head that was countersigned is
 on the disk first, and stays. What a site signed and the witness could not take, a fork or an older
 copy, is kept as evidence.
+
+Every pass is written down when it is given, and believed as long as it is not taken back.
 """
 
 import sqlite3
@@ -21,7 +23,8 @@ from common.privacy.witness import Advance, Refusal, is_id
 BUSY_S = 30.0
 MOST_EVIDENCE = 200
 """Refused heads kept of one ledger: the first ones."""
-FORMAT = 1
+FORMAT = 2
+TIME = "%Y-%m-%dT%H:%M:%SZ"
 _SCHEMA = f"""
 PRAGMA user_version = {FORMAT};
 CREATE TABLE ledger (id TEXT PRIMARY KEY, node TEXT NOT NULL, enrolled TEXT NOT NULL) WITHOUT ROWID;
@@ -37,12 +40,18 @@ CREATE TABLE refused (
     id TEXT NOT NULL, seq INTEGER NOT NULL, hash TEXT NOT NULL, signature TEXT NOT NULL,
     reason TEXT NOT NULL, seen TEXT NOT NULL, PRIMARY KEY (id, seq, hash)
 ) WITHOUT ROWID;
+CREATE TABLE pass (
+    serial TEXT PRIMARY KEY, name TEXT NOT NULL, given TEXT NOT NULL, until TEXT NOT NULL,
+    revoked TEXT NOT NULL
+) WITHOUT ROWID;
 CREATE TRIGGER entry_is_not_edited BEFORE UPDATE ON entry
     BEGIN SELECT RAISE(ABORT, 'what was witnessed stays'); END;
 CREATE TRIGGER entry_is_not_deleted BEFORE DELETE ON entry
     BEGIN SELECT RAISE(ABORT, 'what was witnessed stays'); END;
 CREATE TRIGGER signer_is_not_edited BEFORE UPDATE ON signer
     BEGIN SELECT RAISE(ABORT, 'what was witnessed stays'); END;
+CREATE TRIGGER a_pass_stays_revoked BEFORE UPDATE ON pass WHEN OLD.revoked != ''
+    BEGIN SELECT RAISE(ABORT, 'what was taken back stays so'); END;
 """
 
 
@@ -67,6 +76,18 @@ class Standing:
     """When the witness heard of it last."""
     refused: tuple[dict[str, str], ...]
     """Heads that the site signed and the witness refused: evidence of a fork or an older copy."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """One pass that was given."""
+
+    name: str
+    given: str
+    until: str
+    """When its certificate ends."""
+    revoked: str
+    """When it was taken back; empty while it is good."""
 
 
 class WitnessBook:
@@ -143,6 +164,44 @@ class WitnessBook:
                 [(ledger, entry.seq, entry.hash, now) for entry in entries],
             )
         return Head(entries[-1].seq, entries[-1].hash)
+
+    def give(self, serial: int, name: str, until: datetime) -> None:
+        """Writes down a pass, by the serial number of its certificate, before it is handed over."""
+        with self._transaction() as connection:
+            connection.execute(
+                "INSERT INTO pass VALUES (?, ?, ?, ?, '')",
+                (str(serial), name, _now(), until.strftime(TIME)),
+            )
+
+    def take_back(self, name: str) -> int:
+        """Every pass of this name that is good; from now on each is refused. Returns how many.
+
+        Raises: ConfigError if there is none.
+        """
+        with self._transaction() as connection:
+            found = connection.execute(
+                "UPDATE pass SET revoked = ? WHERE name = ? AND revoked = ''", (_now(), name)
+            )
+        if not found.rowcount:
+            raise ConfigError(f"{name}: has no pass that is good; `coterie witness show` lists all")
+        return found.rowcount
+
+    def check_pass(self, serial: int) -> None:
+        """Raises: RefusedError unless it was given and is good."""
+        with self._transaction() as connection:
+            row = connection.execute(
+                "SELECT revoked FROM pass WHERE serial = ?", (str(serial),)
+            ).fetchone()
+        if row is None or row[0]:
+            raise RefusedError(Refusal.revoked)
+
+    def passes(self) -> list[Given]:
+        """All that were ever given, by name."""
+        with self._transaction() as connection:
+            rows = connection.execute(
+                "SELECT name, given, until, revoked FROM pass ORDER BY name, given, serial"
+            ).fetchall()
+        return [Given(*row) for row in rows]
 
     def latest(self, ledger: str) -> Head:
         """The highest head. Raises: RefusedError for an id that is not enrolled."""
@@ -320,4 +379,4 @@ def _take_rotation(connection: sqlite3.Connection, step: Advance, old: str) -> N
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(UTC).strftime(TIME)

@@ -8,6 +8,7 @@ Beside real gradients, and drawn now and then, a canary is hard to see: what suc
 lies far below what a sound run claims, and the ceiling says how far above zero it could come.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,23 @@ from common.config import Config, EngineName, Resume
 from common.durable import write_atomic
 from common.errors import ConfigError
 from common.parameters import Vector
-from common.privacy.accounting import REPORT_INTERVAL, deltas_pld, epsilon_pld
+from common.privacy.accounting import (
+    LIVE_INTERVAL,
+    REPORT_INTERVAL,
+    Event,
+    deltas_pld,
+    epsilon_pld,
+)
 from common.privacy.lower_bounds import (
+    MOST_STRETCH,
     ONE_RUN,
     PILOT_SHARE,
+    SLACK,
     Audit,
-    Bounds,
     Coins,
     Scores,
     bounds_of,
-    gaussian_covers,
+    gaussian_cover,
     told,
 )
 from common.privacy.mechanism import Mechanism, mechanism_of
@@ -52,8 +60,8 @@ CANARIES = 1000
 """Of each site that are counted, where nobody says how many."""
 FEWEST = 100
 """Fewer say too little to be worth a verdict."""
-CURVE_POINTS = 32
-"""Of the trade-off that a run claims, at which it is held against a Gaussian's."""
+CURVE_POINTS = 512
+"""Of the trade-off that a run claims, by which a Gaussian's is made to cover it: more, closer."""
 FILE = "audit.json"
 """In the run folder."""
 NOTE = (
@@ -206,13 +214,18 @@ def result_of(trainer: RunTrainer, site: str) -> Audit:
     watched, delta = trainer.watched[site], trainer.config.privacy.delta
     events = [watched.mechanism.event(watched.steps)]
     claimed = epsilon_pld(events, delta, REPORT_INTERVAL)
-    at = [float(each) for each in np.linspace(0.0, claimed, CURVE_POINTS)]
-    covered = gaussian_covers([*zip(at, deltas_pld(events, at), strict=True)], claimed, delta)
-    by = ONE_RUN if covered else ONE_RUN[:1]
-    bounds: Bounds = bounds_of(watched.scores, watched.present, delta=delta, by=by)
+    cover = gaussian_cover(curve_of(events), claimed, delta)
+    by = ONE_RUN if cover.stretch <= MOST_STRETCH else ONE_RUN[:1]
+    bounds = bounds_of(watched.scores, watched.present, delta=delta, by=by, cover=cover)
     rate, steps = watched.mechanism.sample_rate, watched.steps
     design = f"run: random unit gradient canaries, q={rate:g}, {steps} steps, all updates seen"
     return Audit(design, bounds, claimed, delta, site=site)
+
+
+def curve_of(events: Sequence[Event]) -> list[tuple[float, float]]:
+    """(epsilon, delta at most) of a history, from 0 to where delta is `SLACK`."""
+    at = np.linspace(0.0, epsilon_pld(events, SLACK, LIVE_INTERVAL), CURVE_POINTS).tolist()
+    return [*zip(at, deltas_pld(events, at), strict=True)]
 
 
 def _check(config: Config) -> None:

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,11 @@ VERDICTS = (FALSIFIED, NOT_FALSIFIED)
 INDEPENDENT = ("gaussian", "f_dp")
 """Estimators for one Gaussian step, of which no canary's score disturbs another's."""
 ONE_RUN = ("one_run", "f_dp")
-"""For a run whose privacy is covered by the curve of a Gaussian; else `one_run` alone."""
+"""For a run whose privacy the curve of a Gaussian covers closely; else `one_run` alone."""
+SLACK = 1e-9
+"""Delta at which a curve is cut off, and how much is granted at every epsilon instead."""
+MOST_STRETCH = 1.5
+"""Beyond it a cover is too wide for `f_dp` to be worth its share of the confidence."""
 
 Scores = NDArray[np.float64]
 Coins = NDArray[np.bool_]
@@ -92,14 +97,38 @@ def mu_of_epsilon(epsilon: float, delta: float) -> float:
     return _first(lambda mu: gaussian_delta(epsilon, mu) > delta, 0.0, high)
 
 
-def gaussian_covers(curve: Sequence[tuple[float, float]], epsilon: float, delta: float) -> bool:
-    """Whether Gaussian privacy with this epsilon at `delta` allows all that a mechanism allows.
+@dataclass(frozen=True)
+class Cover:
+    """How a Gaussian's curve must be widened to allow all that a mechanism allows."""
 
-    Args: curve: (epsilon, delta) that the mechanism has; smaller deltas than `delta` say nothing
-    that so few canaries could tell.
+    stretch: float = 1.0
+    """Its mu is so many times that of the Gaussian with the same epsilon at the same delta."""
+    slack: float = 0.0
+    """Beside it, so much delta at every epsilon."""
+
+
+EXACT = Cover()
+"""Of a mechanism that is a Gaussian."""
+
+
+def gaussian_cover(curve: Sequence[tuple[float, float]], epsilon: float, delta: float) -> Cover:
+    """The narrowest cover that a mechanism's curve shows to be wide enough.
+
+    Guarantee: at every epsilon from 0 on, not only at the points of the curve, the widened
+    Gaussian allows at least the mechanism's delta. Both fall as epsilon grows: between two points
+    the mechanism's is at most that of the first, the Gaussian's at least that of the second; and
+    beyond the last point the slack, which is the delta there, is enough by itself.
+    Args: curve: (epsilon, upper bound of delta) of the mechanism, both ways of neighbours, from
+    epsilon 0 on in ascending order; epsilon, delta: one point of it, by which covers are named.
+    Source: a curve of deltas and a trade-off function are one thing, Dong et al. (2019),
+    arXiv:1905.02383, propositions 2.12 and 2.13.
     """
-    mu = mu_of_epsilon(epsilon, delta)
-    return all(gaussian_delta(at, mu) >= own - delta for at, own in curve)
+    assert curve[0][0] == 0.0
+    slack = curve[-1][1]
+    needed = [
+        mu_of_epsilon(upper, own - slack) for (_, own), (upper, _) in pairwise(curve) if own > slack
+    ]
+    return Cover(max(1.0, max(needed, default=0.0) / mu_of_epsilon(epsilon, delta)), slack)
 
 
 def clopper_pearson(errors: int, trials: int, significance: float) -> float:
@@ -163,20 +192,30 @@ def one_run_bound(
     return _rejected(is_likely)
 
 
-def f_dp_bound(m: int, guesses: int, correct: int, *, delta: float, significance: float) -> float:
+def f_dp_bound(
+    m: int,
+    guesses: int,
+    correct: int,
+    *,
+    delta: float,
+    significance: float,
+    cover: Cover = EXACT,
+) -> float:
     """The same, where the claim is the whole trade-off curve of a Gaussian with this epsilon.
 
+    Args: cover: by how much that curve is widened first; what is rejected then is rejected of all
+    that it covers.
     Source: Mahloujifar et al. (2024), arXiv:2410.22235, algorithm 3.
     """
     if guesses == 0 or delta == 0:
         return 0.0
 
     def is_likely(epsilon: float) -> bool:
-        mu = mu_of_epsilon(epsilon, delta)
+        mu = cover.stretch * mu_of_epsilon(epsilon, delta)
         right, wrong = significance * correct / m, significance * (guesses - correct) / m
         for left in range(correct - 1, -1, -1):
             # What was likely under one coin can have become so little likely under the other.
-            least = max(wrong, float(special.ndtr(special.ndtri(right) - mu)))
+            least = max(wrong, _least_likely(right, mu, cover.slack))
             if least == wrong:
                 break  # neither changes any more
             right = min(1.0, right + left / (guesses - left) * (least - wrong))
@@ -184,6 +223,13 @@ def f_dp_bound(m: int, guesses: int, correct: int, *, delta: float, significance
         return right + wrong <= guesses / m
 
     return _rejected(is_likely)
+
+
+def _least_likely(likely: float, mu: float, slack: float) -> float:
+    """How likely an event is at least under one coin that is so likely under the other, where the
+    trade-off between errors is f(a + slack) - slack, f that of a Gaussian.
+    """
+    return float(special.ndtr(special.ndtri(max(0.0, likely - slack)) - mu)) - slack
 
 
 @dataclass(frozen=True)
@@ -227,22 +273,24 @@ def bounds_of(
     delta: float,
     by: Sequence[str],
     confidence: float = CONFIDENCE,
+    cover: Cover = EXACT,
 ) -> Bounds:
     """Lower bounds from the scores of canaries, the first of which only choose where to cut.
 
     Guarantee: where what each estimator needs is so (see the module), the larger bound exceeds the
     true epsilon with probability at most 1 - `confidence`: the estimators share what may go wrong.
     Args: scores: (n,) larger where a canary seems to have been there; present: (n,) whether it was,
-    each by a fair coin; by: names of estimators, such as `INDEPENDENT`.
+    each by a fair coin; by: names of estimators, such as `INDEPENDENT`; cover: of the mechanism,
+    where it is no Gaussian, for `f_dp`.
     """
     pilot = round(PILOT_SHARE * len(scores))
     estimators = {name: _ESTIMATORS[name] for name in by}
     share = (1.0 - confidence) / len(estimators)
     chosen = _cut(scores[:pilot], present[:pilot], delta=delta, m=len(scores) - pilot)
-    counted = _Counted(scores[pilot:], present[pilot:], chosen)
+    counted = _Counted(scores[pilot:], present[pilot:], chosen, cover)
     found = {name: estimate(counted, delta, share) for name, estimate in estimators.items()}
     ideal = _Counted(
-        np.where(counted.present, 1.0, -1.0), counted.present, Cut(0.0, 0.0, chosen.share)
+        np.where(counted.present, 1.0, -1.0), counted.present, Cut(0.0, 0.0, chosen.share), cover
     )
     best = {name: estimate(ideal, delta, share) for name, estimate in estimators.items()}
     return Bounds(len(counted.scores), found, best)
@@ -255,6 +303,7 @@ class _Counted:
     scores: Scores
     present: Coins
     cut: Cut
+    cover: Cover
 
     @property
     def errors(self) -> tuple[int, int, int, int]:
@@ -282,7 +331,13 @@ def _gaussian(counted: _Counted, delta: float, significance: float) -> float:
 
 
 def _f_dp(counted: _Counted, delta: float, significance: float) -> float:
-    return f_dp_bound(len(counted.scores), *counted.guessed, delta=delta, significance=significance)
+    return f_dp_bound(
+        len(counted.scores),
+        *counted.guessed,
+        delta=delta,
+        significance=significance,
+        cover=counted.cover,
+    )
 
 
 def _one_run(counted: _Counted, delta: float, significance: float) -> float:

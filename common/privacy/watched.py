@@ -29,6 +29,9 @@ CHECKS = (
     Check("sampler-rate", "more or fewer records drawn than was charged for"),
     Check("sampler-dispersion", "draws whose sizes vary too little or too much to be by chance"),
     Check("sampler-overlap", "draws that avoid, or repeat, the one before, as shuffling does"),
+    Check(
+        "sampler-passes", "records that are shuffled and used up, or drawn in batches of one size"
+    ),
     Check("sampler-repeat", "a record, or person, that is drawn twice in one step"),
     Check("step-count", "a step that was skipped, for example one that drew nobody"),
     Check("clip-bound", "a contribution larger than the noise was made for"),

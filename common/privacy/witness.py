@@ -49,6 +49,7 @@ class Refusal(Enum):
 
     malformed = "the request is not as a request must be"
     unknown = "no ledger is enrolled under this id"
+    revoked = "this pass was taken back, or never given; the witness's officer gives another"
     stranger = "this pass is not the one that speaks for this ledger"
     wrong_key = "the head is not signed by the key that is enrolled"
     gap = "entries between the witness's head and the one offered are missing"

@@ -339,7 +339,7 @@ MUTATIONS = {
         noise(lambda draw, stream, count: np.zeros(count)), rehearse, "noise-scale:"
     ),
     "noise x0.9": Mutation(
-        noise(lambda draw, stream, count: 0.9 * draw(stream, count)), train, "noise-scale:"
+        noise(lambda draw, stream, count: 0.9 * draw(stream, count)), rehearse, "noise-scale:"
     ),
     "one small parameter without noise": Mutation(
         edit(
@@ -372,7 +372,7 @@ MUTATIONS = {
     ),
     "noise used twice": Mutation(
         noise(lambda draw, stream, count: draw(Randomness.seeded("again"), count)),
-        train,
+        rehearse,
         "noise-reuse:",
     ),
     "seeded noise": Mutation(
@@ -422,12 +422,14 @@ MUTATIONS = {
         r"model\.name=.*: cannot be trained privately: single_backward: ",
     ),
     "shuffled instead of Poisson": Mutation(
-        sampler(shuffled), train, "sampler-(overlap|dispersion):"
+        sampler(shuffled), rehearse, "sampler-(overlap|passes):"
     ),
-    "batches of a fixed size": Mutation(sampler(fixed_size), train, "sampler-dispersion:"),
-    "batches with replacement": Mutation(sampler(with_replacement), train, "sampler-repeat:"),
+    "batches of a fixed size": Mutation(
+        sampler(fixed_size), rehearse, "sampler-(dispersion|passes):"
+    ),
+    "batches with replacement": Mutation(sampler(with_replacement), rehearse, "sampler-repeat:"),
     "more records than declared": Mutation(
-        sampler(too_many), train, "sampler-(rate|dispersion|overlap):"
+        sampler(too_many), rehearse, "sampler-(rate|dispersion|overlap):"
     ),
     "sampler coins seeded anew each step": Mutation(
         edit(private_step.private_steps, ("coins=randomness", "coins=Randomness.seeded(0)")),
@@ -538,10 +540,10 @@ MUTATIONS = {
         persons=True,
     ),
     "persons of a fixed number": Mutation(
-        sampler(fixed_size), train, "sampler-dispersion:", persons=True
+        sampler(fixed_size), rehearse, "sampler-(dispersion|passes):", persons=True
     ),
     "persons with replacement": Mutation(
-        sampler(with_replacement), train, "sampler-repeat:", persons=True
+        sampler(with_replacement), rehearse, "sampler-repeat:", persons=True
     ),
     "a fresh accountant each round": Mutation(
         edit(

@@ -128,7 +128,7 @@ def check_fresh_coins(config):
     original, drawn = SamplerMeter.read, []
 
     def spying(self, sample, *, units):
-        if units > 2:
+        if units == RECORDS:
             drawn.append(sample.tolist())
         original(self, sample, units=units)
 
@@ -267,9 +267,8 @@ MUTATIONS = {
     ),
     "noise used twice": Mutation(
         noise(lambda draw, stream, count: draw(Randomness.seeded("again"), count)),
-        check_fresh_noise,
-        "fresh-noise:",
-        AssertionError,
+        rehearse,
+        "noise-reuse:",
     ),
     "no clipping": Mutation(
         edit(engines.clip_factors, (".clamp(max=1.0)", ".clamp(min=1.0, max=1.0)")),
@@ -352,9 +351,9 @@ MUTATIONS = {
         "optimizer-coverage:",
     ),
     "shuffled instead of Poisson": Mutation(
-        sampler(shuffled), train, "sampler-(overlap|dispersion):"
+        sampler(shuffled), train, "sampler-(overlap|passes|dispersion):"
     ),
-    "batches of a fixed size": Mutation(sampler(fixed_size), train, "sampler-dispersion:"),
+    "batches of a fixed size": Mutation(sampler(fixed_size), train, "sampler-(dispersion|passes):"),
     "batches with replacement": Mutation(sampler(with_replacement), train, "sampler-repeat:"),
     "more records than declared": Mutation(
         sampler(too_many), train, "sampler-(rate|dispersion|overlap):"

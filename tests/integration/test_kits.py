@@ -8,14 +8,18 @@ import csv
 import ssl
 import subprocess
 import time
+from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx
 import pytest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
+from common.certificates import read_node_key
 from common.errors import FederationError
 from server.control import Address, Link
 from server.kits import PATHS
@@ -49,11 +53,15 @@ AROUND = (
 class Caller(AbstractContextManager):
     """Whoever calls the door, with or without a certificate."""
 
-    def __init__(self, deployment, kit=None):
+    def __init__(self, deployment, kit=None, *, key_of=None):
+        """Args: key_of: whose node key is named, if not the kit's own."""
         context = ssl.create_default_context(cafile=str(deployment.authority.certificate))
+        own = {}
         if kit is not None:
             context.load_cert_chain(kit / "client.crt", kit / "client.key")
-        self._client = httpx.Client(verify=context, timeout=20.0)
+            key = public_key_to_bytes(read_node_key(key_of or kit / "node.key").public_key())
+            own = {FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(key).decode("ascii")}
+        self._client = httpx.Client(verify=context, timeout=20.0, headers=own)
         self._at = f"https://{deployment.door_address}"
 
     def __exit__(self, *_):
@@ -61,7 +69,7 @@ class Caller(AbstractContextManager):
 
     def post(self, path, content=b""):
         # A path as it is written: httpx would tidy it up.
-        form = {"content-type": PROTOBUF_MEDIA_TYPE}
+        form = {"content-type": PROTOBUF_MEDIA_TYPE, **self._client.headers}
         target = httpx.Request("POST", self._at, content=content, headers=form)
         target.url = target.url.copy_with(raw_path=path.encode())
         return self._client.send(target)
@@ -205,6 +213,8 @@ def attack(deployment, seen):
             httpx.get(f"https://127.0.0.2:{deployment.port}/health", timeout=5.0)
         seen["beside"] = str(beside.value)
         seen["stranger"] = called_once(deployment)
+        with Caller(deployment, kit, key_of=deployment.kit("site-1") / "node.key") as borrower:
+            seen["borrower"] = borrower.post("/v1/fleet/pull-messages")
         seen["strangers"] = [called_once(deployment).status_code for _ in range(25)]
         seen["flood"] = flood(deployment, kit)
         member.post("/v1/fleet/pull-messages")  # a line that is open, and believed
@@ -264,6 +274,11 @@ def test_nobody_comes_in_without_a_certificate(story):
     code, said = story["no_certificate"]
     assert code == 2
     assert "its door does not let this node in (certificate NONE)" in said
+
+
+def test_a_certificate_with_the_node_key_of_another_site_gets_no_further(story):
+    assert story["borrower"].status_code == 400
+    assert "node key of no site, or of another" in story["borrower"].headers["coterie-door"]
 
 
 def test_a_revoked_site_is_out_at_once_at_the_door_and_in_flower(story):

@@ -4,10 +4,12 @@ What it lets through ends as 502, since no SuperLink is there; all else is its o
 SuperLink behind it, and a run that goes on: tests/integration/test_kits.py.
 """
 
+import json
 import os
 import shutil
 import socket
 import ssl
+from base64 import b64encode
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -16,7 +18,10 @@ import httpx
 import pytest
 import yaml
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, load_ssh_public_key
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from common.certificates import make_authority
 from common.cli import main
@@ -48,6 +53,11 @@ AROUND = (
     "//v1/control/start-run",
     "/V1/FLEET/PULL-MESSAGES",
 )
+
+
+def sent(key):
+    """As a node says its public key, by Flower's own code."""
+    return b64encode(public_key_to_bytes(key)).decode("ascii")
 
 
 class Door:
@@ -96,11 +106,17 @@ class Door:
             trust.load_cert_chain(certificate, key)
         return httpx.Client(verify=trust, timeout=20.0)
 
-    def of(self, name):
-        return self.client(self.kit(name) / "client.crt", self.kit(name) / "client.key")
+    def of(self, name, *, key_of=None):
+        """A client of a site, with its certificate, and with its node's key or another's."""
+        client = self.client(self.kit(name) / "client.crt", self.kit(name) / "client.key")
+        nodes = json.loads((self.kit("coordinator") / "nodes.json").read_text())
+        line = nodes[key_of or name]["node_key"].encode()
+        client.headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = sent(load_ssh_public_key(line))
+        return client
 
     def post(self, client, path=PULL, content=b"", method="POST"):
-        request = httpx.Request(method, f"https://127.0.0.1:{self.port}", content=content)
+        url = f"https://127.0.0.1:{self.port}"
+        request = httpx.Request(method, url, content=content, headers=client.headers)
         request.url = request.url.copy_with(raw_path=path.encode())
         return client.send(request)
 
@@ -135,6 +151,28 @@ def test_a_site_reaches_what_a_node_calls_and_nothing_else(door):
 
 def test_nobody_without_a_certificate_is_let_in(door):
     assert refusal(door, door.client()) == "certificate NONE"
+
+
+def test_a_certificate_goes_with_the_node_key_of_its_own_site_only(door):
+    borrowed = "node key of no site, or of another than the certificate"
+    assert refusal(door, door.of("ward-1", key_of="ward-2")) == borrowed
+    made = ec.generate_private_key(ec.SECP384R1()).public_key()  # of nobody
+    for key in (None, "", sent(made)):
+        client = door.of("ward-1")
+        client.headers.pop(FLEET_HTTP_PUBLIC_KEY_HEADER)
+        if key is not None:
+            client.headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = key
+        assert refusal(door, client) == borrowed
+    own, other = (
+        door.of(name).headers[FLEET_HTTP_PUBLIC_KEY_HEADER] for name in ("ward-1", "ward-2")
+    )
+    twice = door.of("ward-1")  # Flower reads the first one: so must the door, or neither
+    twice.headers = httpx.Headers(
+        [(FLEET_HTTP_PUBLIC_KEY_HEADER, other), (FLEET_HTTP_PUBLIC_KEY_HEADER, own)]
+    )
+    assert refusal(door, twice) == borrowed
+    with door.of("ward-1") as client:
+        assert door.post(client).status_code == LET_THROUGH
 
 
 def test_a_certificate_must_be_of_this_authority_for_a_client_valid_and_in_the_list(
@@ -202,6 +240,7 @@ def test_strangers_are_refused_a_few_times_a_second_only(door):
 
 def test_a_revoked_site_is_out_once_the_door_reads_its_lists(door):
     before = door.of("ward-4")
+    key = before.headers[FLEET_HTTP_PUBLIC_KEY_HEADER]
     with before:
         assert door.post(before).status_code == LET_THROUGH
         kept = door.folder / "kept"
@@ -210,6 +249,7 @@ def test_a_revoked_site_is_out_once_the_door_reads_its_lists(door):
         door.nginx.process.send_signal(1)  # SIGHUP, as `admit` does
         for _ in until(20, "the door reads its lists"):
             with door.client(kept / "client.crt", kept / "client.key") as client:
+                client.headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = key
                 answer = door.post(client)
             if answer.status_code != LET_THROUGH:
                 break

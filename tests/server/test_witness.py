@@ -12,6 +12,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
@@ -230,6 +232,55 @@ def test_without_a_pass_of_this_witness_nobody_answers(party, ledger, tmp_path):
         line.close()
     with grpc.insecure_channel(party.address) as channel, pytest.raises(grpc.RpcError):
         channel.unary_unary(f"/{SERVICE}/Head")(write_question(Question(name)), timeout=5)
+
+
+def test_a_pass_that_was_taken_back_is_refused_at_once_and_another_is_not(party, ledger, coterie):
+    name, pen = ledger
+    stolen, before = party.admit("ward-1"), pen.head
+    grow(pen, 1)
+    with party.line("ward-1") as open_already:
+        assert open_already.latest(name).head == before
+        answer = coterie("witness", "revoke", party.folder.path, "ward-1")
+        assert (answer.code, answer.err) == (0, "")
+        for call in (
+            lambda: open_already.latest(name),
+            lambda: open_already.includes(name, before),
+            lambda: open_already.advance(step(pen, before, name)),
+        ):
+            assert "this pass was taken back" in refused(call, Refusal.revoked)
+    again = coterie("witness", "revoke", party.folder.path, "ward-1")
+    assert (again.code, "ward-1: has no pass that is good" in again.err) == (2, True)
+    shown = coterie("witness", "show", party.folder.path, "--json").json["passes"]
+    assert [bool(each["revoked"]) for each in shown if each["name"] == "ward-1"] == [True]
+    shutil.rmtree(stolen)
+    with party.line("ward-1") as line:  # another pass of that name
+        assert line.advance(step(pen, before, name)).head == pen.head
+    assert "taken back" in coterie("witness", "show", party.folder.path).out
+
+
+def test_a_pass_that_the_book_does_not_know_is_refused(party, ledger):
+    """Signed by the authority, whose key somebody copied, and never given."""
+    name, _ = ledger
+    folder = party.passes / "forged"
+    shutil.copytree(party.admit("ward-1"), folder)
+    key = ec.generate_private_key(ec.SECP384R1())
+    signed = party.folder.authority.sign("ward-1", key.public_key(), days=1)
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "client.key").write_bytes(secret)
+    (folder / "client.crt").write_bytes(signed.public_bytes(Encoding.PEM))
+    line = WitnessLine(party.address, Pass(folder))
+    refused(lambda: line.latest(name), Refusal.revoked)
+    line.close()
+
+
+def test_what_was_taken_back_stays_so(party):
+    party.admit("leaver")
+    assert party.book.take_back("leaver") == 1
+    with (
+        pytest.raises(VerificationError, match="taken back stays so"),
+        party.book._transaction() as connection,
+    ):
+        connection.execute("UPDATE pass SET revoked = '' WHERE name = 'leaver'")
 
 
 def test_a_witness_with_another_key_is_not_believed(party, ledger):

@@ -14,26 +14,23 @@ from common.privacy.lower_bounds import (
     ONE_RUN,
     Audit,
     Bounds,
+    Cover,
     bounds_of,
     clopper_pearson,
     epsilon_of_mu,
     f_dp_bound,
     gaussian_bound,
-    gaussian_covers,
+    gaussian_cover,
     gaussian_delta,
     mu_of_epsilon,
     one_run_bound,
     one_run_odds,
 )
+from simulations.run_audit import curve_of
 
-DELTA, ODDS = 1e-5, 0.05
-EPSILONS = (1.0, 3.0, 8.0)
+from .games import DELTA, EPSILONS, game
 
-
-def game(epsilon, m, draw, *, delta=DELTA):
-    """Scores and coins of canaries that do not disturb each other, under the exact Gaussian."""
-    present = draw.random(m) < 0.5
-    return present + draw.normal(size=m) / mu_of_epsilon(epsilon, delta), present
+ODDS = 0.05
 
 
 # The Gaussian's curve.
@@ -137,8 +134,7 @@ def test_the_bound_seldom_exceeds_the_truth_of_the_exact_gaussian(epsilon, by):
 def test_half_the_noise_shows():
     draw = np.random.default_rng(0)
     for epsilon in EPSILONS:
-        present = draw.random(6250) < 0.5
-        scores = present + 0.5 * draw.normal(size=6250) / mu_of_epsilon(epsilon, DELTA)
+        scores, present = game(epsilon, 6250, draw, noise=0.5)
         assert bounds_of(scores, present, delta=DELTA, by=INDEPENDENT).lower_bound > epsilon
 
 
@@ -166,16 +162,56 @@ def test_there_are_two_verdicts():
     assert asked <= set(result(1.0).content())
 
 
-def test_a_gaussian_covers_itself_and_the_main_job_and_not_what_leaks_more():
-    """Where it does not, a run is judged without the bound that assumes a Gaussian's curve."""
+EVENTS = {
+    "a gaussian": (Event(1.3, 1.0, 1), 1e-5, 1.02),
+    "the main job": (Event(2.9222, 0.5, 20), 1e-4, 1.05),
+    "seldom drawn": (Event(1.1, 0.01, 1000), 1e-5, 1.1),
+    "seldom drawn, and then hardly hidden": (Event(0.5, 0.01, 1), 1e-2, 1e3),
+}
 
-    def curve(event, epsilon):
-        at = [float(each) for each in np.linspace(0.0, epsilon, 9)]
-        return [*zip(at, deltas_pld([event], at), strict=True)]
 
-    for event, delta in ((Event(1.3, 1.0, 1), 1e-5), (Event(2.9222, 0.5, 20), 1e-4)):
-        epsilon = epsilon_pld([event], delta)
-        assert gaussian_covers(curve(event, epsilon), epsilon, delta)
-        assert not gaussian_covers(curve(event, epsilon), 0.5 * epsilon, delta)
-    rare = Event(0.5, 0.01, 1)  # seldom drawn, and then hardly hidden
-    assert not gaussian_covers([(0.0, 1.0), *curve(rare, 1.0)], 1.0, 1e-2)
+@pytest.mark.parametrize("name", EVENTS)
+def test_a_cover_allows_all_that_a_run_allows_between_the_points_too(name):
+    """Held against a curve twenty times as fine, up to far beyond where it was cut off."""
+    event, delta, most = EVENTS[name]
+    epsilon, curve = epsilon_pld([event], delta), curve_of([event])
+    cover = gaussian_cover(curve, epsilon, delta)
+    mu = cover.stretch * mu_of_epsilon(epsilon, delta)
+    at = np.linspace(0.0, 1.2 * curve[-1][0], 20 * len(curve)).tolist()
+    for each, own in zip(at, deltas_pld([event], at), strict=True):
+        assert own <= gaussian_delta(each, mu) + cover.slack
+    assert 1.0 <= cover.stretch <= most
+    assert cover.slack <= 2e-9
+
+
+def test_a_coarse_curve_makes_a_wide_cover_and_no_wrong_one():
+    event, delta = EVENTS["the main job"][:2]
+    epsilon, fine = epsilon_pld([event], delta), curve_of([event])
+    coarse = [*fine[::100], fine[-1]]
+    assert gaussian_cover(coarse, epsilon, delta).stretch > 1.1
+    cut = gaussian_cover(fine[:256], epsilon, delta)  # the rest is granted instead
+    assert cut.slack == fine[255][1] > 1e-5
+
+
+def test_a_wider_cover_shows_less():
+    asked = {"delta": DELTA, "significance": ODDS}
+    covers = [Cover(), Cover(slack=1e-4), Cover(1.1), Cover(1.1, 1e-4), Cover(1.5, 1e-3)]
+    found = [f_dp_bound(1000, 200, 195, **asked, cover=cover) for cover in covers]
+    assert found[0] > found[1] > found[3]
+    assert found[0] > found[2] > found[3] > found[4] > 0
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.1])
+def test_guesses_at_a_subsampled_gaussian_are_seldom_better_than_its_cover_allows(rate):
+    """The exact worst case of one step: the best guess at each canary, by likelihood."""
+    event, delta, trials = Event(0.8, rate, 1), 1e-3, 60
+    claimed = epsilon_pld([event], delta)
+    cover = gaussian_cover(curve_of([event]), claimed, delta)
+    draw, over = np.random.default_rng(0), 0
+    for _ in range(trials):
+        present = draw.random(1250) < 0.5
+        drawn = present & (draw.random(1250) < rate)
+        scores = drawn + 0.8 * draw.normal(size=1250)
+        bound = bounds_of(scores, present, delta=delta, by=("f_dp",), cover=cover).lower_bound
+        over += bound > claimed
+    assert over / trials <= ODDS + 3 * math.sqrt(ODDS * (1 - ODDS) / trials)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from common import spool
 from common.records import Records
-from common.spool import Spooled, spooled
+from common.spool import Kind, Spooled, spooled
 
 SECRET = "swordfish"  # stands in private texts; must stand nowhere else
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,11 +29,11 @@ BATCHES = st.lists(st.lists(TEXT, max_size=5), max_size=6)
 
 
 def written(batches):
-    return spooled(([batch] for batch in batches), 1, several=False)
+    return spooled(([batch] for batch in batches), 1, kind=Kind.text)
 
 
 def in_pairs(batches):
-    return spooled(([batch, batch[::-1]] for batch in batches), 2, several=True)
+    return spooled(([batch, batch[::-1]] for batch in batches), 2, kind=Kind.texts)
 
 
 @given(BATCHES, st.data())
@@ -90,7 +90,7 @@ def test_the_file_has_no_name_while_it_is_written_and_read_and_is_the_owners_alo
             yield [[text]]
             seen.append(os.listdir(tmp_path))
 
-    read = spooled(batches(), 1, several=False)
+    read = spooled(batches(), 1, kind=Kind.text)
     state = os.fstat(read._spool.handle)
     assert state.st_dev == tmp_path.stat().st_dev
     assert (stat.S_IMODE(state.st_mode), state.st_nlink) == (0o600, 0)

@@ -88,10 +88,7 @@ def _pairs(value: Any) -> Iterator[tuple[str, int]]:
         raise ValueError(_SHAPES)  # noqa: TRY004 - of a table, and not of a program
 
 
-_SHAPES = (
-    "no answers; they are a text, a list of texts, or as in SQuAD an object with text and "
-    "answer_start"
-)
+_SHAPES = "no text, list of texts, or object with text and answer_start as in SQuAD"
 
 
 def _texts(texts: Any) -> Iterable[str]:
@@ -106,7 +103,7 @@ def _starts(starts: Any, count: int) -> list[int]:
     if not isinstance(starts, list) or not all(type(start) is int for start in starts):
         raise ValueError(_SHAPES)
     if len(starts) != count:
-        raise ValueError("as many numbers in answer_start as texts are needed: other ones")
+        raise ValueError("not one number in answer_start for each text")
     return starts
 
 

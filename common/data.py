@@ -145,6 +145,8 @@ def check_files(config: DataConfig) -> None:
         if config.source in FOLDERS or config.source is DataSource.hub:
             if path and not place.is_dir() and (config.source in FOLDERS or is_local(path)):
                 raise ConfigError(f"{name}={path}: no such folder")
+        elif path and place.is_dir():
+            raise ConfigError(f"{name}={path}: is a folder; name a file in it, or choose data=hub")
         elif path and not place.is_file():
             raise ConfigError(f"{name}={path}: no such file")
 

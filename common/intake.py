@@ -211,7 +211,7 @@ def _last_of(
         try:
             last = task.read_last(values)
         except ValueError as error:
-            raise ConfigError(f"{where}: row {row} has in {name} {error}") from None
+            raise ConfigError(f"{where}: row {row} has {error}, in {name}") from None
         if last and not is_unicode(last):
             raise ConfigError(
                 f"{where}: row {row} has half a character in {name}, an escape \\ud800 to "

@@ -24,6 +24,8 @@ Column = Sequence[Any]
 """(n,) values of one column of a batch, as they stand in the file."""
 
 PLAIN = Dialect()
+HEAD_BYTES = 512
+"""Of a file that are looked at before it is read."""
 BATCH_ROWS = 1024
 """Rows that are in memory at a time."""
 
@@ -116,6 +118,7 @@ def _read_csv(path: Path, where: str, asked: list[str], dialect: Dialect) -> Ite
 
     try:
         encoding, errors = _spelling(path, where, dialect)
+        _check_names(path, where, asked, dialect)
         with unpacked(path, where) as (content, file), ExitStack() as stack:
             chunks = stack.enter_context(
                 pd.read_csv(
@@ -146,8 +149,42 @@ def _read_csv(path: Path, where: str, asked: list[str], dialect: Dialect) -> Ite
 
 
 def _spelling(path: Path, where: str, dialect: Dialect) -> tuple[str, str]:
+    """See `Dialect.spelling`. Raises: ConfigError if the file begins as no text does."""
     with unpacked(path, where) as (content, _):
-        return dialect.spelling(content.read(2))
+        head = content.read(HEAD_BYTES)
+    encoding, errors = dialect.spelling(head)
+    if encoding == "utf-8" and b"\0" in head:
+        raise ConfigError(
+            f"{where}: begins with bytes of 0, as no text in UTF-8 does; of a table in UTF-16 "
+            "give data.encoding=utf-16-le or utf-16-be"
+        )
+    return encoding, errors
+
+
+def _raw_rows(path: Path, where: str, dialect: Dialect) -> Iterator[list[str]]:
+    """Fields as they stand, the names first, without blank lines.
+
+    Raises: OSError, ValueError, csv.Error, or one of `DAMAGE`.
+    """
+    encoding, errors = _spelling(path, where, dialect)
+    with unpacked(path, where) as (content, _):
+        plain = "utf-8-sig" if encoding == "utf-8" else encoding
+        text = io.TextIOWrapper(content, plain, errors, newline="")
+        lines = csv.reader(text, delimiter=dialect.separator.value)
+        yield from (fields for fields in lines if len(fields) > 1 or "".join(fields).strip())
+
+
+def _check_names(path: Path, where: str, asked: list[str], dialect: Dialect) -> None:
+    """Raises: ConfigError if a column asked for stands there twice: pandas would take the first."""
+    try:
+        names = next(_raw_rows(path, where, dialect), [])
+    except (ValueError, csv.Error):  # of the texts: pandas says what it is
+        return
+    if twice := [name for name in asked if names.count(name) > 1]:
+        raise ConfigError(
+            f"{where}: its first line names {twice[0]} {names.count(twice[0])} times; rename those "
+            "that are not meant"
+        )
 
 
 def _check_fields(table: Any) -> None:
@@ -164,19 +201,14 @@ def _surplus(path: Path, where: str, dialect: Dialect) -> str:
     there is none. pandas counts lines, blank ones and those of a header too.
     """
     try:
-        encoding, errors = _spelling(path, where, dialect)
-        with unpacked(path, where) as (content, _):
-            plain = "utf-8-sig" if encoding == "utf-8" else encoding
-            text = io.TextIOWrapper(content, plain, errors, newline="")
-            lines = csv.reader(text, delimiter=dialect.separator.value)
-            rows = (fields for fields in lines if len(fields) > 1 or "".join(fields).strip())
-            names = len(next(rows, []))
-            for number, fields in enumerate(rows, start=1):
-                if len(fields) > names:
-                    return (
-                        f"{where}: row {number} has {len(fields)} fields, and the first line names "
-                        f"{names}; quote the texts that hold a {dialect.separator.name}"
-                    )
+        rows = _raw_rows(path, where, dialect)
+        names = len(next(rows, []))
+        for number, fields in enumerate(rows, start=1):
+            if len(fields) > names:
+                return (
+                    f"{where}: row {number} has {len(fields)} fields, and the first line names "
+                    f"{names}; quote the texts that hold a {dialect.separator.name}"
+                )
     except (OSError, ValueError, csv.Error, *DAMAGE):  # a fault of another kind came first
         pass
     return ""

@@ -161,6 +161,7 @@ def _run(config: Config, run_dir: Path, console: Console, make: MakeTrainer) -> 
         f"repeated {'files' if callable(read) else 'texts'} dropped{_of_rows(splits, read)}",
         highlight=False,
     )
+    _check_any(config, splits, read)
     sites = deal(splits.train, config.federation, seed=config.seed)
     config = _resolve(run_plan.config, splits, sites)
     records = dict(zip(config.federation.site_names, sites, strict=True))
@@ -255,6 +256,16 @@ def _resolve(config: Config, splits: Splits, sites: list[Records]) -> Config:
         records_counted=before or declared is None,
     )
     return replace(config, data=known)
+
+
+def _check_any(config: Config, splits: Splits, read: Reading | None) -> None:
+    """Raises: ConfigError if nothing is left to train on, with what became of the rows."""
+    if not len(splits.train) and config.data.path:
+        public = len(splits.validation) + len(splits.holdout)
+        raise ConfigError(
+            f"data.path={config.data.path}: leaves no record to train on: {public} are public, "
+            f"{splits.duplicates} repeat others or public ones{_of_rows(splits, read)}"
+        )
 
 
 def _of_rows(splits: Splits, read: Reading | None) -> str:

@@ -176,6 +176,15 @@ FAULTS = {
     "csv: the head of another packing": (broken("r.csv", b"BZh9"), "not a readable CSV file"),
     "csv: a table of Excel": (broken("r.csv", zipped(2)), "is a zip of 2 files, as Excel's tables"),
     "csv: a zip with a password": (broken("r.csv", zipped(1, 1)), "is a zip with a password"),
+    "csv: UTF-16 without its mark": (
+        broken("r.csv", "text,label,who\na,no,p\n".encode("utf-16-le")),
+        "begins with bytes of 0, as no text in UTF-8 does; of a table in UTF-16 give data.encodi",
+    ),
+    "csv: an image": (broken("r.csv", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), "begins with bytes of 0"),
+    "csv: a column twice": (
+        broken("r.csv", b"text,text,label,who\na,b,no,p\n"),
+        "its first line names text 2 times; rename those that are not meant",
+    ),
     "parquet: packed": (broken("r.parquet", gzip.compress(b"PAR1")), "it is packed by gzip: unpa"),
     "csv: other columns": (
         table("csv", [{"body": "a", "label": "no", "who": "p"}]),

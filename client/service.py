@@ -44,10 +44,11 @@ from common import messages
 from common.allocation import keep_freed_memory
 from common.certificates import Credentials, read_node_key
 from common.config import ModelConfig, PrivacyMode
-from common.data import check_files, load_splits
+from common.data import Reading, check_files, load_splits
 from common.device import device_of
 from common.errors import ConfigError, CoterieError, FederationError, VerificationError
 from common.exposition import health_at, metrics_at
+from common.intake import ReadsRows
 from common.privacy.chain import Head
 from common.privacy.mechanism import counting
 from common.privacy.witness import opened
@@ -127,7 +128,7 @@ def open_site(settings: NodeSettings, ledger: Ledger | None) -> Site:
 def read_records(settings: NodeSettings) -> Records:
     """All records of these settings. Raises: ConfigError if they are not as the settings say."""
     task = TASKS[settings.task.name]
-    read = None
+    read: Reading | None = task if isinstance(task, ReadsRows) else None
     if isinstance(task, FileTask):
         if not settings.reader:
             raise ConfigError(
@@ -136,7 +137,11 @@ def read_records(settings: NodeSettings) -> Records:
             )
         model = ModelConfig(name=settings.reader, feature_scale=1.0)
         read = reader_of(settings.task.name, task.load_processor(model))
-    return load_splits(settings.data, task.toy_examples, read).train
+    splits = load_splits(settings.data, task.toy_examples, read)
+    rows = read if isinstance(read, ReadsRows) else None
+    for kind in splits.tally.told(rows):  # to the site's own operator, who may see records
+        log.info("%s: data: rows: %s", settings.name, kind)
+    return splits.train
 
 
 class Line:

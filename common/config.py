@@ -217,9 +217,9 @@ class DataConfig:
     source: DataSource = MISSING
     """Reader to use."""
     path: str = MISSING
-    """File of private records (csv, jsonl, parquet; the first two may be packed by gzip), a folder
-    with one for each label in it (image_folder, audio_folder), or a data set by its name on the
-    hub, its folder saved by `datasets`, or a folder of its parquet files (hub).
+    """File of private records (csv, jsonl, parquet; the first two may be packed), a folder with
+    one for each label in it (image_folder, audio_folder), or a data set by its name on the hub, its
+    folder saved by `datasets`, or a folder of its parquet files (hub).
     """
     test_path: str = ""
     """Public hold-out records, as `path`; empty: a share of `path` is declared public."""
@@ -236,8 +236,8 @@ class DataConfig:
     text_column: str = "text"
     """Column that holds the text."""
     columns: list[str] = field(default_factory=list)
-    """Columns of a task with several texts, in its order: question, context, answer; or source,
-    target. Empty: `text_column` alone."""
+    """Columns of a task with several texts, in its order: question, context, answers, see
+    `common.answers`; or source, target. Empty: `text_column` alone."""
     media_column: str = ""
     """Column of a data set (hub) that holds an image or a sound. Empty: the only such one."""
     label_column: str = "label"
@@ -251,9 +251,10 @@ class DataConfig:
     the task knows no classes.
     """
     empty: EmptyTexts = EmptyTexts.skip
-    """What becomes of a row that has nothing, or only blanks, in a column of texts: `skip` leaves
-    it out whatever else stands in it, and a simulation says how many there were; `refuse` stops
-    there and names the row."""
+    """What becomes of a row that has nothing, or only blanks, in a column of texts, or answers that
+    do not stand in their context: `skip` leaves it out whatever else stands in it, and a
+    simulation, or a node's own log, says how many there were; `refuse` stops there and names the
+    row. No answer at all says that there is none: such a row is kept."""
     encoding: str = ""
     """How a csv file spells its characters, by Python's name: latin-2, cp1251. Empty: UTF-16 where
     its first bytes say so, else UTF-8, where each byte that is not is read as Windows-1252."""
@@ -1004,6 +1005,10 @@ def _broken_of_columns(config: Config) -> Iterator[str]:
     texts, given = _TEXTS.get(task, ()), f"data.columns=[{','.join(config.data.columns)}]"
     if config.data.source not in (*FILES, DataSource.hub):
         return
+    if task.has_classes and not config.data.label_column.strip():
+        yield f"data.label_column='': must name a column with task={task.name}: that of the labels"
+    if len(texts) == 1 and not config.data.text_column.strip():
+        yield f"data.text_column='': must name a column with task={task.name}: that of the texts"
     if len({*columns}) < len(columns):
         yield f"{given}: must be different columns"
     if len(texts) == 1 and columns:
@@ -1173,7 +1178,7 @@ def _is_site(name: str, sites: int) -> bool:
 
 
 def _distinct_names(labels: list[str]) -> bool:
-    named = all(isinstance(label, str) for label in labels)
+    named = all(isinstance(label, str) and label.strip() for label in labels)
     return named and len(labels) > 1 and len(set(labels)) == len(labels)
 
 

@@ -7,9 +7,10 @@ that looked across would let one person's presence change what is done with anot
 
 import hashlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +19,25 @@ from common.config import FOLDERS, DataConfig, DataSource
 from common.digests import Digests, among, firsts_of, gathered, torn
 from common.errors import ConfigError
 from common.folders import is_local, labelled_files
-from common.intake import fact_columns, read_file, records_of, rows_with_texts, text_columns
+from common.intake import (
+    NONE,
+    ReadsRows,
+    Taken,
+    Tally,
+    fact_columns,
+    read_file,
+    records_of,
+    room_for,
+    take_in,
+    text_columns,
+)
 from common.media import Reader
 from common.progress import Told, telling, untold
 from common.records import Records
-from common.tables import texts_of
+from common.spool import Array, spooled_arrays
+
+if TYPE_CHECKING:
+    from common.hub import HubTable
 
 
 @dataclass(frozen=True)
@@ -36,8 +51,12 @@ class Splits:
     """Records dropped because their text stood there before, or stands among the public ones, or
     stands there with several labels; with `data.test_path`, also those whose person stands there.
     """
-    empty: int = 0
-    """Rows left out because a text of theirs is empty."""
+    tally: Tally = NONE
+    """Rows of some kinds, of all splits together."""
+
+
+Reading = Reader | ReadsRows
+"""What a task reads where a record is more than texts as they stand: in a file, or in a row."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +66,8 @@ class _Keyed:
     records: Records
     keys: Digests
     """(N, 32) digests of their contents."""
-    empty: int = 0
-    """Rows left out because a text of theirs is empty."""
+    tally: Tally = NONE
+    """Rows of some kinds, whatever became of them."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -63,7 +82,7 @@ class _Keyed:
 def load_splits(
     config: DataConfig,
     made: Callable[[int], Records] | None = None,
-    read: Reader | None = None,
+    read: Reading | None = None,
     told: Told = untold,
 ) -> Splits:
     """Reads and splits the records.
@@ -73,7 +92,7 @@ def load_splits(
     takes one away at most, where its text stood there with another label.
     Texts of a table are not in memory, their digests are.
     Args: made: the task's own made examples, for `data=toy`; read: what the task reads in a file,
-    if its records are files; told: hears how far it is.
+    if its records are files, or in a row, if that is more than texts; told: hears how far it is.
     Raises: ConfigError if the source, a column or a label is not what the config says.
     """
     check_files(config)
@@ -81,14 +100,15 @@ def load_splits(
     if config.test_path:  # that file alone names groups
         config = replace(config, group_column="")
     records = _read(config, made, read, told)
-    total, empty = len(records), records.empty
+    total, tally = len(records), records.tally
     records = _deduplicate(_consistent(records))
     place = _places(records.records, config.split_seed, told)
     holdout_end = config.holdout_fraction
     validation_end = holdout_end + config.validation_fraction
     if config.test_path or config.test_split:
         test = _read_public(replace(config, group_column=group_column), read, told)
-        holdout, total, empty = _deduplicate(test), total + len(test), empty + test.empty
+        holdout, total = _deduplicate(test), total + len(test)
+        tally += test.tally
         validation_end, holdout_end = config.validation_fraction, 0.0
     else:
         holdout = records.where(place < holdout_end)
@@ -98,12 +118,12 @@ def load_splits(
     train = _apart(private.where(place >= validation_end), holdout, validation)
     kept = len(train) + len(validation) + len(holdout)
     return Splits(
-        train.records, validation.records, holdout.records, duplicates=total - kept, empty=empty
+        train.records, validation.records, holdout.records, duplicates=total - kept, tally=tally
     )
 
 
 def load_public(
-    config: DataConfig, made: Callable[[int], Records] | None = None, read: Reader | None = None
+    config: DataConfig, made: Callable[[int], Records] | None = None, read: Reading | None = None
 ) -> Splits:
     """The public records alone, as `load_splits` has them; `train` is empty where it is private.
 
@@ -125,6 +145,8 @@ def check_files(config: DataConfig) -> None:
         if config.source in FOLDERS or config.source is DataSource.hub:
             if path and not place.is_dir() and (config.source in FOLDERS or is_local(path)):
                 raise ConfigError(f"{name}={path}: no such folder")
+        elif path and place.is_dir():
+            raise ConfigError(f"{name}={path}: is a folder; name a file in it, or choose data=hub")
         elif path and not place.is_file():
             raise ConfigError(f"{name}={path}: no such file")
 
@@ -183,7 +205,7 @@ def _apart(rows: _Keyed, *public: _Keyed) -> _Keyed:
 def _read(
     config: DataConfig,
     made: Callable[[int], Records] | None,
-    read: Reader | None,
+    read: Reading | None,
     told: Told,
 ) -> _Keyed:
     if config.source is DataSource.bbc_news:
@@ -201,7 +223,7 @@ def _keyed(records: Records, told: Told) -> _Keyed:
     return _Keyed(records, records.digests(told))
 
 
-def _read_public(config: DataConfig, read: Reader | None, told: Told) -> _Keyed:
+def _read_public(config: DataConfig, read: Reading | None, told: Told) -> _Keyed:
     """The hold-out: of a place of its own, or a split of the same data set."""
     if config.test_split:
         return _read_own(config, config.path, config.test_split, "data.path", read, told=told)
@@ -244,54 +266,61 @@ def _read_digits(config: DataConfig) -> Records:
 
 
 def _read_own(
-    config: DataConfig, path: str, split: str, name: str, read: Reader | None, *, told: Told
+    config: DataConfig, path: str, split: str, name: str, read: Reading | None, *, told: Told
 ) -> _Keyed:
     """The user's own records. Raises: ConfigError naming the file or row that is not as it must
     be.
     """
     if config.source in FOLDERS:
-        return _keyed(_read_folder(config, path, name, read), told)
-    if config.source is DataSource.hub:
-        records, empty = _read_hub(config, path, split, name, read)
-        return _Keyed(records, records.digests(told), empty)
-    return _Keyed(*read_file(config, path, name, told))
+        # A rule of the config: only tasks of files read folders.
+        assert read is not None
+        assert not isinstance(read, ReadsRows)
+        return _keyed(_read_folder(config, path, name, read, told), told)
+    taken = (
+        _read_hub(config, path, split, name, read)
+        if config.source is DataSource.hub
+        else read_file(config, path, name, told, read if isinstance(read, ReadsRows) else None)
+    )
+    return _Keyed(taken.records, taken.digests, taken.tally)
 
 
-def _read_folder(config: DataConfig, path: str, name: str, read: Reader | None) -> Records:
+def _read_folder(config: DataConfig, path: str, name: str, read: Reader, told: Told) -> Records:
     """One record a file. Raises: ConfigError naming the file by its place."""
-    assert read is not None  # a rule of the config: only tasks of files read folders
     files = labelled_files(config, path, name)
     labels = np.array([file.label for file in files], dtype=np.int64)
-    return Records(tuple(read(file.path, file.where) for file in files), labels)
+    heard = telling(files, told, f"reading {name}", len(files))
+    with room_for(f"{name}={path}", "images or sounds"):
+        contents = spooled_arrays(read(file.path, file.where) for file in heard)
+    return Records(contents, labels)
 
 
-def _read_hub(
-    config: DataConfig, path: str, split: str, name: str, read: Reader | None
-) -> tuple[Records, int]:
-    """One split of a data set, and how many rows have no text.
-
-    Raises: ConfigError naming the row that is not as it must be.
-    """
+def _read_hub(config: DataConfig, path: str, split: str, name: str, read: Reading | None) -> Taken:
+    """One split of a data set. Raises: ConfigError naming the row that is not as it must be."""
     from common.hub import open_split  # noqa: PLC0415 - `datasets`: a second, for these data only
 
     table = open_split(config, path, split, name)
     if config.labels:
         table.check_labels(config)
-    facts = {each: table.column(each, at) for each, at in fact_columns(config).items()}
-    if read is not None:
-        contents = tuple(table.contents(table.media_column(config.media_column), read))
-        numbers = range(1, len(contents) + 1)
-        return records_of(config, table.where, contents, facts, numbers), 0
-    columns = text_columns(config).items()
-    texts = {at: texts_of(table.column(each, at), at, table.where) for each, at in columns}
-    rows = rows_with_texts(config, texts, table.where)
-    kept = [[column[row] for row in rows] for column in texts.values()]
-    facts = {each: [column[row] for row in rows] for each, column in facts.items()}
-    records = records_of(
-        config,
-        table.where,
-        tuple(zip(*kept, strict=True)) if config.columns else tuple(kept[0]),
-        facts,
-        [row + 1 for row in rows],
-    )
-    return records, len(next(iter(texts.values()))) - len(rows)
+    if read is not None and not isinstance(read, ReadsRows):
+        records = _media_of(config, table, read)
+        return Taken(records, records.digests(), NONE)
+    asked = {**text_columns(config), **fact_columns(config)}
+    return take_in(config, table.columns(asked), table.where, read)
+
+
+def _media_of(config: DataConfig, table: "HubTable", read: Reader) -> Records:
+    """Of a data set of images or sounds. Raises: ConfigError, as `_read_hub`."""
+    media, named = table.media_column(config.media_column), fact_columns(config)
+    facts: dict[str, list[Any]] = {setting: [] for setting in named}
+
+    def contents() -> Iterator[Array]:
+        seen = 0
+        for piece in table.pieces():
+            for setting, column in named.items():
+                facts[setting] += table.column(piece, setting, column)
+            yield from table.contents(piece, media, read, first=seen + 1)
+            seen += len(piece)
+
+    with room_for(table.where, "images or sounds"):
+        arrays = spooled_arrays(contents())
+    return records_of(config, table.where, arrays, facts, range(1, len(arrays) + 1))

@@ -7,12 +7,11 @@ looked at the texts would let one record change how others are read.
 import codecs
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
-from typing import Any
 
 ERRORS = "coterie.windows-1252"
 """Name of what decodes bytes that are not UTF-8, byte by byte."""
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""First bytes that declare an encoding, as those of Excel's "Unicode text" do."""
 
 
 class Separator(Enum):
@@ -32,12 +31,10 @@ class Dialect:
     """Empty: UTF-8, where bytes that are not are taken for Windows-1252, each by itself."""
     separator: Separator = Separator.comma
 
-    def arguments(self, path: Path) -> dict[str, Any]:
-        """What pandas is told of the file at `path`."""
-        encoding, errors = self.encoding or _marked(path) or "utf-8", "strict"
-        if encoding == "utf-8" and not self.encoding:
-            errors = ERRORS
-        return {"sep": self.separator.value, "encoding": encoding, "encoding_errors": errors}
+    def spelling(self, head: bytes) -> tuple[str, str]:
+        """Encoding, and what becomes of bytes that are not of it, of a file that begins so."""
+        encoding = self.encoding or ("utf-16" if head[:2] in UTF_16_MARKS else "utf-8")
+        return encoding, ERRORS if encoding == "utf-8" and not self.encoding else "strict"
 
 
 def is_encoding(name: str) -> bool:
@@ -59,12 +56,6 @@ def separator_of(header: str, column: str) -> Separator | None:
         if len(names) > 1 and column in names:
             return separator
     return None
-
-
-def _marked(path: Path) -> str:
-    """The encoding that a file's first bytes declare, as Excel's "Unicode text" does."""
-    with path.open("rb") as file:
-        return "utf-16" if file.read(2) in UTF_16_MARKS else ""
 
 
 def _windows_1252(error: UnicodeError) -> tuple[str, int]:

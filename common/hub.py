@@ -4,7 +4,7 @@ A local data set is private: it is read where it stands, and nothing of it is co
 messages about it name rows and columns that the config names. A data set of the hub is public.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from datasets import Audio, ClassLabel, Dataset, Image
+from datasets import Audio, ClassLabel, Dataset, Features, Image
 from huggingface_hub import constants
 from pyarrow import parquet
 
@@ -20,7 +20,7 @@ from common.config import DataConfig
 from common.errors import ConfigError, first_line
 from common.folders import is_local
 from common.media import File, Reader
-from common.records import Content
+from common.spool import Array
 from common.tables import Column
 
 datasets.disable_progress_bars()
@@ -30,30 +30,46 @@ SAVED, SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
 """Files that `save_to_disk` leaves in the folder of one split, and of several."""
 
 
+BUFFER_BYTES = 1 << 20
+"""Of a column of a parquet file that are read at once; 0 would be all of a row group."""
+PIECE_ROWS = 256
+"""Rows of a data set that are in memory at a time."""
+
+
 @dataclass(frozen=True)
 class HubTable:
     """One split, opened."""
 
-    rows: Dataset
+    features: Features
+    pieces: Callable[[], Iterator[Dataset]]
+    """All rows in their order, some at a time; one piece at least."""
     where: str
     """What messages call it."""
     local: bool
 
-    def column(self, setting: str, name: str) -> Column:
+    def columns(self, asked: dict[str, str]) -> Iterator[list[Column]]:
+        """The columns asked for, in that order, some rows at a time.
+
+        Args: asked: names by the settings that gave them. Raises: ConfigError, as `column`.
+        """
+        for piece in self.pieces():
+            yield [self.column(piece, setting, name) for setting, name in asked.items()]
+
+    def column(self, rows: Dataset, setting: str, name: str) -> Column:
         """The values of a column, or of a field in one as `translation.en`; classes by the names
         that the schema gives them.
 
         Args: setting: that gave the name. Raises: ConfigError if there is no such column.
         """
-        rows = self.rows if name in self.rows.column_names else self.rows.flatten()
-        if name not in rows.column_names:
+        held = rows if name in rows.column_names else rows.flatten()
+        if name not in held.column_names:
             raise ConfigError(
-                f"{setting}={name}: no such column among the {len(self.rows.column_names)} of "
+                f"{setting}={name}: no such column among the {len(rows.column_names)} of "
                 f"{self.where}; its schema names them"
             )
-        kind = rows.features[name]
+        kind = held.features[name]
         with self._reading(name):
-            values = list(rows[name])
+            values = list(held[name])
         if not isinstance(kind, ClassLabel):
             return values
         known = dict(enumerate(kind.names))
@@ -61,7 +77,7 @@ class HubTable:
 
     def check_labels(self, config: DataConfig) -> None:
         """Raises: ConfigError if a label is no class of a column whose schema lists them."""
-        kind = self.rows.features.get(config.label_column)
+        kind = self.features.get(config.label_column)
         if not isinstance(kind, ClassLabel):
             return
         for label in config.labels:
@@ -74,7 +90,7 @@ class HubTable:
     def media_column(self, name: str) -> str:
         """The column of images or sounds: of this name, or the only one. Raises: ConfigError."""
         media: list[str] = [
-            n for n, kind in self.rows.features.items() if isinstance(kind, Image | Audio)
+            n for n, kind in self.features.items() if isinstance(kind, Image | Audio)
         ]
         if not name and len(media) == 1:
             return media[0]
@@ -85,17 +101,18 @@ class HubTable:
             "images or sounds by its schema; name one of them"
         )
 
-    def contents(self, name: str, read: Reader) -> Iterator[Content]:
-        """What the task reads in each row of a column of images or sounds, one at a time.
+    def contents(self, rows: Dataset, name: str, read: Reader, *, first: int) -> Iterator[Array]:
+        """What the task reads in some rows of a column of images or sounds, one at a time.
 
-        Raises: ConfigError naming the row that holds none.
+        Args: first: the number of the first of them. Raises: ConfigError naming the row that holds
+        none.
         """
-        encoded = type(self.rows.features[name])(decode=False)
-        rows = self.rows.cast_column(name, encoded)
-        for row in range(len(rows)):
-            called = f"{self.where}: row {row + 1}"
+        with self._reading(name):
+            encoded = rows.cast_column(name, type(self.features[name])(decode=False))
+        for row in range(len(encoded)):
+            called = f"{self.where}: row {first + row}"
             with self._reading(name):
-                value = rows[row][name]
+                value = encoded[row][name]
             yield read(self._file(value, called), called)
 
     @contextmanager
@@ -129,15 +146,20 @@ def open_split(config: DataConfig, path: str, split: str, name: str) -> HubTable
     """
     where, local = f"{name}={path}", is_local(path)
     folder = Path(path).expanduser()
-    if not local:
-        rows = _from_hub(config, path, split, where)
-    elif (folder / SAVED).is_file() or (folder / SAVED_SPLITS).is_file():
-        if split == config.test_split and not (folder / SAVED_SPLITS).is_file():
-            raise ConfigError(f"data.test_split={split}: {where} holds one split; leave it out")
-        rows = _saved(folder, split, where)
-    else:
-        rows = _of_parquet(folder, split, where)
-    return HubTable(rows.with_format(None), where, local)
+    if local and not any((folder / file).is_file() for file in (SAVED, SAVED_SPLITS)):
+        features, pieces = _of_parquet(folder, split, where)
+        return HubTable(features, pieces, where, local)
+    if local and split == config.test_split and not (folder / SAVED_SPLITS).is_file():
+        raise ConfigError(f"data.test_split={split}: {where} holds one split; leave it out")
+    rows = _saved(folder, split, where) if local else _from_hub(config, path, split, where)
+    rows = rows.with_format(None)
+    return HubTable(rows.features, lambda: _pieces_of(rows), where, local)
+
+
+def _pieces_of(rows: Dataset) -> Iterator[Dataset]:
+    """Of a data set that is mapped into memory: without copies."""
+    for start in range(0, max(len(rows), 1), PIECE_ROWS):
+        yield rows.select(range(start, min(start + PIECE_ROWS, len(rows))))
 
 
 def _from_hub(config: DataConfig, path: str, split: str, where: str) -> Dataset:
@@ -172,8 +194,11 @@ def _saved(folder: Path, split: str, where: str) -> Dataset:
         ) from error
 
 
-def _of_parquet(folder: Path, split: str, where: str) -> Dataset:
-    """Parquet files named by their split, with the schema that the first one carries.
+def _of_parquet(
+    folder: Path, split: str, where: str
+) -> tuple[Features, Callable[[], Iterator[Dataset]]]:
+    """Parquet files named by their split, with the schema that the first one carries: what it is,
+    and its rows.
 
     Raises: ConfigError.
     """
@@ -183,13 +208,34 @@ def _of_parquet(folder: Path, split: str, where: str) -> Dataset:
             f"{where}: has no file of split {split}; expected {split}.parquet, {split}-*.parquet "
             f"or {split}/*.parquet, or what datasets' save_to_disk wrote"
         )
+    called = f"{where}: its parquet files of split {split}"
+    with _opening(called):
+        schema = parquet.read_schema(files[0])
+        if any(parquet.read_schema(each) != schema for each in files):
+            raise ValueError("other columns")
+        features = Dataset(schema.empty_table(), fingerprint=called).features
+    return features, lambda: _pieces_in(files, schema, called)
+
+
+def _pieces_in(files: list[Path], schema: Any, called: str) -> Iterator[Dataset]:
+    """Raises: ConfigError."""
+    yield Dataset(schema.empty_table(), fingerprint=called)
+    for path in files:
+        with _opening(called), parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as file:
+            for batch in file.iter_batches(PIECE_ROWS):
+                table = pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata)
+                yield Dataset(table, fingerprint=called)
+
+
+@contextmanager
+def _opening(called: str) -> Iterator[None]:
+    """Raises: ConfigError."""
     try:
-        return Dataset(pa.concat_tables([parquet.read_table(path) for path in files]))
-    except Exception as error:  # as of what was saved
-        raise ConfigError(
-            f"{where}: its parquet files of split {split} cannot be read, or differ in their "
-            "columns"
-        ) from error
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # a message of a library might hold what it could not read
+        raise ConfigError(f"{called} cannot be read, or differ in their columns") from error
 
 
 def _is_of(path: Path, split: str, folder: Path) -> bool:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from common.config import MAX_SECONDS
 from common.errors import ConfigError
-from common.records import Content
+from common.spool import Array
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it finds wrong, our errors say
 
@@ -31,7 +31,7 @@ _GRAY, _GRAY_OF_16_BITS, _TOO_FINE = ("1", "L", "LA"), "I;16", ("I", "F")
 
 File = Path | bytes
 """A file on the disk, or what stands in one."""
-Reader = Callable[[File, str], Content]
+Reader = Callable[[File, str], Array]
 """What a task reads in a file; the text is what messages call the file. Raises: ConfigError."""
 
 

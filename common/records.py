@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from common.digests import Digests, gathered
 from common.errors import ConfigError
 from common.progress import Told, telling, untold
-from common.spool import Spooled
+from common.spool import Kind, Spooled
 
 Content = str | tuple[str, ...] | NDArray[Any]
 """What one record holds beside its label: a text; several texts, as a question and its context;
@@ -24,7 +24,7 @@ class Records:
     """Contents with their labels: one record a content."""
 
     contents: Sequence[Content]
-    """(N,) a tuple; of a table of texts a `Spooled`, which reads them where they are asked for."""
+    """(N,) a tuple; of a table or a folder a `Spooled`, which reads what is asked for."""
     labels: NDArray[np.int64]
     """(N,) index into the config's `data.labels`; zeros where the task knows no classes."""
     persons: tuple[str, ...] | None = field(default=None, repr=False)
@@ -78,8 +78,8 @@ class Records:
 
     def identities(self) -> Sequence[Hashable]:
         """(N,) equal where contents are; of texts themselves."""
-        if isinstance(self.contents, Spooled):
-            return self.contents
+        if isinstance(self.contents, Spooled) and self.contents.kind is not Kind.array:
+            return cast("Sequence[Hashable]", self.contents)
         return [identity(content) for content in self.contents]
 
     def digests(self, told: Told = untold) -> Digests:

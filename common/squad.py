@@ -7,6 +7,7 @@ arXiv:1806.03822.
 import re
 import string
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 
 def normalized(answer: str) -> str:
@@ -36,3 +37,18 @@ def word_f1(predicted: str, answer: str) -> float:
         return float(found == wanted)
     shared = sum((Counter(found) & Counter(wanted)).values())
     return 2 * shared / (len(found) + len(wanted))
+
+
+def best_of(judge: Callable[[str, str], float]) -> Callable[[str, Sequence[str]], float]:
+    """The most that a judge gives over all accepted answers; where none has a word, nothing but an
+    answer without one is right, as with SQuAD 2's questions that have none.
+
+    >>> best_of(word_f1)("red cup", ["the cup", "a red cup"]), best_of(exact_match)("cup", [])
+    (1.0, 0.0)
+    """
+
+    def judged(predicted: str, answers: Sequence[str]) -> float:
+        wanted = [answer for answer in answers if normalized(answer)]
+        return max(judge(predicted, answer) for answer in wanted or [""])
+
+    return judged

@@ -1,14 +1,13 @@
-"""Tables of private records in files: CSV, JSON lines and Parquet, plain or packed by gzip.
+"""Tables of private records in files: CSV and JSON lines, plain or packed, and Parquet.
 
 They are read in batches, so that a table may be larger than memory. A message about a file names
 the row, and never repeats what stands in it: rows are private.
 """
 
-import gzip
+import csv
 import io
 import json
 import os
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -18,12 +17,15 @@ from typing import IO, Any
 from common.config import DataSource
 from common.dialect import Dialect, separator_of
 from common.errors import ConfigError
+from common.packing import DAMAGE, packing_of, unpacked
 from common.progress import Told, untold
 
 Column = Sequence[Any]
 """(n,) values of one column of a batch, as they stand in the file."""
 
 PLAIN = Dialect()
+HEAD_BYTES = 512
+"""Of a file that are looked at before it is read."""
 BATCH_ROWS = 1024
 """Rows that are in memory at a time."""
 
@@ -73,7 +75,7 @@ def texts_of(column: Column, setting: str, where: str, *, first: int = 1) -> lis
         if value is not None and not isinstance(value, str):
             raise ConfigError(f"{where}: row {row} has no text in {setting}; it must be a string")
         text = " ".join((value or "").split())
-        if not text.isascii() and not _is_unicode(text):
+        if not text.isascii() and not is_unicode(text):
             raise ConfigError(
                 f"{where}: row {row} has half a character in {setting}, an escape \\ud800 to "
                 "\\udfff alone; write the whole character"
@@ -94,7 +96,8 @@ def names_of(column: Column) -> list[str | None]:
     ]
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text has whole characters only, which JSON does not assure."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -113,26 +116,24 @@ def _read_csv(path: Path, where: str, asked: list[str], dialect: Dialect) -> Ite
     """All columns: told of some only, pandas passes over rows that have too many fields."""
     import pandas as pd  # noqa: PLC0415 - half a second, for CSV only
 
-    packed = _PACKED.get(path.suffix)
     try:
-        with path.open("rb") as file, ExitStack() as stack:
+        encoding, errors = _spelling(path, where, dialect)
+        _check_names(path, where, asked, dialect)
+        with unpacked(path, where) as (content, file), ExitStack() as stack:
             chunks = stack.enter_context(
                 pd.read_csv(
-                    file,
+                    content,
                     dtype=str,
                     keep_default_na=False,
                     chunksize=BATCH_ROWS,
-                    compression=packed,
-                    **dialect.arguments(path),
+                    compression=None,
+                    sep=dialect.separator.value,
+                    encoding=encoding,
+                    encoding_errors=errors,
                 )
             )
             for table in chunks:
-                if not isinstance(table.index, pd.RangeIndex):
-                    # pandas made a row label of the surplus field
-                    raise ConfigError(
-                        f"{where}: rows have more fields than the first line names; "
-                        "quote the texts that hold commas"
-                    )
+                _check_fields(table)
                 read = {name: table[name].tolist() for name in table.columns if name in asked}
                 yield {**dict.fromkeys(table.columns, ()), **read}, _share(file)
     except UnicodeError as error:  # its text tells the byte
@@ -140,16 +141,84 @@ def _read_csv(path: Path, where: str, asked: list[str], dialect: Dialect) -> Ite
             f"{where}: its characters are not spelled as {dialect.encoding or 'utf-16'}; "
             "give the file's own data.encoding"
         ) from error
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+    except (OSError, ValueError, *DAMAGE) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{where}: not a readable CSV file ({reason})") from error
+        raise ConfigError(
+            _surplus(path, where, dialect) or f"{where}: not a readable CSV file ({reason})"
+        ) from error
+
+
+def _spelling(path: Path, where: str, dialect: Dialect) -> tuple[str, str]:
+    """See `Dialect.spelling`. Raises: ConfigError if the file begins as no text does."""
+    with unpacked(path, where) as (content, _):
+        head = content.read(HEAD_BYTES)
+    encoding, errors = dialect.spelling(head)
+    if encoding == "utf-8" and b"\0" in head:
+        raise ConfigError(
+            f"{where}: begins with bytes of 0, as no text in UTF-8 does; of a table in UTF-16 "
+            "give data.encoding=utf-16-le or utf-16-be"
+        )
+    return encoding, errors
+
+
+def _raw_rows(path: Path, where: str, dialect: Dialect) -> Iterator[list[str]]:
+    """Fields as they stand, the names first, without blank lines.
+
+    Raises: OSError, ValueError, csv.Error, or one of `DAMAGE`.
+    """
+    encoding, errors = _spelling(path, where, dialect)
+    with unpacked(path, where) as (content, _):
+        plain = "utf-8-sig" if encoding == "utf-8" else encoding
+        text = io.TextIOWrapper(content, plain, errors, newline="")
+        lines = csv.reader(text, delimiter=dialect.separator.value)
+        yield from (fields for fields in lines if len(fields) > 1 or "".join(fields).strip())
+
+
+def _check_names(path: Path, where: str, asked: list[str], dialect: Dialect) -> None:
+    """Raises: ConfigError if a column asked for stands there twice: pandas would take the first."""
+    try:
+        names = next(_raw_rows(path, where, dialect), [])
+    except (ValueError, csv.Error):  # of the texts: pandas says what it is
+        return
+    if twice := [name for name in asked if names.count(name) > 1]:
+        raise ConfigError(
+            f"{where}: its first line names {twice[0]} {names.count(twice[0])} times; rename those "
+            "that are not meant"
+        )
+
+
+def _check_fields(table: Any) -> None:
+    """Raises: ValueError if pandas took a surplus field of the first row for the name of each."""
+    import pandas as pd  # noqa: PLC0415 - as `_read_csv`
+
+    if not isinstance(table.index, pd.RangeIndex):
+        fault = "rows have more fields than the first line names"
+        raise ValueError(fault)  # noqa: TRY004 - of the file
+
+
+def _surplus(path: Path, where: str, dialect: Dialect) -> str:
+    """What is wrong with the first row that has more fields than the first line names; empty where
+    there is none. pandas counts lines, blank ones and those of a header too.
+    """
+    try:
+        rows = _raw_rows(path, where, dialect)
+        names = len(next(rows, []))
+        for number, fields in enumerate(rows, start=1):
+            if len(fields) > names:
+                return (
+                    f"{where}: row {number} has {len(fields)} fields, and the first line names "
+                    f"{names}; quote the texts that hold a {dialect.separator.name}"
+                )
+    except (OSError, ValueError, csv.Error, *DAMAGE):  # a fault of another kind came first
+        pass
+    return ""
 
 
 def _read_jsonl(path: Path, where: str, asked: list[str], _dialect: Dialect) -> Iterator[_Batch]:
     names: set[str] = set()
     try:
-        with path.open("rb") as file:
-            numbered = enumerate(_lines(file, path), start=1)
+        with unpacked(path, where) as (content, file):
+            numbered = enumerate(_lines(content), start=1)
             while lines := list(islice(numbered, BATCH_ROWS)):
                 objects = [_object(line, f"{where}: line {number}") for number, line in lines]
                 names = names or {*objects[0]}
@@ -161,7 +230,7 @@ def _read_jsonl(path: Path, where: str, asked: list[str], _dialect: Dialect) -> 
                 yield _columns(names, asked, objects), _share(file)
             if not names:
                 yield {}, 1.0
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, *DAMAGE) as error:
         raise ConfigError(f"{where}: not a readable file of JSON lines") from error
 
 
@@ -171,10 +240,9 @@ def _columns(names: set[str], asked: list[str], objects: list[dict[str, Any]]) -
     return {**dict.fromkeys(names, ()), **read}
 
 
-def _lines(file: IO[bytes], path: Path) -> Iterator[str]:
+def _lines(content: IO[bytes]) -> Iterator[str]:
     """Lines that are not blank."""
-    opened: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-    with io.TextIOWrapper(opened, encoding="utf-8") as text:
+    with io.TextIOWrapper(content, encoding="utf-8") as text:
         yield from (line for line in text if line.strip())
 
 
@@ -202,7 +270,9 @@ def _read_parquet(path: Path, where: str, asked: list[str], _dialect: Dialect) -
                 read = {n: batch.column(n).to_pylist() for n in batch.schema.names}
                 yield {**dict.fromkeys(names, ()), **read}, done / total
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise ConfigError(f"{where}: not a readable Parquet file") from error
+        packing = packing_of(path) if path.is_file() else None
+        remedy = f"; it is packed by {packing.name}: unpack it" if packing else ""
+        raise ConfigError(f"{where}: not a readable Parquet file{remedy}") from error
 
 
 def _share(file: IO[bytes]) -> float:
@@ -214,13 +284,6 @@ _READERS: dict[DataSource, _Reader] = {
     DataSource.csv: _read_csv,
     DataSource.jsonl: _read_jsonl,
     DataSource.parquet: _read_parquet,
-}
-_PACKED: dict[str, Any] = {
-    ".gz": "gzip",
-    ".bz2": "bz2",
-    ".xz": "xz",
-    ".zip": "zip",
-    ".zst": "zstd",
 }
 _WHERE_NAMES_STAND = {
     DataSource.csv: "its first line must name them",

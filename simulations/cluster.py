@@ -31,7 +31,7 @@ from common import messages
 from common.allocation import keep_freed_memory
 from common.config import EngineConfig, EngineName
 from common.errors import ConfigError, FederationError
-from common.spool import Spool
+from common.spool import Kind, Spool
 from simulations.answer import partition_of
 from simulations.sites import Sites
 from simulations.workers import Lost, threads_of, workers_of
@@ -237,18 +237,15 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: object) -> Any:
         """See pickle."""
         if isinstance(value, Spool):
-            return _spool_of, (
-                os.pread(value.handle, os.fstat(value.handle).st_size, 0),
-                value.several,
-            )
+            return _spool_of, (value.content(), value.kind)
         return NotImplemented
 
 
-def _spool_of(content: bytes, several: bool) -> Spool:
+def _spool_of(content: bytes, kind: Kind) -> Spool:
     handle = os.memfd_create("coterie", os.MFD_CLOEXEC)
     with os.fdopen(os.dup(handle), "wb") as file:
         file.write(content)
-    return Spool(handle, several=several)
+    return Spool(handle, kind)
 
 
 def _app_of(reference: Any, threads: int) -> ClientApp:

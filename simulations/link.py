@@ -214,7 +214,7 @@ class _Pickler(pickle.Pickler):
         place = self._spools.get(id(spool))
         if place is None:
             place = self._spools[id(spool)] = self._beside(spool.handle)
-        return "spool", place, spool.several
+        return "spool", place, spool.kind
 
     def _beside(self, handle: int) -> int:
         self.handles.append(handle)
@@ -239,7 +239,7 @@ class _Unpickler(pickle.Unpickler):
         kind, place, *facts = reference
         if kind == "spool":
             if place not in self._spools:
-                self._spools[place] = Spool(os.dup(self._handles[place]), several=facts[0])
+                self._spools[place] = Spool(os.dup(self._handles[place]), facts[0])
             return self._spools[place]
         described, size, *numbers = facts
         for number in numbers:

@@ -40,9 +40,10 @@ from common.config import (
     check_delta,
     to_canonical,
 )
-from common.data import Splits, check_files, load_splits
+from common.data import Reading, Splits, check_files, load_splits
 from common.device import device_of
 from common.errors import ConfigError, PrivacyRefusedError
+from common.intake import ReadsRows
 from common.keys import generate_key
 from common.messages import read_instruction
 from common.privacy.chain import public_hex
@@ -157,9 +158,10 @@ def _run(config: Config, run_dir: Path, console: Console, make: MakeTrainer) -> 
     console.print(
         f"{len(splits.train)} private training records{_of_persons(config, splits.train)}; public: "
         f"{len(splits.validation)} validation, {len(splits.holdout)} hold-out; {splits.duplicates} "
-        f"repeated {'texts' if read is None else 'files'} dropped{_left_out(splits)}",
+        f"repeated {'files' if callable(read) else 'texts'} dropped{_of_rows(splits, read)}",
         highlight=False,
     )
+    _check_any(config, splits, read)
     sites = deal(splits.train, config.federation, seed=config.seed)
     config = _resolve(run_plan.config, splits, sites)
     records = dict(zip(config.federation.site_names, sites, strict=True))
@@ -256,9 +258,20 @@ def _resolve(config: Config, splits: Splits, sites: list[Records]) -> Config:
     return replace(config, data=known)
 
 
-def _left_out(splits: Splits) -> str:
-    """How many rows had no text; their number is private, and only a simulation tells it."""
-    return f", {splits.empty} without a text left out" if splits.empty else ""
+def _check_any(config: Config, splits: Splits, read: Reading | None) -> None:
+    """Raises: ConfigError if nothing is left to train on, with what became of the rows."""
+    if not len(splits.train) and config.data.path:
+        public = len(splits.validation) + len(splits.holdout)
+        raise ConfigError(
+            f"data.path={config.data.path}: leaves no record to train on: {public} are public, "
+            f"{splits.duplicates} repeat others or public ones{_of_rows(splits, read)}"
+        )
+
+
+def _of_rows(splits: Splits, read: Reading | None) -> str:
+    """How many rows had no text, and the like: private, and only a simulation tells it."""
+    told = splits.tally.told(read if isinstance(read, ReadsRows) else None)
+    return "".join(f", {each}" for each in told)
 
 
 def _of_persons(config: Config, records: Records) -> str:

@@ -8,10 +8,13 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from common.config import Config, ModelConfig, TaskConfig, TaskName
-from common.media import File, Reader
+from common.data import Reading
+from common.intake import ReadsRows
+from common.media import File
 from common.model import FineTuned
 from common.prefix import Inputs
-from common.records import Content, Records
+from common.records import Records
+from common.spool import Array
 
 Processor = Any
 """What turns contents into tensors: a tokenizer, or a processor of images or sounds."""
@@ -85,9 +88,11 @@ class Task(Protocol):
 
 @runtime_checkable
 class FileTask(Protocol):
-    """A task whose records are files, besides: without this method they are texts."""
+    """A task whose records are files, besides: without this method they are texts. One whose rows
+    are more than texts is a `ReadsRows`.
+    """
 
-    def read(self, processor: Processor, file: File, where: str) -> Content:
+    def read(self, processor: Processor, file: File, where: str) -> Array:
         """What a file holds, as `encode` takes it. Args: where: what messages call the file.
 
         Raises: ConfigError if it holds something else.
@@ -127,7 +132,9 @@ def build_model(config: Config) -> FineTuned:
     return TASKS[config.task.name].build(config)
 
 
-def reader_of(name: TaskName, processor: Processor) -> Reader | None:
-    """How the task reads one file; None if its records are texts."""
+def reader_of(name: TaskName, processor: Processor) -> Reading | None:
+    """How the task reads one file, or one row; None if its records are texts as they stand."""
     task = TASKS[name]
+    if isinstance(task, ReadsRows):
+        return task
     return partial(task.read, processor) if isinstance(task, FileTask) else None

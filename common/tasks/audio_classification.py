@@ -18,6 +18,7 @@ from common.model import FineTuned, read_of
 from common.prefix import Inputs
 from common.pretrained import load_feature_extractor
 from common.records import Content, Records
+from common.spool import Array
 
 SAMPLES = "input_values"
 TOY_RATE = 16_000
@@ -41,7 +42,7 @@ class AudioClassification(ClassTask):
         processor = self.load_processor(config.model)
         return build_classifier(config, read_of(self.made(processor, 2, config)), self.FAMILY)
 
-    def read(self, processor: Any, file: File, where: str) -> Content:
+    def read(self, processor: Any, file: File, where: str) -> Array:
         """(samples,) at the processor's rate."""
         return sound_of(file, where, rate=int(processor.sampling_rate))
 

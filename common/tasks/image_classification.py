@@ -18,6 +18,7 @@ from common.model import FineTuned, read_of
 from common.prefix import Inputs
 from common.pretrained import load_image_processor
 from common.records import Content, Records
+from common.spool import Array
 
 PIXELS = "pixel_values"
 TOY_SIZE = 8
@@ -43,7 +44,7 @@ class ImageClassification(ClassTask):
         processor = self.load_processor(config.model)
         return build_classifier(config, read_of(self.made(processor, 2, config)), self.FAMILY)
 
-    def read(self, _processor: Any, file: File, where: str) -> Content:
+    def read(self, _processor: Any, file: File, where: str) -> Array:
         """(H, W, C) as in the file: gray or colours, whatever the model reads."""
         return image_of(file, where)
 

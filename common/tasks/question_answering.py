@@ -1,7 +1,7 @@
 """Extractive question answering: the answer is a piece of a context."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.answers import accepted, found, read_answers
 from common.classes import COTERIE_KEY, WEIGHTS
 from common.config import Config, ModelConfig, TaskConfig
 from common.errors import ConfigError
@@ -21,7 +22,7 @@ from common.model import FineTuned, pieces, read_of, targets_of
 from common.prefix import Inputs
 from common.pretrained import load_encoder, load_tokenizer
 from common.records import Records
-from common.squad import exact_match, word_f1
+from common.squad import best_of, exact_match, word_f1
 from common.tuning import tune
 
 STATES, MASK = "states", "attention_mask"
@@ -66,11 +67,14 @@ class SpanFinder(FineTuned):
 
 
 class QuestionAnswering:
-    """Finds where in the context the answer stands. A record is question, context and answer; an
-    empty answer says that the context holds none.
+    """Finds where in the context the answer stands. A record is question, context and the answers
+    that people accept, as `common.answers` keeps them in one text: an empty one says that the
+    context holds none.
     """
 
     CLASSES, LOWER_IS_BETTER = False, False
+    UNFIT = "an answer that does not stand in its context"
+    BLANK = "without an answer: trained to say so"
 
     def load_processor(self, model: ModelConfig) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises: ConfigError if it cannot say where a token stands."""
@@ -94,17 +98,23 @@ class QuestionAnswering:
         """(N, T) ids of question and context, where the answer starts and ends (N,), and where in
         the context each token stands (N, T, 2), zeros elsewhere.
 
-        The answer is where it first stands in the context; both ends are 0 where that is not
+        That answer is the first accepted one that stands in the context. Both ends are 0, the first
+        token, where there is none, as of SQuAD 2's questions that have none, or where it is not
         wholly within the kept tokens, as is usual.
         """
         questions, contexts, answers = records.parts("question", "context", "answer")
         inputs = _read(tokenizer, questions, contexts, task)
         places = [
-            _place(offsets, context, answer)
-            for offsets, context, answer in zip(inputs[OFFSETS], contexts, answers, strict=True)
+            _place(offsets, found(line, context))
+            for offsets, context, line in zip(inputs[OFFSETS], contexts, answers, strict=True)
         ]
         ends = torch.tensor(places, dtype=torch.long).reshape(-1, 2)
         return {**inputs, START: ends[:, 0], END: ends[:, 1]}
+
+    def read_last(self, values: Sequence[Any]) -> str | None:
+        """The accepted answers, see `common.answers.read_answers`. Raises: ValueError."""
+        _, context, answers = values
+        return read_answers(answers, context if isinstance(context, str) else "")
 
     def toy_examples(self, count: int) -> Records:
         """The answer is the one word of a context that is not a filling word."""
@@ -133,26 +143,29 @@ class QuestionAnswering:
         return (start + end) / 2
 
     def correct(self, output: Tensor, targets: Inputs) -> Tensor:
-        """(B,) whether the likeliest span is the answer's, to the token."""
+        """(B,) whether the likeliest span is, to the token, that of the answer trained on."""
         found = _best_spans(output, targets[OFFSETS])
         return (found[:, 0] == targets[START]) & (found[:, 1] == targets[END])
 
     def score(self, model: FineTuned, inputs: Inputs) -> Inputs:
         """(B,) where in the context the likeliest answer begins and stops, in characters."""
         offsets = inputs[OFFSETS]
-        found, rows = _best_spans(model(**read_of(inputs)), offsets), torch.arange(len(offsets))
-        return {BEGIN: offsets[rows, found[:, 0], 0], STOP: offsets[rows, found[:, 1], 1]}
+        best, rows = _best_spans(model(**read_of(inputs)), offsets), torch.arange(len(offsets))
+        return {BEGIN: offsets[rows, best[:, 0], 0], STOP: offsets[rows, best[:, 1], 1]}
 
     def metrics(
         self, scores: Inputs, records: Records, _processor: Any, _config: Config
     ) -> dict[str, float]:
-        """Mean exact match and word F1 as SQuAD defines them, on the texts; both in [0, 1]."""
+        """Mean exact match and word F1 as SQuAD defines them, on the texts; both in [0, 1]: of each
+        record the best over its accepted answers, and 1 or 0 where it has none.
+        """
         _, contexts, answers = records.parts("question", "context", "answer")
         spans = zip(contexts, scores[BEGIN].tolist(), scores[STOP].tolist(), strict=True)
-        found = [context[begin:stop] for context, begin, stop in spans]
+        cut = [context[begin:stop] for context, begin, stop in spans]
+        wanted = [[answer.text for answer in accepted(line)] for line in answers]
         return {
-            "exact_match": round(float(np.mean([*map(exact_match, found, answers)])), 4),
-            "f1": round(float(np.mean([*map(word_f1, found, answers)])), 4),
+            "exact_match": round(float(np.mean([*map(best_of(exact_match), cut, wanted)])), 4),
+            "f1": round(float(np.mean([*map(best_of(word_f1), cut, wanted)])), 4),
         }
 
     def save(self, model: FineTuned, folder: Path, facts: dict[str, Any]) -> None:
@@ -220,13 +233,14 @@ def _read(
     return {**inputs, OFFSETS: encoded["offset_mapping"] * torch.tensor(sides).unsqueeze(-1)}
 
 
-def _place(offsets: Tensor, context: str, answer: str) -> tuple[int, int]:
+def _place(offsets: Tensor, answer: tuple[int, str] | None) -> tuple[int, int]:
     """First and last token of the answer, by the (T, 2) places of a record's tokens."""
-    begin = context.find(answer) if answer else -1
-    stop = begin + len(answer)
+    if answer is None:
+        return 0, 0
+    begin, stop = answer[0], answer[0] + len(answer[1])
     inside = (offsets[:, 1] > begin) & (offsets[:, 0] < stop) & (offsets[:, 1] > 0)
     tokens = inside.nonzero().flatten().tolist()
-    if begin < 0 or not tokens:
+    if not tokens:
         return 0, 0
     first, last = tokens[0], tokens[-1]
     whole = int(offsets[first, 0]) <= begin and stop <= int(offsets[last, 1])
@@ -244,5 +258,5 @@ def _best_spans(logits: Tensor, offsets: Tensor) -> Tensor:
     ordered = square.triu().tril(LONGEST - 1)
     allowed = context.unsqueeze(2) & context.unsqueeze(1) & ordered
     best = spans.masked_fill(~allowed, -torch.inf).flatten(1).max(1)
-    found = torch.stack((best.indices // tokens, best.indices % tokens), 1)
-    return found * (best.values > spans[:, 0, 0]).unsqueeze(1)
+    ends = torch.stack((best.indices // tokens, best.indices % tokens), 1)
+    return ends * (best.values > spans[:, 0, 0]).unsqueeze(1)

@@ -315,3 +315,15 @@ def test_a_witness_is_told_once_the_answer_has_left_and_whenever_nothing_is_aske
     assert told == [1]
     one._rest()
     assert told == [1, 1]
+
+
+def test_rows_that_are_left_out_are_told_to_the_sites_operator_alone(settings, tmp_path, caplog):
+    """In the node's own log; how many there are is private, and in nothing that leaves the site."""
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"goal {n},sport\n" for n in range(9)) + " ,sport\n")
+    with caplog.at_level(logging.INFO, logger=service.__name__):
+        records = service.read_records(
+            replace(settings, data=replace(settings.data, path=str(path)))
+        )
+    assert len(records) <= 9
+    assert caplog.messages == ["site-1: data: rows: 1 without a text left out"]

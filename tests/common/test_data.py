@@ -229,7 +229,7 @@ FAULTS = {
     "label missing": (f"text,label\n{SECRET} a,yes\n{SECRET}\n", r"row 2 has no label"),
     "label of blanks": (f"text,label\n{SECRET},yes\nb,  \n", r"row 2 has no label"),
     "empty file": ("", r"not a readable CSV"),
-    "too many fields": (f"text,label\n{SECRET},no\na,{SECRET},c,yes\n", r"not a readable CSV"),
+    "too many fields": (f"text,label\n{SECRET},no\na,{SECRET},c,yes\n", r"row 2 has 4 fields"),
     "broken quotes": (f'text,label\n"{SECRET},no\n', r"not a readable CSV"),
     "unquoted comma in every row": (
         f"text,label\nwell, {SECRET},yes\nso, {SECRET},no\n",
@@ -255,12 +255,6 @@ def test_a_broken_gzip_is_refused(tmp_path, keep):
     content = gzip.compress(write(tmp_path / "a.csv", records(500)).read_bytes())
     path = tmp_path / "a.csv.gz"
     path.write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(ConfigError, match="not a readable CSV"):
-        load_splits(config_of(path))
-
-
-def test_a_plain_file_named_gz_is_refused(tmp_path):
-    path = write(tmp_path / "a.csv.gz", records(5))
     with pytest.raises(ConfigError, match="not a readable CSV"):
         load_splits(config_of(path))
 

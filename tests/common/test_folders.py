@@ -1,9 +1,13 @@
 """Folders of images and sounds: one record a file, and one line for each kind of fault."""
 
 import os
+import shutil
+import subprocess
+import sys
 import unicodedata
 import zlib
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from common.data import check_files, load_splits
 from common.errors import ConfigError
 from common.folders import labelled_files
 from common.media import image_of, sound_of
+from common.spool import Spooled
 from common.tasks import TASKS, reader_of
 
 SECRET = "swordfish"  # in names of files and folders; must stand in no message
@@ -382,3 +387,66 @@ def test_a_mistake_ends_the_command_with_one_line_and_nothing_written(
     assert message in answer.err
     assert "Traceback" not in answer.err
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_what_files_hold_is_on_the_disk_and_not_in_memory(tmp_path, kind):
+    """And is not read again: a file that changes meanwhile would be another record than charged."""
+    splits = load(fill(tmp_path / "d", kind), kind)
+    shutil.rmtree(tmp_path / "d")
+    for part in (splits.train, splits.validation, splits.holdout, splits.train.subset([0])):
+        assert isinstance(part.contents, Spooled)
+        assert len([*part.contents]) == len(part)
+
+
+def test_no_room_for_what_files_hold_is_one_line_with_the_remedy(tmp_path, kind, monkeypatch):
+    def full(*_arguments, **_named):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("common.spool.pa.ipc.new_file", full)
+    with pytest.raises(ConfigError, match=r"^data\.path=.*no room.*No space left.*TMPDIR$"):
+        load(fill(tmp_path / "d", kind), kind)
+
+
+GROWTH = """
+import sys
+from pathlib import Path
+from common.config import DataConfig, DataSource
+from common.data import load_splits
+from common.media import image_of
+from client.commitment import commit_to
+
+def anonymous():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+
+def read(path):
+    labels = ["cat", "dog"]
+    config = DataConfig(source=DataSource.image_folder, path=path, labels=labels)
+    splits = load_splits(config, read=image_of)
+    commit_to(splits.train, bytes(32))
+    return splits
+
+read(sys.argv[1])
+before = anonymous()
+splits = read(sys.argv[2])
+print(anonymous() - before, len(splits.train))
+"""
+
+
+def test_a_folder_of_many_megabytes_costs_few(tmp_path):
+    """Held as arrays it is all of them: 65 MB."""
+    for name, count in (("small", 20), ("large", 1500)):
+        for number in range(count):
+            folder = tmp_path / name / LABELS[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = np.full((120, 120, 3), number % 251, dtype=np.uint8)
+            pixels[0, :3, 0] = (number % 256, number // 256, 7)
+            Image.fromarray(pixels).save(folder / f"{number}.bmp")
+    told = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(tmp_path / "small"), str(tmp_path / "large")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert int(told[1]) > 900
+    assert float(told[0]) < 20

@@ -14,10 +14,12 @@ from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Image, V
 from PIL import Image as Picture
 from pyarrow import parquet
 
+from common import hub
 from common.config import DataConfig, DataSource, EmptyTexts, TaskName
 from common.data import check_files, load_splits
 from common.errors import ConfigError
 from common.hub import HubTable
+from common.spool import Spooled
 from common.tasks import reader_of
 
 SECRET = "swordfish"  # stands in private texts; must stand in no message
@@ -357,7 +359,8 @@ def test_files_that_rows_name_are_opened_in_the_cache_of_the_hub_only(tmp_path, 
         (through, False, False),
     ):
         rows = media(Image, {0: {"bytes": None, "path": str(path)}}, count=1)
-        contents = HubTable(rows, "data.path=a", local).contents("media", READERS[Image])
+        whole = HubTable(rows.features, lambda: iter(()), "data.path=a", local)
+        contents = whole.contents(rows, "media", READERS[Image], first=1)
         if is_read:
             assert next(contents).shape == (4, 4, 1)
         else:
@@ -454,3 +457,19 @@ def test_a_data_set_of_the_hub_is_read_at_its_revision(tmp_path):
     holdout, labels = json.loads(ran.stdout)
     assert holdout > 1000
     assert labels == [0, 1]
+
+
+def test_rows_are_in_memory_some_at_a_time_only(tmp_path, form, monkeypatch):
+    """Texts and images go to the spool; the numbers of rows count on over the pieces."""
+    monkeypatch.setattr(hub, "PIECE_ROWS", 4)
+    form(tmp_path / "d", table())
+    texts = everything(tmp_path / "d").contents
+    assert isinstance(texts, Spooled)
+    assert [*texts] == [f"{SECRET} text number {n} é中" for n in range(30)]
+    form(tmp_path / "m", media(Image, count=10))
+    images = everything(tmp_path / "m", READERS[Image])
+    assert isinstance(images.contents, Spooled)
+    assert len(images) == 10
+    form(tmp_path / "b", media(Image, {9: {"bytes": b"junk", "path": None}}, count=10))
+    with pytest.raises(ConfigError, match="row 10: not a readable image"):
+        everything(tmp_path / "b", READERS[Image])

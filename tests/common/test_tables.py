@@ -1,11 +1,16 @@
 """Files of one's own: the same records in every format, and one line for each kind of fault."""
 
+import bz2
 import csv
 import gzip
+import io
 import json
+import lzma
+import zipfile
 from dataclasses import replace
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from common.config import DataConfig, DataSource, EmptyTexts
@@ -115,6 +120,19 @@ def table(form, rows):
     return lambda folder: write(folder, form, rows)
 
 
+DAMAGED = gzip.compress(b"text,label\n" * 99)[:20] + b"\xff" * 20
+
+
+def zipped(files, flags=0):
+    """A zip of so many files; flags: bits of its directory, 1 where there is a password."""
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        for number in range(files):
+            archive.writestr(f"{number}.csv", "text,label,who\na,no,p\n")
+            archive.infolist()[-1].flag_bits |= flags
+    return whole.getvalue()
+
+
 LINES = [json.dumps(row) for row in ROWS]
 FAULTS = {
     "jsonl: not JSON": (broken("r.jsonl", b'{"text": \n'), "line 1 is not a JSON object"),
@@ -130,7 +148,10 @@ FAULTS = {
         "line 2 has other names than the first",
     ),
     "jsonl: not UTF-8": (broken("r.jsonl", b'{"text": "\xff"}'), "not a readable file of JSON"),
-    "jsonl: not packed": (broken("r.jsonl.gz", b"{}"), "not a readable file of JSON lines"),
+    "jsonl: packed and damaged": (
+        broken("r.jsonl.gz", DAMAGED),
+        "not a readable file of JSON lines",
+    ),
     "jsonl: packed and cut": (
         broken("r.jsonl.gz", gzip.compress("\n".join(LINES).encode())[:-20]),
         "not a readable file of JSON lines",
@@ -150,7 +171,21 @@ FAULTS = {
         table("parquet", [{"body": "a", "label": "no", "who": "p"}]),
         "data.text_column=text: no such column among the 3",
     ),
-    "csv: not packed": (broken("r.csv.gz", b"text,label\n"), "not a readable CSV file"),
+    "csv: packed and damaged": (broken("r.csv", DAMAGED), "not a readable CSV file"),
+    "csv: packed and cut": (broken("r.csv", b"\x1f\x8b"), "not a readable CSV file"),
+    "csv: the head of another packing": (broken("r.csv", b"BZh9"), "not a readable CSV file"),
+    "csv: a table of Excel": (broken("r.csv", zipped(2)), "is a zip of 2 files, as Excel's tables"),
+    "csv: a zip with a password": (broken("r.csv", zipped(1, 1)), "is a zip with a password"),
+    "csv: UTF-16 without its mark": (
+        broken("r.csv", "text,label,who\na,no,p\n".encode("utf-16-le")),
+        "begins with bytes of 0, as no text in UTF-8 does; of a table in UTF-16 give data.encodi",
+    ),
+    "csv: an image": (broken("r.csv", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), "begins with bytes of 0"),
+    "csv: a column twice": (
+        broken("r.csv", b"text,text,label,who\na,b,no,p\n"),
+        "its first line names text 2 times; rename those that are not meant",
+    ),
+    "parquet: packed": (broken("r.parquet", gzip.compress(b"PAR1")), "it is packed by gzip: unpa"),
     "csv: other columns": (
         table("csv", [{"body": "a", "label": "no", "who": "p"}]),
         "data.text_column=text: no such column among the 3",
@@ -160,9 +195,57 @@ FAULTS = {
     "csv: unknown label": (table("csv", replaced(4, label=SECRET)), "row 5 has a label that is"),
     "csv: too many fields": (
         broken("r.csv", b"text,label,who\na,no,p\na,b,no,p,x\n"),
-        "not a readable CSV file",
+        "row 2 has 5 fields, and the first line names 3; quote the texts that hold a comma",
+    ),
+    "csv: too many fields at once": (
+        broken("r.csv", b"text,label,who\n\n \na,b,no,p\na,no,p\n"),
+        "row 1 has 4 fields, and the first line names 3; quote",
+    ),
+    "csv: too many fields in all": (
+        broken("r.csv", b"text,label,who\na,no,p,\na,no,p,\n"),
+        "row 1 has 4 fields, and the first line names 3; quote",
+    ),
+    "csv: many too many": (
+        broken("r.csv", b"text,label,who\na,no,p,x,y,z\n"),
+        "row 1 has 6 fields, and the first line names 3; quote",
+    ),
+    "csv: too many behind lines within quotes": (
+        broken("r.csv", b'text,label,who\n"a\n\nb",no,p\n\na,b,no,p\n'),
+        "row 2 has 4 fields, and the first line names 3; quote",
+    ),
+    "csv: too few fields at once": (
+        broken("r.csv", b"text,label,who\na\nb,no,p\n"),
+        "row 1 has no label",
     ),
 }
+
+
+def zipfile_of(content):
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("inside", content)
+    return whole.getvalue()
+
+
+PACKED = {
+    "gzip": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zip": zipfile_of,
+    "zstd": lambda content: pa.compress(content, "zstd", asbytes=True),
+    "nothing": lambda content: content,
+}
+
+
+@pytest.mark.parametrize("name", ["r.csv", "r.csv.gz", "r.jsonl", "r.jsonl.gz"])
+@pytest.mark.parametrize("packing", PACKED)
+def test_a_file_is_what_its_first_bytes_say_whatever_it_is_called(packing, name, tmp_path):
+    """People rename files, and browsers unpack what they fetch without renaming it."""
+    form = name.removeprefix("r.").removesuffix(".gz")
+    plain = write(tmp_path, form, ROWS)
+    whole = load_splits(config_of(plain))
+    (tmp_path / name).write_bytes(PACKED[packing](plain.read_bytes()))
+    assert load_splits(config_of(tmp_path / name)).train.contents == whole.train.contents
 
 
 def test_there_are_enough_kinds_of_broken_files():
@@ -185,7 +268,7 @@ def test_a_row_without_a_text_is_left_out_and_counted_whatever_else_it_holds(gap
     form, nothing = EMPTY[gap]
     rows = replaced(4, text=nothing, label="" if form == "csv" else None, who="")
     splits = load_splits(config_of(write(tmp_path, form, rows), person_column="who"))
-    assert splits.empty == 1
+    assert splits.tally.empty == 1
     assert len(splits.train) + len(splits.validation) + len(splits.holdout) == len(ROWS) - 1
     whole = load_splits(config_of(write(tmp_path, form, ROWS), person_column="who"))
     for part in ("train", "validation", "holdout"):  # and nothing else is moved
@@ -210,7 +293,7 @@ def test_a_record_of_several_texts_is_left_out_if_one_is_empty(tmp_path):
     path = write(tmp_path, "csv", replaced(4, who=" "))
     config = config_of(path, columns=["text", "who"], labels=[], holdout_fraction=0.0)
     splits = load_splits(config)
-    assert splits.empty == 1
+    assert splits.tally.empty == 1
     assert ROWS[4]["text"] not in {text for text, _ in splits.train.contents}
     with pytest.raises(ConfigError, match="row 5 has an empty who"):
         load_splits(replace(config, empty=EmptyTexts.refuse))
@@ -221,7 +304,7 @@ def test_empty_rows_of_the_hold_out_file_are_counted_too(tmp_path):
     as_csv(path, replaced(4, text=""))
     as_csv(public, [{**row, "text": "" if n < 2 else f"public {n}"} for n, row in enumerate(ROWS)])
     splits = load_splits(config_of(path, test_path=str(public)))
-    assert splits.empty == 3
+    assert splits.tally.empty == 3
     assert len(splits.holdout) == len(ROWS) - 2
 
 

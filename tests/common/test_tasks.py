@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from client.ledger import Store
 from client.train import Trainer
 from common import parameters
 from common.config import TaskName
@@ -11,7 +12,7 @@ from common.model import TARGET, read_of, targets_of
 from common.parameters import Layout
 from common.tasks import TASKS, build_model
 
-from .toy import toy_config
+from .toy import losses_around_a_round, one_round, toy_config
 
 RECORDS = 6
 
@@ -195,3 +196,13 @@ def test_adapters_sit_on_queries_and_values_with_no_target_named(config):
     names = Layout.of(build_model(config)).names
     modules = {name.split(".lora_")[0].split(".")[-1] for name in names if "lora_" in name}
     assert modules in ([{"query", "value"}, {"q_proj", "v_proj"}, {"q", "v"}, {"c_attn"}])
+
+
+def test_a_federated_private_round_lowers_the_loss_of_the_released_model(config, tmp_path):
+    """The whole way, on which nothing knows the task but by its protocol."""
+    one = one_round(config, tmp_path)
+    before, after = losses_around_a_round(one)
+    assert after < before
+    with Store(tmp_path / "run" / "ledgers" / "sites.db") as store:
+        kinds = [entry.kind.name for entry in store.ledger("site-1").entries()]
+    assert "RELEASE" in kinds

@@ -22,7 +22,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from common.config import NoiseSource, TaskName
+from common.config import DataSource, NoiseSource, TaskName
 
 WORDS = [
     *("<pad>", "<unk>", "<end>", "the", "a", "of", "in", "was", "on", "today", "said"),
@@ -183,3 +183,49 @@ def private_run(config, *, steps: int = 30, rate: float = 0.1):
         updates = [trainer.train(site, vector, round_number=number)[0] for site in sites]
         vector = sum(updates) / len(updates)
     return before, evaluator.measure(vector)
+
+
+def losses_around_a_round(config) -> tuple[float, float]:
+    """Mean loss of toy records under the model that a run begins with, and under the one that it
+    releases, after one private round at one site: through plan, ledger, grid, rounds and release,
+    as `coterie simulate` goes.
+    """
+    import json
+
+    from rich.console import Console
+
+    from common.model import read_of, targets_of
+    from common.tasks import TASKS, build_model
+    from simulations.run import run_simulation
+
+    task, model = TASKS[config.task.name], build_model(config)
+    processor = task.load_processor(config.model)
+    encoded = task.encode(processor, task.toy_examples(60), config.task)
+
+    def loss(model) -> float:
+        with torch.no_grad():
+            output = model.eval()(**read_of(encoded))
+            return float(task.loss_vector(output, targets_of(encoded)).mean())
+
+    run_dir = run_simulation(config, Console(quiet=True))
+    settings = json.loads((run_dir / "model" / "config.json").read_text())
+    return loss(model), loss(task.restore(run_dir / "model", settings))
+
+
+def one_round(config, folder: Path):
+    """The config of one private round at one site on toy records, as the command line composes it
+    but for the model. With so many records and steps of the whole site the noise of epsilon 50 is a
+    hundredth of what is learned.
+    """
+    return replace(
+        config,
+        run_dir=str(folder / "run"),
+        data=replace(
+            config.data, source=DataSource.toy, path="", toy_records=300, declared_records=None
+        ),
+        privacy=replace(
+            config.privacy, epsilon=12.0, noise_multiplier=1.0, sample_rate=1.0, delta=1e-3
+        ),
+        federation=replace(config.federation, sites=1, rounds=1, local_steps=5),
+        tuning=replace(config.tuning, adapter_learning_rate=0.3, head_learning_rate=0.3),
+    )

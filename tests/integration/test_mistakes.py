@@ -22,6 +22,17 @@ MISTAKES = {
     ),
     "no such file": (["data.path=nowhere.csv"], "data.path=nowhere.csv: no such file"),
     "no such column": (["data.text_column=body"], "data.text_column=body: no such column"),
+    "a folder for a file": (["data.path=."], "data.path=.: is a folder; name a file in it, or"),
+    "no column of labels": (["data.label_column=''"], "data.label_column='': must name a column"),
+    "no column of texts": (["data.text_column=''"], "data.text_column='': must name a column with"),
+    "a label of blanks": (
+        ["data.labels=[sport,' ']"],
+        "data.labels=['sport', ' ']: must be two or more different class names",
+    ),
+    "the private file as hold-out": (
+        ["data.test_path=${data.path}"],
+        "leaves no record to train on: 120 are public, 120 repeat others or public ones",
+    ),
     "no such label column": (["data.label_column=y"], "data.label_column=y: no such column"),
     "model folder without weights": (["model.name=./empty"], "model.name=./empty: no weights"),
     "no such model folder": (["model.name=./absent"], "model.name=./absent: no folder"),

@@ -17,7 +17,7 @@ from client.ledger import Store
 from common import cli
 from common.config import NodeConfig
 from common.records import Records
-from common.spool import spooled
+from common.spool import Kind, spooled
 from simulations import cluster
 from simulations.sites import Sites
 
@@ -55,7 +55,7 @@ def test_a_plan_needs_no_ray(no_ray, tiny_overrides):
 
 def test_records_of_a_table_travel_with_their_texts():
     """To a worker a spool goes as an open file; a process of Ray's may be on another machine."""
-    texts = spooled([[["one", "two"]], [["three"]]], 1, several=False)
+    texts = spooled([[["one", "two"]], [["three"]]], 1, kind=Kind.text)
     records = Records(texts, labels=None)
     sites = Sites({"site-1": records.contents}, ("a",), NodeConfig(), None)
     back = pickle.loads(cluster.packed(sites))

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 
 from common import messages
 from common.records import Records
-from common.spool import Spooled, spooled
+from common.spool import Kind, Spooled, spooled
 from simulations.answer import identify
 from simulations.link import LARGE, SHARED, Link, Parcel, Shares
 
@@ -104,7 +104,7 @@ def test_what_is_in_one_message_only_is_not_shared():
 
 
 def test_a_parcel_is_packed_once_and_arrives_everywhere():
-    texts = spooled([[["a b", "c"]], [["d"]]], 1, several=False)
+    texts = spooled([[["a b", "c"]], [["d"]]], 1, kind=Kind.text)
     images = tuple(np.full((4, 4, 1), n, np.uint8) for n in range(3))
     sites = {
         "one": Records(texts[:2], np.array([0, 1])),

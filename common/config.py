@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
-from functools import cached_property, reduce
+from functools import cache, cached_property, reduce
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -683,8 +683,9 @@ def register_schemas() -> None:
     ConfigStore.instance().store(name="config_schema", node=_open_schema())
 
 
+@cache
 def _open_schema() -> DictConfig:
-    """The schema of a run, as `opened` gives it."""
+    """The schema of a run, as `opened` gives it; whoever merges into it merges into a copy."""
     return opened(
         Config(
             TaskConfig(),

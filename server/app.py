@@ -26,10 +26,12 @@ from server.left_out import check_left_out, measure_left_out
 from server.plan import RunPlan, make_plan
 from server.record import RoundLine, append_line
 from server.release import write_model
-from server.report import RunFacts, build_report, write_report
-from server.resume import CHECKPOINTS, opened
+from server.report import write_report
+from server.resume import opened
 from server.rounds import OnReply, run_rounds
+from server.run_folder import CHECKPOINTS
 from server.spending import round_line
+from server.summary import RunFacts, build_report
 from server.tracking import check_tracker, tracked
 
 CONFIG_KEY = "config"

@@ -27,7 +27,7 @@ from server.app import CONFIG_KEY, Watch, server_app
 from server.groups import check_groups
 from server.interrupted import occupied
 from server.record import RoundLine
-from server.resume import has_begun
+from server.run_folder import has_begun
 from server.standing import Standing, Standings
 from server.wire import WireGrid
 

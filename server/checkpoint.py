@@ -18,9 +18,9 @@ from common.canonical import canonical_json
 from common.durable import write_atomic
 from common.errors import VerificationError
 from common.parameters import Vector
+from server.run_folder import PATTERN
 from server.strategy import Memory
 
-PATTERN = "round-*.safetensors"
 HEADER, VECTOR, MEMORY = "run", "vector", "strategy."
 """Name of the header's one entry, of the parameters, and what stands before a strategy's vectors.
 """
@@ -58,11 +58,6 @@ def write_checkpoint(folder: Path, state: RunState, *, private: bool) -> Path:
     facts |= {"digest": _digest(facts, tensors)}
     write_atomic(path, save(tensors, metadata={HEADER: json.dumps(facts)}))
     return path
-
-
-def has_checkpoints(folder: Path) -> bool:
-    """Whether there is one of any round."""
-    return any(folder.glob(PATTERN))
 
 
 def read_checkpoint(folder: Path, number: int) -> RunState:

@@ -16,6 +16,7 @@ from common.keys import KEY_SUFFIX, read_private_key
 from common.peer import Peer, check_authority
 from common.premises import check_gpu, check_model, check_room, check_versions
 from common.privacy.accounting import shown
+from common.privacy.mechanism import is_private
 from server.control import Address, Link
 from server.occupation import is_occupied
 
@@ -149,7 +150,7 @@ class Checkup:
 
     def plan(self) -> str:
         """Whether it can be priced, and what it comes to."""
-        from server.plan import is_private, make_plan  # noqa: PLC0415 - torch comes with it
+        from server.plan import make_plan  # noqa: PLC0415 - torch comes with it
 
         made = make_plan(self.config)
         if not is_private(made.config):

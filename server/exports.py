@@ -20,12 +20,12 @@ from common.durable import folder_atomic
 from common.errors import ConfigError, VerificationError
 from common.model import FineTuned, read_of
 from common.prefix import Inputs
+from common.privacy.mechanism import is_private
 from common.tasks import TASKS, build_model
 from common.tasks.question_answering import FAR
 from server import adapter, graph
 from server.checkpoint import read_last
 from server.documents import render
-from server.plan import is_private
 from server.release import load_released
 
 CARD, RECORD = "README.md", "export.json"

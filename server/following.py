@@ -19,10 +19,10 @@ from common.errors import (
 )
 from common.privacy.accounting import shown
 from server.control import FINISHED, STOPPED
-from server.interrupted import how_to_go_on
 from server.occupation import is_occupied
 from server.record import FILE as LINES
 from server.record import RoundLine, whole_lines
+from server.run_folder import how_to_go_on
 from server.standing import Fault, Standing, State, read_standing
 from server.submission import Submission, read_submission
 

@@ -15,7 +15,8 @@ from common.privacy.accounting import (
     epsilon_pld,
     number,
 )
-from server.plan import RunPlan, is_private
+from common.privacy.mechanism import is_private
+from server.plan import RunPlan
 from server.record import RoundLine
 from server.spending import Spending
 

@@ -1,8 +1,6 @@
 """A run that was interrupted: who may go on with it, as what, and what is left before."""
 
 import os
-import re
-import shlex
 import shutil
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
@@ -18,7 +16,8 @@ from common.errors import ConfigError
 from server.cohort import POLL_S
 from server.occupation import is_locked
 from server.plan import solved
-from server.resume import CHECKPOINTS, CONFIG, check_same, has_begun, stored_config
+from server.resume import check_same, stored_config
+from server.run_folder import CHECKPOINTS, CONFIG, has_begun, how_to_go_on
 
 WORKERS, TRACKING = "engine.workers", "tracking"
 ENOUGH = {"run_dir", "resume", WORKERS, TRACKING}
@@ -168,14 +167,3 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
         except OSError:
             return
-
-
-def how_to_go_on(run_dir: Path, command: str = "simulate") -> str:
-    """What to type after an interruption. Args: command: the one that began the run."""
-    if not has_begun(run_dir):
-        return "interrupted before the first round; nothing was charged, and nothing is left"
-    if sweep_index() is not None:
-        return "interrupted; go on by the same command with run_dir=PATH and resume=auto"
-    plain = re.fullmatch(r"[\w./~-]+", str(run_dir))
-    setting = f"run_dir={run_dir}" if plain else f"run_dir='{run_dir}'"
-    return f"interrupted; go on by: coterie {command} resume=auto {shlex.quote(setting)}"

@@ -19,7 +19,6 @@ from common.config import (
     Config,
     FaultsConfig,
     FederationConfig,
-    NoiseSource,
     PrivacyConfig,
     PrivacyMode,
     Weighting,
@@ -42,14 +41,19 @@ from common.privacy.accounting import (
     solve_noise_multiplier,
     within,
 )
-from common.privacy.mechanism import count_event, round_event, run_events
+from common.privacy.mechanism import (
+    NOT_PRIVATE,
+    count_event,
+    is_private,
+    round_event,
+    run_events,
+)
 from common.strategies import StrategyConfig
 from common.tasks import TASKS, build_model
 from server.rates import with_raised_rate
 from server.schedule import Schedule, digest_of, draw_schedule, training_names
 
 RELATION = "add_or_remove_one"
-NOT_PRIVATE = "NOT PRIVATE"
 PROBE = 8
 """Records of the synthetic batch that a time estimate measures."""
 
@@ -416,12 +420,6 @@ def unit_facts(config: Config) -> dict[str, Any]:
     if config.privacy.mode is PrivacyMode.person:
         facts["max_records_per_person"] = config.privacy.max_records_per_person
     return facts
-
-
-def is_private(config: Config) -> bool:
-    """Whether the run protects records, or persons, at all."""
-    none = config.privacy.mode is PrivacyMode.none
-    return not none and config.privacy.noise is NoiseSource.entropy
 
 
 def not_private_reason(config: Config) -> str:

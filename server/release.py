@@ -17,9 +17,9 @@ from common.durable import folder_atomic
 from common.errors import ConfigError, VerificationError
 from common.model import FineTuned
 from common.parameters import Vector
+from common.privacy.mechanism import is_private
 from common.tasks import TASKS, FileTask
 from server.documents import render
-from server.plan import is_private
 
 
 def write_model(

@@ -16,13 +16,12 @@ from common.errors import ConfigError
 from common.messages import NO_SPARE_ROUND, REFUSALS, SiteBooks
 from common.parameters import Layout, Vector, check_vector
 from common.privacy.accounting import Event
+from common.privacy.mechanism import is_private
 from server.aggregate import Verdicts
-from server.checkpoint import RunState, has_checkpoints, read_checkpoint, write_checkpoint
-from server.plan import RunPlan, is_private, not_private_reason
-from server.record import FILE, RoundLine, whole_lines, write_lines
-
-CONFIG, CHECKPOINTS, REPORT = "config.yaml", "checkpoints", "report.json"
-"""What a run folder holds from before the first round, after each, and at the end."""
+from server.checkpoint import RunState, read_checkpoint, write_checkpoint
+from server.plan import RunPlan, not_private_reason
+from server.record import RoundLine, whole_lines, write_lines
+from server.run_folder import CHECKPOINTS, CONFIG, has_begun
 
 
 @dataclass(frozen=True)
@@ -37,16 +36,6 @@ class Beginning:
     def elapsed_s(self) -> float:
         """Seconds that went into these rounds; what was lost to an interruption is not in it."""
         return self.lines[-1].elapsed_s if self.lines else 0.0
-
-
-def has_begun(run_dir: Path) -> bool:
-    """Whether a run may have asked a site for anything: before, it leaves its first state."""
-    return has_checkpoints(run_dir / CHECKPOINTS) or (run_dir / FILE).exists()
-
-
-def is_finished(run_dir: Path) -> bool:
-    """Whether a run has left all that it leaves: its report is the last."""
-    return (run_dir / REPORT).is_file()
 
 
 def stored_config(run_dir: Path) -> Config:

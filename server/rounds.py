@@ -17,12 +17,13 @@ from common.config import Config, as_told, share_of
 from common.errors import FederationError
 from common.messages import Instruction, SiteBooks
 from common.parameters import Layout, Vector
+from common.privacy.mechanism import is_private
 from server.aggregate import Judge, Verdicts
 from server.checkpoint import RunState, write_checkpoint
 from server.cohort import in_order, wait_for_sites
 from server.exchange import Exchange
 from server.heads import HeadBook, receipts_of
-from server.plan import RunPlan, is_private
+from server.plan import RunPlan
 from server.resume import asked_before, without_spare
 from server.strategy import aggregate, gathering
 

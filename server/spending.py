@@ -16,7 +16,8 @@ from common.privacy.accounting import (
     epsilons,
     number,
 )
-from server.plan import RunPlan, SitePlan, is_private
+from common.privacy.mechanism import is_private
+from server.plan import RunPlan, SitePlan
 from server.record import RoundLine, SiteLine, site_lines
 from server.resume import attempts_told
 from server.rounds import RoundOutcome

@@ -23,7 +23,7 @@ from server.interrupted import as_begun, is_taken, run_dir_of
 from server.occupation import is_occupied
 from server.plan import make_plan, show_plan, size_of
 from server.report import read_report, show_report
-from server.resume import is_finished
+from server.run_folder import is_finished
 from server.submission import FILE as SUBMITTED
 from server.submission import OURS, Submission, read_submission, write_submission
 

@@ -11,8 +11,7 @@ from common.canonical import digest
 from common.config import Config, from_yaml, to_canonical
 from common.errors import ConfigError, VerificationError
 from common.privacy.accounting import Event, coalesce, epsilon_pld
-from common.privacy.mechanism import count_event
-from server.plan import is_private
+from common.privacy.mechanism import count_event, is_private
 from server.report import read_report
 
 DEALING = ("sites", "partition", "dirichlet_alpha", "classes_per_site")

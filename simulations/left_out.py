@@ -13,9 +13,9 @@ from rich.table import Table
 from common.config import config_hash
 from common.durable import write_atomic
 from common.privacy.accounting import number, shown
+from common.privacy.mechanism import NOT_PRIVATE
 from common.tasks import TASKS
 from server.left_out import UNPROTECTED
-from server.plan import NOT_PRIVATE
 from simulations.finished import Finished, price_together
 
 FILE = "leave_one_site_out.json"

@@ -47,7 +47,7 @@ from common.intake import ReadsRows
 from common.keys import generate_key
 from common.messages import read_instruction
 from common.privacy.chain import public_hex
-from common.privacy.mechanism import counting
+from common.privacy.mechanism import NOT_PRIVATE, counting, is_private
 from common.progress import Told
 from common.records import Records
 from common.tasks import TASKS, build_model, reader_of
@@ -55,10 +55,8 @@ from server.app import CONFIG_KEY, Sections, Watch, server_app
 from server.groups import check_groups
 from server.interrupted import as_begun, occupied, run_dir_of
 from server.plan import (
-    NOT_PRIVATE,
     epsilon_of,
     estimate_seconds,
-    is_private,
     make_plan,
     not_private_reason,
     show_plan,
@@ -66,7 +64,7 @@ from server.plan import (
 )
 from server.record import RoundLine
 from server.report import read_report, show_report
-from server.resume import has_begun, is_finished
+from server.run_folder import has_begun, is_finished
 from server.schedule import draw_schedule
 from simulations.answer import partition_of
 from simulations.cluster import OnRay, check_installed

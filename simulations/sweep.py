@@ -19,9 +19,9 @@ from common.config import Config, to_canonical
 from common.durable import write_atomic
 from common.errors import ConfigError
 from common.privacy.accounting import number, shown
+from common.privacy.mechanism import NOT_PRIVATE
 from common.tasks import TASKS
 from server.documents import render
-from server.plan import NOT_PRIVATE
 from simulations.finished import Finished, price_together, read_finished
 from simulations.frontier import Curve, frontier_of
 from simulations.left_out import show_summary, summary

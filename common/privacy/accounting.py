@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import logging as absl_logging
-from dp_accounting import NeighboringRelation, dp_event
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
-from scipy import fft, optimize
 
 from common.errors import ConfigError, VerificationError
+
+if TYPE_CHECKING:  # a second to import, which whoever prices nothing does not wait for
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
 
 LIVE_INTERVAL = 1e-3
 """PLD discretisation while a run is planned; coarser is larger, never smaller."""
@@ -122,7 +123,7 @@ def epsilon_pld(events: Iterable[Event], delta: float, interval: float = REPORT_
 
 @functools.lru_cache(maxsize=1024)
 def _epsilon_pld(history: tuple[Event, ...], delta: float, interval: float) -> float:
-    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
+    accountant = _pld_accountant(interval)
     with _transforms_forgotten():
         return _compose(accountant, history, delta)
 
@@ -138,10 +139,17 @@ def deltas_pld(events: Iterable[Event], epsilons: Sequence[float]) -> list[float
     history = coalesce(events)
     if not history or _unprotected(history):
         raise ConfigError("events: none, or without noise; there is no curve")
-    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, LIVE_INTERVAL)
+    accountant = _pld_accountant(LIVE_INTERVAL)
     with _transforms_forgotten():
         _compose(accountant, history, 0.5)
         return [float(accountant.get_delta(epsilon)) for epsilon in epsilons]
+
+
+def _pld_accountant(interval: float) -> "PLDAccountant":
+    from dp_accounting import NeighboringRelation  # noqa: PLC0415 - a second
+    from dp_accounting.pld import PLDAccountant  # noqa: PLC0415 - the same
+
+    return PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
 
 
 def epsilon_rdp(events: Iterable[Event], delta: float, order: float | None = None) -> float:
@@ -159,6 +167,8 @@ def epsilon_rdp(events: Iterable[Event], delta: float, order: float | None = Non
 
 @functools.lru_cache(maxsize=4096)
 def _epsilon_rdp(history: tuple[Event, ...], delta: float, order: float | None) -> float:
+    from dp_accounting.rdp import RdpAccountant  # noqa: PLC0415 - a second
+
     accountant = RdpAccountant() if order is None else RdpAccountant([order])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # overflow at orders that do not win
@@ -221,9 +231,11 @@ def epsilon_of_group(events: Iterable[Event], size: int, delta: float) -> float:
 
 @functools.lru_cache(maxsize=64)
 def _epsilon_of_group(history: tuple[Event, ...], size: int, delta: float) -> float:
+    from dp_accounting import dp_event  # noqa: PLC0415 - a second
+
     few = sum(event.steps for event in history) <= FEW_STEPS
     interval = COARSE_INTERVAL if few else LIVE_INTERVAL
-    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
+    accountant = _pld_accountant(interval)
     for event in history:
         q, sizes = event.sample_rate, range(size + 1)
         chances = [math.comb(size, j) * q**j * (1 - q) ** (size - j) for j in sizes]
@@ -386,6 +398,8 @@ class _Prices:
 
         if self.enough(low):
             return
+        from scipy import optimize  # noqa: PLC0415 - half a second
+
         found: float = optimize.brentq(beyond, math.log(low), math.log(high), xtol=NEAR)
         for beside in (found - NEAR, found + NEAR):
             self.enough(math.exp(beside))
@@ -411,12 +425,15 @@ def _bisect(
 
 
 def _compose(
-    accountant: PLDAccountant | RdpAccountant, history: tuple[Event, ...], delta: float
+    accountant: "PLDAccountant | RdpAccountant", history: tuple[Event, ...], delta: float
 ) -> float:
+    from dp_accounting import dp_event  # noqa: PLC0415 - a second
+
     for event in history:
         noise = dp_event.GaussianDpEvent(min(event.noise_multiplier, MAX_SIGMA))
-        step = noise if event.sample_rate == 1 else _sampled(event.sample_rate, noise)
-        accountant.compose(step, event.steps)
+        if event.sample_rate < 1:
+            noise = dp_event.PoissonSampledDpEvent(event.sample_rate, noise)
+        accountant.compose(noise, event.steps)
     epsilon: float = accountant.get_epsilon(delta)
     return float(epsilon)
 
@@ -428,16 +445,14 @@ def _transforms_forgotten() -> Iterator[None]:
     It keeps tables for the last 16 lengths of each kind, and a price has lengths of its own: 4 MB
     for every round of a run. Short ones take their place.
     """
+    from scipy import fft  # noqa: PLC0415 - whoever prices nothing does not wait for it
+
     try:
         yield
     finally:
         for length in REMEMBERED_LENGTHS:
             fft.fft(np.zeros(length, np.complex128))
             fft.rfft(np.zeros(length))
-
-
-def _sampled(q: float, noise: dp_event.DpEvent) -> dp_event.DpEvent:
-    return dp_event.PoissonSampledDpEvent(q, noise)
 
 
 def _hopeless(history: tuple[Event, ...], delta: float) -> bool:

@@ -2,12 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from common.config import Config, PrivacyMode
+from common.config import Config, NoiseSource, PrivacyMode
 from common.errors import ConfigError
 from common.privacy.accounting import Event
-from common.privacy.noise import Randomness
 
+if TYPE_CHECKING:
+    from common.privacy.noise import Randomness
+
+NOT_PRIVATE = "NOT PRIVATE"
+"""The stamp of a run that protects nothing."""
 _COUNTING = " count"
 
 
@@ -97,6 +102,12 @@ def count_event(config: Config) -> Event | None:
     return Event(sigma, 1.0, 1)
 
 
+def is_private(config: Config) -> bool:
+    """Whether the run protects records, or persons, at all."""
+    none = config.privacy.mode is PrivacyMode.none
+    return not none and config.privacy.noise is NoiseSource.entropy
+
+
 def count_std(config: Config) -> float:
     """Standard deviation of the noise on a count: one record changes it by one at most, one
     person by as many as a site uses of them. Zero where nothing is counted.
@@ -105,7 +116,7 @@ def count_std(config: Config) -> float:
     return charge.noise_multiplier * (_most_per_person(config) or 1) if charge else 0.0
 
 
-def noisy_count(count: int, std: float, randomness: Randomness) -> float:
+def noisy_count(count: int, std: float, randomness: "Randomness") -> float:
     """`count` plus Gaussian noise, rounded to a whole number: with `count_std` what `count_event`
     pays for.
 

@@ -53,6 +53,29 @@ def test_help_lists_every_command_with_a_summary_and_imports_none_of_them():
         assert len(summary.split()) >= 4, name
 
 
+LIGHT = {
+    *("account", "ledger", "logs", "monitor", "node", "provision", "report", "status", "stop"),
+    "witness",
+}
+"""Commands that answer from files, or from elsewhere, and are asked often."""
+
+
+def test_whoever_only_looks_does_not_wait_for_a_model():
+    """torch and transformers take five seconds to be imported, and the accountants one."""
+    program = (
+        "import json, sys\n"
+        "from importlib import metadata\n"
+        "points = metadata.entry_points(group='coterie.commands')\n"
+        "found = [point.load() for point in points if point.name in sys.argv[1:]]\n"
+        "print(json.dumps([len(found), sorted(sys.modules)]))\n"
+    )
+    command = [sys.executable, "-c", program, *LIGHT]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    count, modules = json.loads(done.stdout)
+    assert count == len(LIGHT)
+    assert not {"torch", "transformers", "flwr", "dp_accounting", "pandas"} & set(modules)
+
+
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
 def test_no_command_or_help_exits_0(coterie, arguments):
     answer = coterie(*arguments)

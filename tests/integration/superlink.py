@@ -77,12 +77,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until(holds: Callable[[], bool], what: str, seconds: float = READY_S) -> None:
+def wait_until(
+    holds: Callable[[], bool], what: str, seconds: float = READY_S, *, step_s: float = STEP_S
+) -> None:
     """Returns once something holds. Raises: AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(STEP_S)
+        time.sleep(step_s)
 
 
 def descendants(pid: int) -> list[int]:

@@ -190,7 +190,8 @@ def submitted(lab, config, name="run"):
 
 def finished(lab, run, seconds=90.0):
     """Waits for the end of a run, and asserts that it was a good one."""
-    wait_until(lambda: lab.status(run).startswith("finished"), "the run ends", seconds)
+    over = lambda: lab.status(run).startswith("finished")  # noqa: E731
+    wait_until(over, "the run ends", seconds, step_s=1.0)  # asking is a process, of a second
     assert lab.status(run) == "finished:completed", lab.said[-4000:]
 
 

@@ -10,7 +10,7 @@ import pytest
 from common import cli
 from common.config import NoiseSource, PrivacyMode
 from common.privacy.accounting import Event, epsilon_pld
-from server.plan import is_private
+from common.privacy.mechanism import is_private
 
 GOLDEN = [
     "privacy.noise_multiplier=1",

@@ -16,9 +16,10 @@ from server.checkpoint import RunState
 from server.count import Counted
 from server.plan import make_plan
 from server.record import RoundLine, SiteLine
-from server.report import RunFacts, build_report, read_report, render_html
+from server.report import read_report, render_html
 from server.rounds import RoundOutcome
 from server.spending import round_line
+from server.summary import RunFacts, build_report
 
 FACTS = RunFacts("0123456789abcdef", 10.0, 24)
 

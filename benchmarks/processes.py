@@ -28,6 +28,11 @@ def cpu_s(root: int) -> float:
     return ticks * _TICK_S
 
 
+def own_cpu_s(pid: int) -> float:
+    """CPU seconds of one process so far, without those of any other; 0 if it has ended."""
+    return sum(map(int, _stat(pid)[11:13])) * _TICK_S
+
+
 def resident_mb(root: int) -> float:
     """Memory of a family now; what several map counts once (proportional set size)."""
     return sum(_pss_kb(pid) for pid in family(root)) / 1024

@@ -43,6 +43,11 @@ def resident_of(pid: int) -> float:
     return _field_kb(pid, "status", "VmRSS:") / 1024
 
 
+def anonymous_of(pid: int) -> float:
+    """Resident memory of one process that no file is behind, in MB: what it allocated itself."""
+    return _field_kb(pid, "status", "RssAnon:") / 1024
+
+
 def handles_of(pid: int) -> int:
     """How many file handles a process has open; 0 if it has ended."""
     try:

@@ -21,8 +21,10 @@ class Stragglers:
         """By message id: the node, and until when its reply may come."""
 
     def remember(self, exchange: Exchange) -> None:
-        """Those that a round has left behind. After its deadline Flower takes no reply to it."""
-        self._waiting |= {sent: (node, exchange.deadline) for sent, node in exchange.left.items()}
+        """Those that a round has left behind, unless its time is over: no reply is taken then."""
+        until = exchange.deadline
+        if monotonic() < until:
+            self._waiting |= {sent: (node, until) for sent, node in exchange.left.items()}
 
     def heard(self) -> tuple[int, ...]:
         """The nodes whose late updates have come since the last look, one for each; dropped."""

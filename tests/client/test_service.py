@@ -315,3 +315,14 @@ def test_a_witness_is_told_once_the_answer_has_left_and_whenever_nothing_is_aske
     assert told == [1]
     one._rest()
     assert told == [1, 1]
+
+
+def test_a_node_that_waits_long_asks_less_often_and_never_less_than_every_two_seconds(node):
+    """A question takes a SuperLink some ms: at five a second, fifty nodes would fill a core."""
+    one, _ = node
+    clock = one._line.stopping
+    clock.waited.clear()
+    for idle_s in (0.0, 10.0, 3600.0):
+        one._idle_since = service.monotonic() - idle_s
+        one._rest()
+    assert clock.waited == pytest.approx([one._poll_s, 0.5, 2.0], abs=0.05)

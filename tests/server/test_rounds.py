@@ -19,6 +19,7 @@ from common.parameters import Layout
 from common.privacy.accounting import Event
 from common.privacy.chain import Head
 from common.strategies import StrategyName
+from server import exchange
 from server.aggregate import LATE, SILENT
 from server.checkpoint import RunState
 from server.heads import HeadBook
@@ -665,9 +666,13 @@ def test_no_round_asks_fewer_sites_than_are_enough():
 
 
 def test_nobody_is_at_work_any_more_when_the_time_of_the_instruction_is_over():
-    stragglers = Stragglers(FakeGrid({}, silent))
+    grid = FakeGrid({}, silent)
+    grid.handled = {"m-1", "m-2"}
+    stragglers, soon = Stragglers(grid), time.monotonic() + 0.05
     stragglers.remember(SimpleNamespace(left={"m-1": 1}, deadline=time.monotonic() - 1))
-    stragglers._grid.handled.add("m-1")
+    stragglers.remember(SimpleNamespace(left={"m-2": 2}, deadline=soon))
+    assert stragglers.spared((1, 2), enough=1) == (1,)
+    time.sleep(0.06)
     assert stragglers.heard() == ()
     assert stragglers.spared((1, 2), enough=1) == (1, 2)
 
@@ -676,3 +681,23 @@ def test_enough_does_not_make_up_for_a_quorum_that_is_missed(go, planned):
     grid = FakeGrid(named(4), nodes_that(n1=refuse, n2=refuse, n3=refuse))
     with pytest.raises(FederationError, match=r"1 of 4 sites answered.*quorum=0\.5"):
         next(go(grid, planned(sites=4, quorum=0.5, enough=0.75)))
+
+
+def test_a_long_round_looks_less_often_than_a_short_one_but_well_within_a_nodes_stay(
+    go, planned, monkeypatch
+):
+    """A node that ends stays for two seconds, so that its last answer can be fetched."""
+    now, pauses = [0.0], []
+    monkeypatch.setattr(exchange, "monotonic", lambda: now[0])
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(exchange, "sleep", sleep)
+    with pytest.raises(FederationError):
+        next(go(FakeGrid(named(3), nodes_that(n1=silent)), planned(round_timeout_s=60.0)))
+    assert pauses[0] <= 2 * exchange.FIRST_POLL_S
+    assert max(pauses[:5]) <= 0.2
+    assert max(pauses) == exchange.MAX_POLL_S <= 0.5
+    assert len(pauses) < 170

@@ -100,4 +100,4 @@ def test_plan_and_report_say_that_who_is_late_is_charged(coterie, tiny_overrides
     late = {site["name"]: site["late"] for site in answer.json["sites"]}
     assert late == {"site-1": 2, "site-2": 0, "site-3": 2, "site-4": 0}
     assert len({site["epsilon"] for site in answer.json["sites"]}) == 1
-    assert answer.json["faults"]["clock_s"] == 2 * 0.5
+    assert answer.json["faults"]["clock_s"] == 2 * 60 / 2

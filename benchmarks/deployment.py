@@ -5,7 +5,7 @@
 
 Nodes are `coterie node` but for one thing: their ClientApp sends back what it was sent, moved a
 little, and no two alike: Flower keeps parts by their hashes, and equal ones would travel once.
-Payloads are the pretrained MiniLM's `head` (8 kB) and `full` (90 MB of float32 each way and node),
+Payloads are the pretrained MiniLM's `head` (3 kB) and `full` (90 MB of float32 each way and node),
 and `85mb`: exactly that many, of a model of the same shape with fewer words.
 """
 
@@ -24,12 +24,12 @@ from transformers import BertConfig
 
 from benchmarks.faults import Follower, serverapps, wait
 from benchmarks.processes import own_cpu_s, resident_mb
-from benchmarks.tiny import save_model
-from simulations.deployment import LABELS, Deployment, deal
+from benchmarks.tiny import PUBLIC, SHARE, WORDS, rows, save_model, write
+from simulations.deployment import Deployment
 
 PATIENCE_S = 3600.0
 EXACT = "85mb"
-WORDS = 27_092
+VOCABULARY = 27_092
 """Of a model whose trainable parameters are 85.00 MB of float32: 21,250,181."""
 PAYLOADS = ("head", "full", EXACT)
 ECHO = (
@@ -62,10 +62,10 @@ def measured(payload: str, rounds: int, sites: int) -> dict[str, Any]:
     """
     folder, load = Path(tempfile.mkdtemp(prefix="coterie-bench-")), os.getloadavg()[0]
     with Deployment(folder, [f"site-{n}" for n in range(1, sites + 1)]) as deployment:
-        public, declared = deal(folder, deployment.sites)
+        public, declared = _deal(folder, deployment)
         deployment.start_superlink()
-        deployment.enrol_all(cap=8.0, delta=1e-4, dataset="bbc-news")
-        labels = f"data.labels=[{','.join(LABELS)}]"
+        deployment.enrol_all(cap=8.0, delta=1e-4, dataset="tiny")
+        labels = f"data.labels=[{','.join(WORDS)}]"
         for site in deployment.sites:
             deployment.start_node(site, labels, "poll_s=0.1", command=ECHO)
         deployment.wait_for_nodes()
@@ -114,11 +114,21 @@ def _wait_for(run: Follower, rounds: int) -> None:
     wait(over, f"round {rounds}", PATIENCE_S)
 
 
+def _deal(folder: Path, deployment: Deployment) -> tuple[Path, int]:
+    """A few records, as nobody trains: the public file, and the number of private ones."""
+    sites, public = deployment.sites, folder / "public.csv"
+    held = rows(PUBLIC + SHARE * len(sites))
+    write(public, held[:PUBLIC])
+    for place, site in enumerate(sites):
+        write(site.records, held[PUBLIC + place :: len(sites)])
+    return public, SHARE * len(sites)
+
+
 def _trained(payload: str, folder: Path) -> tuple[str, ...]:
     """The settings of a run whose sites send this payload."""
     if payload != EXACT:
         return (f"tuning={payload}",)
-    save_model(folder / "model", _shape(WORDS))
+    save_model(folder / "model", _shape(VOCABULARY))
     return ("tuning=full", f"model.name={folder / 'model'}")
 
 

@@ -127,7 +127,6 @@ def run_rounds(
             judge.read(reply)
             on_reply(number, nodes[exchange.sent[reply.metadata.reply_to_message_id]])
         sites_s, verdicts = perf_counter() - started, judge.verdicts()
-        stragglers.remember(exchange)
         # Countersign the ledgers first: what was accepted was released, whatever becomes of it.
         books = {nodes[node]: books for node, books in verdicts.books.items()}
         if heads is not None:
@@ -149,6 +148,9 @@ def run_rounds(
         left = {nodes[node]: spare for node, spare in spares.items()}
         state = replace(state, round=number, vector=made.vector, memory=made.memory, spares=left)
         write_checkpoint(checkpoints, state, private=is_private(config))
+        # Those of earlier rounds, who have had this one to send what they had to send.
+        late = (*verdicts.late, *stragglers.heard())
+        stragglers.remember(exchange)
         # 11. Record.
         yield RoundOutcome(
             state=state,
@@ -159,7 +161,7 @@ def run_rounds(
             bytes_up=verdicts.bytes_up,
             sites_s=sites_s,
             books=books,
-            late=tuple(nodes[node] for node in (*verdicts.late, *stragglers.heard())),
+            late=tuple(nodes[node] for node in late),
         )
 
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks.faulty_node import AFTER_PREPARE, AFTER_RESERVE, AHEAD, BEFORE_RESERVE, FAULT
 from benchmarks.lines import Cable, NoNamespaceError, Relay
-from benchmarks.processes import family
+from benchmarks.processes import STOPPED, family, state_of
 from benchmarks.tiny import NODE, Job, make_job
 from client.ledger import Store
 from common.privacy.verification import verify
@@ -46,6 +46,8 @@ ROUNDS, BEFORE = 8, 2
 """Of a run; and how many are over when something goes wrong."""
 GOES_ON = ("federation.quorum=0.6", "federation.round_timeout_s=8")
 """Of runs that do without one site."""
+ENOUGH = ("federation.quorum=0.6", "federation.enough=0.6")
+"""Of runs whose rounds close with two of three updates."""
 CUT_S = 30.0
 CALL_S = 30
 """Longest that a call may take on a busy machine."""
@@ -289,6 +291,17 @@ def hang(ground: Ground, run: Follower) -> str:
     return "the round closed at its deadline; the late answer was charged there and not taken"
 
 
+def late(ground: Ground, run: Follower) -> str:
+    """A node that stops in the middle of its second answer, where two updates close a round."""
+    name, node = ground.sites[HIT].name, ground.deployment.nodes[ground.sites[HIT].name]
+    wait(lambda: state_of(node.process.pid) == STOPPED, f"{name} stops")
+    run.until_over(len(run.lines) + 1)
+    os.kill(node.process.pid, signal.SIGCONT)
+    run.until(lambda lines: any(name in line.late for line in lines), f"{name}'s late update")
+    assert run.end() == 0, run.said
+    return "rounds closed with the other two; its update came later, was counted and not used"
+
+
 def network(ground: Ground, run: Follower) -> str:
     """A node that nobody can reach for half a minute."""
     run.until_before()
@@ -390,6 +403,10 @@ FAULTS = {
     "hang": Fault(
         *("node hangs (SIGSTOP) past the deadline", HIT, hang, GOES_ON),
         order=f"{AFTER_RESERVE} {signal.SIGSTOP.name} {BEFORE + 1}",
+    ),
+    "late": Fault(
+        *("node hangs (SIGSTOP), two of three updates are enough", HIT, late, ENOUGH),
+        order=f"{AFTER_RESERVE} {signal.SIGSTOP.name} {BEFORE}",
     ),
     "network": Fault(f"a node's network gone for {CUT_S:g} s", FAR, network),
     "node-disk": Fault("disk full at a node", SMALL, node_disk, GOES_ON, disk=True),

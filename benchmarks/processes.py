@@ -6,6 +6,7 @@ Linux only: it reads /proc.
 import os
 from pathlib import Path
 
+STOPPED = "T"
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -64,6 +65,11 @@ def command_of(pid: int) -> str:
         return ""
     names = [Path(word.decode(errors="replace")).name for word in words[:2] if word]
     return names[-1] if names and names[0].startswith("python") else "".join(names[:1])
+
+
+def state_of(pid: int) -> str:
+    """One letter, as in /proc: `STOPPED` by a signal, and others; empty of an ended process."""
+    return "".join(_stat(pid)[:1])
 
 
 def peak_mb(root: int) -> float:

@@ -41,7 +41,7 @@ from client.settings import NodeSettings
 from client.site import Site
 from client.vitals import Vitals
 from common import messages
-from common.allocation import keep_freed_memory
+from common.allocation import keep_freed_memory, trim_freed_memory
 from common.certificates import Credentials, read_node_key
 from common.config import ModelConfig, PrivacyMode
 from common.data import check_files, load_splits
@@ -263,6 +263,7 @@ class Node:
             self._vitals.priced(ledger.books)
             ledger.books.foresee()
             self._foreseen = ledger.head
+            trim_freed_memory()  # prices have sizes of their own, and leave gaps: more every round
         idle_s = monotonic() - self._idle_since
         self._line.stopping.wait(max(self._poll_s, min(PATIENT * idle_s, MAX_POLL_S)))
 

@@ -1,8 +1,12 @@
-"""`coterie node` whose ClientApp does nothing: it sends back the parameters it was sent."""
+"""`coterie node` whose ClientApp does nothing: it sends back the parameters it was sent, moved by
+a little of its own, so that no part of two answers is the same.
+"""
 
+import random
 import sys
 from unittest import mock
 
+import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -23,7 +27,7 @@ def echo(*_: object, **__: object) -> ClientApp:
             asked.round,
             asked.layout_digest,
             round_event(asked.config),
-            asked.vector,
+            asked.vector + np.float32(random.uniform(1e-4, 1e-3)),  # noqa: S311 - no secret
         )
         return Message(messages.pack_update(update), reply_to=message)
 

@@ -6,6 +6,7 @@ Linux only: it reads /proc.
 import os
 from pathlib import Path
 
+STOPPED = "T"
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -28,6 +29,11 @@ def cpu_s(root: int) -> float:
     return ticks * _TICK_S
 
 
+def own_cpu_s(pid: int) -> float:
+    """CPU seconds of one process so far, without those of any other; 0 if it has ended."""
+    return sum(map(int, _stat(pid)[11:13])) * _TICK_S
+
+
 def resident_mb(root: int) -> float:
     """Memory of a family now; what several map counts once (proportional set size)."""
     return sum(_pss_kb(pid) for pid in family(root)) / 1024
@@ -36,6 +42,11 @@ def resident_mb(root: int) -> float:
 def resident_of(pid: int) -> float:
     """Resident memory of one process, in MB."""
     return _field_kb(pid, "status", "VmRSS:") / 1024
+
+
+def anonymous_of(pid: int) -> float:
+    """Resident memory of one process that no file is behind, in MB: what it allocated itself."""
+    return _field_kb(pid, "status", "RssAnon:") / 1024
 
 
 def handles_of(pid: int) -> int:
@@ -54,6 +65,11 @@ def command_of(pid: int) -> str:
         return ""
     names = [Path(word.decode(errors="replace")).name for word in words[:2] if word]
     return names[-1] if names and names[0].startswith("python") else "".join(names[:1])
+
+
+def state_of(pid: int) -> str:
+    """One letter, as in /proc: `STOPPED` by a signal, and others; empty of an ended process."""
+    return "".join(_stat(pid)[:1])
 
 
 def peak_mb(root: int) -> float:

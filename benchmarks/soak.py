@@ -3,8 +3,9 @@
     python -m benchmarks.soak --json F
 
 A SuperLink over TLS and three nodes that train a tiny model privately, books on. Of the SuperLink,
-of what it starts, and of each node: resident memory and open file handles after the first round,
-the tenth, and so on. Linux only: it reads /proc.
+of what it starts, and of each node: memory that no file is behind, and open file handles, after the
+first round, the tenth, and so on; and by a line through those from the tenth on, how much a round
+adds. Linux only: it reads /proc.
 """
 
 import argparse
@@ -15,8 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.faults import NAMES, Follower
-from benchmarks.processes import command_of, family, handles_of, resident_of
+from benchmarks.processes import anonymous_of, command_of, family, handles_of
 from benchmarks.tiny import NODE, make_job
 from simulations.deployment import Deployment
 
@@ -33,7 +36,7 @@ def sample(deployment: Deployment) -> Sample:
     for pid in family(deployment.superlink.process.pid):
         processes[command_of(pid)] = pid
     return {
-        name: {"mb": round(resident_of(pid), 1), "handles": handles_of(pid)}
+        name: {"mb": round(anonymous_of(pid), 1), "handles": handles_of(pid)}
         for name, pid in processes.items()
     }
 
@@ -86,9 +89,24 @@ def _series(samples: dict[int, Sample]) -> dict[str, dict[str, Any]]:
                 "tenth": then,
                 "last": series[-1],
                 "all": series,
+                "a_round_adds": _slope(
+                    [number for number in seen if number >= tenth],
+                    [samples[number][name][what] for number in seen if number >= tenth],
+                ),
                 "flat": series[-1] <= FLAT * then,
             }
     return found
+
+
+def _slope(rounds: list[int], values: list[float]) -> dict[str, float]:
+    """By least squares, with its standard error; of fewer than three values none is known."""
+    if len(rounds) < 3:  # noqa: PLR2004 - two points leave no error
+        return {}
+    away = np.array(rounds) - np.mean(rounds)
+    slope = float(away @ values / (away @ away))
+    rest = np.array(values) - np.mean(values) - slope * away
+    error = float(np.sqrt(rest @ rest / (len(rounds) - 2) / (away @ away)))
+    return {"slope": round(slope, 4), "error": round(error, 4)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

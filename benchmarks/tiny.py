@@ -66,8 +66,8 @@ def write(path: Path, held: Sequence[tuple[str, str]]) -> None:
         writer.writerows(held)
 
 
-def save_model(folder: Path) -> None:
-    """A two-block BERT with random weights and a whole-word tokenizer."""
+def save_model(folder: Path, shape: BertConfig | None = None) -> None:
+    """A BERT with random weights, of two blocks or another shape, and a whole-word tokenizer."""
     folder.mkdir()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = [*special, *FILLER, *(word for each in WORDS.values() for word in each)]
@@ -75,14 +75,17 @@ def save_model(folder: Path) -> None:
     tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        shape = BertConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=32,
-            initializer_range=0.3,
-        )
-        BertModel(shape).save_pretrained(folder)
+        BertModel(shape or _two_blocks(len(words))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _two_blocks(words: int) -> BertConfig:
+    return BertConfig(
+        vocab_size=words,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+    )

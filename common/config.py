@@ -404,6 +404,10 @@ class FederationConfig:
     bytes, the way from the global parameters rounded at random, after the noise."""
     quorum: float = 1.0
     """Share of the sites asked whose valid update a round needs, in (0, 1]."""
+    enough: float = 1.0
+    """Share of the sites asked whose valid updates close a round, in (0, 1], `quorum` at least:
+    below 1 a round asks more sites than it waits for. Those that are later are charged all the
+    same, and their updates are not used. 1: a round waits for all, up to its deadline."""
     round_timeout_s: float = 3600.0
     """Seconds after which a round closes with the replies it has."""
 
@@ -420,7 +424,16 @@ class FederationConfig:
     @property
     def quorum_sites(self) -> int:
         """Valid updates that a round needs, where all sites are there."""
-        return share_of(share_of(self.training_sites, self.participation), self.quorum)
+        return share_of(self._asked_sites, self.quorum)
+
+    @property
+    def enough_sites(self) -> int:
+        """Valid updates that close a round, where all sites are there."""
+        return share_of(self._asked_sites, self.enough)
+
+    @property
+    def _asked_sites(self) -> int:
+        return share_of(self.training_sites, self.participation)
 
 
 @dataclass(frozen=True)
@@ -1126,6 +1139,11 @@ def _broken_of_participation(config: Config) -> Iterator[str]:
     """What cannot be scheduled."""
     federation = config.federation
     asked, digest_ = federation.asked_rounds, federation.availability_digest
+    if 0 < federation.enough < federation.quorum <= 1:
+        yield (
+            f"federation.enough={federation.enough:g}: must be at least federation.quorum="
+            f"{federation.quorum:g}, without which a round fails; lower federation.quorum"
+        )
     if asked is not None and not 1 <= asked <= federation.rounds:
         yield f"federation.asked_rounds={asked}: must be between 1 and federation.rounds, or null"
     if digest_ and not federation.availability:
@@ -1270,6 +1288,7 @@ _RULES: dict[str, _Rule] = {
     "federation.dirichlet_alpha": _POSITIVE,
     "federation.classes_per_site": _COUNT,
     "federation.quorum": _OPEN_SHARE,
+    "federation.enough": _OPEN_SHARE,
     "federation.participation": _OPEN_SHARE,
     "federation.round_timeout_s": _POSITIVE,
     "tracking.uri": (

@@ -22,6 +22,7 @@ from server.heads import check_continuation
 from server.strategy import Gathered
 
 SILENT = "no reply before the deadline"
+LATE = "later than the updates that were enough"
 UNREADABLE = 699
 """What stands in the place of a reply that is no message; no site's refusal, whoever says so."""
 UNHEARD = (
@@ -43,6 +44,8 @@ class Verdicts:
     """What each site with an accepted update says of its ledger, if it keeps one."""
     bytes_up: int
     """Bytes of the accepted vectors."""
+    late: tuple[int, ...] = ()
+    """Nodes whose update was there when the round was closed, and was not used."""
 
 
 class Judge:
@@ -62,14 +65,15 @@ class Judge:
         charges: Mapping[int, Event],
         receipts: Mapping[int, Receipt],
         weights: Mapping[int, float] = MappingProxyType({}),
+        enough: int | None = None,
     ) -> None:
         """Args: gathered: where accepted updates go; sent: node id by message id, which may grow
         while replies come; by node id: charges: what the instruction costs there; receipts: the
         head of its ledger that it was sent, from which that ledger must go on; weights: what its
-        update counts, 1 where it is not named.
+        update counts, 1 where it is not named; enough: updates that close the round; None: all.
         """
         self._gathered, self._sent, self._receipts = gathered, sent, receipts
-        self._weights = weights
+        self._weights, self._enough = weights, enough
         self._instruction, self._layout, self._charges = instruction, layout, charges
         self._reader = messages.UpdateReader(
             instruction.config.federation.coding, instruction.vector
@@ -78,12 +82,16 @@ class Judge:
         self._refused: dict[int, str] = {}
         self._books: dict[int, SiteBooks] = {}
         self._bytes_up = 0
+        self._late: tuple[int, ...] = ()
 
     def read(self, reply: Message) -> None:
         """Judges one reply; nothing of it is kept but its update, where that is accepted."""
         # The id of the message it answers, not the sender's claim: errors may come from Flower.
         node = self._sent.get(reply.metadata.reply_to_message_id)
         if node is None or node in self._accepted:
+            return
+        if self.is_closed():
+            self._late += (node,) if not reply.has_error() else ()
             return
         if reply.has_error():
             self._refused[node] = reason_of(reply)
@@ -102,11 +110,16 @@ class Judge:
         """Whether so many updates were accepted so far."""
         return len(self._accepted) >= needed
 
+    def is_closed(self) -> bool:
+        """Whether no further update counts in this round, whatever becomes of those under way."""
+        return self._enough is not None and self.has(self._enough)
+
     def verdicts(self) -> Verdicts:
         """What became of all, once no more replies are waited for."""
-        silent = set(self._sent.values()) - self._accepted - set(self._refused)
-        refused = self._refused | dict.fromkeys(silent, SILENT)
-        return Verdicts(frozenset(self._accepted), refused, dict(self._books), self._bytes_up)
+        unread = set(self._sent.values()) - self._accepted - set(self._refused)
+        refused = self._refused | dict.fromkeys(unread, LATE if self.is_closed() else SILENT)
+        accepted, books = frozenset(self._accepted), dict(self._books)
+        return Verdicts(accepted, refused, books, self._bytes_up, self._late)
 
     def _accept(self, node: int, update: Update, size: int) -> None:
         self._gathered.add(node, update.vector, weight=self._weights.get(node, 1.0))

@@ -17,7 +17,11 @@ from server.cohort import POLL_S
 GONE = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
 """What Flower answers for a node it has given up, or whose reply it lost half of."""
 FIRST_POLL_S = 0.02
-"""Seconds to the next look for replies, after some came; doubled up to `POLL_S` while none do."""
+"""Seconds to the next look for replies, after some came; doubled while none do, up to `POLL_S`."""
+PATIENT, MAX_POLL_S = 0.05, 0.5
+"""Share of the time that a round has lasted that may pass between two looks, if that is more than
+`POLL_S`, and the most: each look takes the SuperLink some ms, which long rounds have no use for.
+A node that ends stays online for several times as long (`client.service.STAY_S`)."""
 GONE_POLL_S = 2.0
 """Seconds between two looks for sites that Flower has given up."""
 
@@ -52,10 +56,13 @@ class Exchange:
         """By the identity of a config, which many nodes share."""
         self._bytes = messages.content_bytes(self._content)
         self._receipts, self._spares = receipts, spares
-        self._deadline = monotonic() + timeout_s
+        self._began = monotonic()
+        self.deadline = self._began + timeout_s
+        """On the monotonic clock; no reply is taken after it."""
         self._gone: set[int] = set()
         """Nodes that Flower has given up, and that may be asked once more."""
         self._look_at = 0.0
+        self._waiting: dict[str, None] = {}
 
     def send(self, nodes: tuple[int, ...], kind: str = MessageType.TRAIN) -> list[str]:
         """Pushes the instruction to these nodes; returns the ids of the messages that went."""
@@ -66,14 +73,24 @@ class Exchange:
         self.bytes_down += len(went) * self._bytes
         return list(went)
 
-    def replies(self, enough: Callable[[], bool] = lambda: True) -> Iterator[Message]:
+    def replies(
+        self,
+        enough: Callable[[], bool] = lambda: True,
+        closed: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Message]:
         """The last reply of each site, as they come; ends when all have, or at the deadline.
 
         Args: enough: whether the replies so far will do. If not, sites are waited for that Flower
-        has given up: a machine that starts again does so within minutes.
+        has given up: a machine that starts again does so within minutes; closed: whether nobody is
+        waited for any more: who has not answered then stays in `left`.
         """
-        waiting, pause = dict.fromkeys(self.sent), FIRST_POLL_S  # in the order sent
-        while monotonic() < self._deadline and (waiting or (self._gone and not enough())):
+        self._waiting = waiting = dict.fromkeys(self.sent)  # in the order sent
+        pause = FIRST_POLL_S
+        while (
+            monotonic() < self.deadline
+            and not closed()
+            and (waiting or (self._gone and not enough()))
+        ):
             nothing = True
             for reply in [*self._grid.pull_messages(waiting.keys())] if waiting else ():
                 answered = reply.metadata.reply_to_message_id
@@ -88,14 +105,23 @@ class Exchange:
                 if not again:
                     yield reply
             waiting.update(dict.fromkeys(self._returned()))
-            pause = min(2 * pause, POLL_S) if nothing else FIRST_POLL_S
+            pause = min(2 * pause, self._longest()) if nothing else FIRST_POLL_S
             if nothing:
-                sleep(min(pause, max(self._deadline - monotonic(), 0)))
+                sleep(min(pause, max(self.deadline - monotonic(), 0)))
+
+    def _longest(self) -> float:
+        """Seconds that may pass until the next look."""
+        return max(POLL_S, min(PATIENT * (monotonic() - self._began), MAX_POLL_S))
 
     def _again(self, node: int, reply: Message) -> list[str]:
         """Asks once more where the site lost the round and its plan still has a spare."""
         lost = reply.has_error() and reply.error.code == messages.LOCAL_FAILURE
         return self._repeated(node) if lost else []
+
+    @property
+    def left(self) -> dict[str, int]:
+        """Node id by message id, where a reply was neither heard nor given up."""
+        return {sent: self.sent[sent] for sent in self._waiting}
 
     def _is_gone(self, node: int, reply: Message) -> bool:
         """Whether Flower answers for the site, which may come back and has a spare round."""
@@ -117,7 +143,7 @@ class Exchange:
         return [sent for node in back for sent in self._repeated(node)]
 
     def _repeated(self, node: int) -> list[str]:
-        if self._spares.get(node, 0) < 1 or monotonic() >= self._deadline:
+        if self._spares.get(node, 0) < 1 or monotonic() >= self.deadline:
             return []
         self._spares[node] -= 1
         return self.send((node,))
@@ -136,6 +162,6 @@ class Exchange:
             content,
             dst_node_id=node,
             message_type=kind,
-            ttl=max(self._deadline - monotonic(), POLL_S),
+            ttl=max(self.deadline - monotonic(), POLL_S),
             group_id=self._group,
         )

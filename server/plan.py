@@ -25,6 +25,7 @@ from common.config import (
     as_told,
     check_delta,
     config_hash,
+    share_of,
 )
 from common.errors import ConfigError, FederationError
 from common.model import FineTuned, read_of, targets_of
@@ -395,6 +396,8 @@ def plan_object(run_plan: RunPlan, size: ModelSize, seconds: float | None) -> di
         * run_plan.schedule.questions,
         "config_hash": config_hash(config),
     }
+    if config.federation.enough < 1:
+        answer["enough_sites"] = config.federation.enough_sites
     if not run_plan.is_uniform:
         answer["site_plans"] = [_site_object(run_plan, name) for name in run_plan.sites]
     if seconds is not None:
@@ -480,12 +483,23 @@ def _who_trains(federation: FederationConfig) -> str:
 
 
 def _who_is_asked(run_plan: RunPlan) -> str:
-    """How many sites a round asks, where it does not ask all."""
+    """How many sites a round asks, and waits for, where it does not ask or wait for all."""
+    federation = run_plan.config.federation
     sizes = sorted({len(cohort) for cohort in run_plan.schedule.cohorts})
-    if sizes == [run_plan.config.federation.training_sites]:
-        return ""
-    most = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
-    return f"; a round asks {most} of them"
+    text = ""
+    if sizes != [federation.training_sites]:
+        text = f"; a round asks {_between(sizes)} of them"
+    if federation.enough < 1:
+        enough = sorted({share_of(size, federation.enough) for size in sizes})
+        text += (
+            f"; it closes with the first {_between(enough)} updates, and who is later is charged "
+            "all the same"
+        )
+    return text
+
+
+def _between(sizes: list[int]) -> str:
+    return f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
 
 
 def _sigmas(run_plan: RunPlan) -> str:

@@ -9,7 +9,7 @@ or in rounds, the plan gives the sigma that would leave as much noise if all had
 import math
 from dataclasses import replace
 
-from common.config import Config, HeadName, PrivacyMode
+from common.config import Config, HeadName, PrivacyMode, share_of
 from common.privacy.mechanism import mechanism_of
 
 MOST = 4.0
@@ -36,7 +36,8 @@ def with_raised_rate(config: Config) -> Config:
 
 
 def gathered_noise(config: Config) -> float:
-    """Standard deviation of the noise in a weight of the head after the last round.
+    """Standard deviation of the noise in a weight of the head after the last round, from means of
+    as many updates as close one.
 
     Without privacy, what the same run by record would have: a baseline takes the same steps.
     """
@@ -44,5 +45,6 @@ def gathered_noise(config: Config) -> float:
     if privacy.mode is PrivacyMode.none:
         config = replace(config, privacy=replace(privacy, mode=PrivacyMode.record))
     mechanism = mechanism_of(config)
-    per_step = mechanism.noise_std / mechanism.divisor / math.sqrt(federation.training_sites)
+    updates = share_of(federation.training_sites, federation.enough)
+    per_step = mechanism.noise_std / mechanism.divisor / math.sqrt(updates)
     return config.tuning.head_learning_rate * per_step * math.sqrt(config.total_steps)

@@ -47,6 +47,8 @@ class RoundLine:
     """Seconds since the run began, without what an interruption lost."""
     epsilons: dict[str, float | str] = field(default_factory=dict)
     """Of each site that was asked so far, where sites are on different terms."""
+    late: tuple[str, ...] = ()
+    """Sites whose updates came after their round had closed, since the line before."""
 
     def found(self) -> str:
         """For people: the task's first metric, if it was measured, and the epsilon."""
@@ -101,7 +103,7 @@ def write_lines(run_dir: Path, lines: list[RoundLine]) -> None:
 
 def _parsed(text: str) -> RoundLine:
     line = RoundLine(**json.loads(text))
-    return replace(line, asked=tuple(line.asked))
+    return replace(line, asked=tuple(line.asked), late=tuple(line.late))
 
 
 def _text(line: RoundLine) -> str:

@@ -25,6 +25,7 @@ from server.exchange import Exchange
 from server.heads import HeadBook, receipts_of
 from server.plan import RunPlan
 from server.resume import asked_before, without_spare
+from server.stragglers import Stragglers
 from server.strategy import aggregate, gathering
 
 OnReply = Callable[[int, str], None]
@@ -50,6 +51,8 @@ class RoundOutcome:
     """Seconds from sending to the last reply."""
     books: dict[str, SiteBooks] = field(default_factory=dict)
     """What each site that answered says of its ledger."""
+    late: tuple[str, ...] = ()
+    """Sites whose updates came after a round had closed, this one or one before; none was used."""
 
     @property
     def round(self) -> int:
@@ -84,9 +87,13 @@ def run_rounds(
     nodes = wait_for_sites(grid, sites=config.federation.training_sites, timeout_s=timeout_s)
     terms = run_plan.seated(nodes)
     spares = {n: state.spares.get(name, config.privacy.spare_rounds) for n, name in nodes.items()}
+    stragglers = Stragglers(grid)
     for number in range(state.round + 1, config.federation.rounds + 1):
-        # 1. Sample the cohort: the plan did, from public coins.
+        # 1. Sample the cohort: the plan did, from public coins. Who is still at work on a round
+        # before is not asked.
         cohort = in_order(run_plan.cohort(number, nodes))
+        enough = share_of(len(cohort), config.federation.enough)
+        asked = stragglers.spared(cohort, enough=enough)
         # 2. Send the instruction, to each site with its own terms, and with the last head of its
         # ledger that we signed.
         instruction = Instruction(
@@ -102,10 +109,10 @@ def run_rounds(
             spares=spares,
             configs={node: own.config for node, own in terms.items()},
         )
-        exchange.send(cohort)
+        exchange.send(asked)
         needed = share_of(len(cohort), config.federation.quorum)
-        # 8. Collect replies until all have come, or the deadline; 9. validate each by itself, and
-        # gather its update.
+        # 8. Collect replies until enough have come, or the deadline; 9. validate each by itself,
+        # and gather its update.
         gathered = gathering(config.strategy, layout.size, capacity=len(cohort))
         judge = Judge(
             gathered,
@@ -115,8 +122,9 @@ def run_rounds(
             charges={node: terms[node].event for node in cohort},
             receipts=receipts,
             weights={node: run_plan.weight_of(nodes[node]) for node in cohort},
+            enough=enough if enough < len(cohort) else None,
         )
-        for reply in exchange.replies(partial(judge.has, needed)):
+        for reply in exchange.replies(partial(judge.has, needed), judge.is_closed):
             judge.read(reply)
             on_reply(number, nodes[exchange.sent[reply.metadata.reply_to_message_id]])
         sites_s, verdicts = perf_counter() - started, judge.verdicts()
@@ -141,6 +149,9 @@ def run_rounds(
         left = {nodes[node]: spare for node, spare in spares.items()}
         state = replace(state, round=number, vector=made.vector, memory=made.memory, spares=left)
         write_checkpoint(checkpoints, state, private=is_private(config))
+        # Those of earlier rounds, who have had this one to send what they had to send.
+        late = (*verdicts.late, *stragglers.heard())
+        stragglers.remember(exchange)
         # 11. Record.
         yield RoundOutcome(
             state=state,
@@ -151,6 +162,7 @@ def run_rounds(
             bytes_up=verdicts.bytes_up,
             sites_s=sites_s,
             books=books,
+            late=tuple(nodes[node] for node in late),
         )
 
 

@@ -88,6 +88,7 @@ def round_line(
         sites_s=round(outcome.sites_s, 3),
         books=site_lines(outcome.books),
         elapsed_s=round(elapsed_s, 3),
+        late=outcome.late,
     )
     spent = _epsilons_so_far(run_plan, [*before, line])
     each = {} if run_plan.is_uniform else {name: number(spent[name]) for name in spent}

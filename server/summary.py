@@ -158,11 +158,19 @@ def _site_section(
         "steps": attempts * run_plan.event.steps,
         "noise_multiplier": run_plan.of(name).event.noise_multiplier,
         "ledger_head": books["head"] if books else "",
+        **_late(name, run_plan.config, lines),
         "not_answered": {
             **{str(line.round): line.refused[name] for line in lines if name in line.refused},
             **({"count": counted.refused[name]} if counted and name in counted.refused else {}),
         },
     }
+
+
+def _late(name: str, config: Config, lines: list[RoundLine]) -> dict[str, int]:
+    """How many updates of a site came after their round had closed without them."""
+    if config.federation.enough == 1:
+        return {}
+    return {"late": sum(line.late.count(name) for line in lines)}
 
 
 def _private_reason(run_plan: RunPlan) -> str:
@@ -177,6 +185,7 @@ def _private_reason(run_plan: RunPlan) -> str:
         "from OS entropy, composed over all rounds. Each site's own ledger charged every round "
         "before its data were read, and would have refused one beyond its cap."
         f"{_of_persons(config)}{counted if config.data.records_counted else ''}"
+        f"{_of_closing(config)}"
     )
 
 
@@ -188,4 +197,14 @@ def _of_persons(config: Config) -> str:
         f" A person takes part with at most {config.privacy.max_records_per_person} records, all "
         "or none of them in a step, and the noise covers them together. Assumed, and not checked: "
         "nobody has records at two sites, or under two ids; such a person's bounds add up."
+    )
+
+
+def _of_closing(config: Config) -> str:
+    """Who pays where rounds ask more sites than they wait for."""
+    if config.federation.enough == 1:
+        return ""
+    return (
+        f" A round closed with the first updates (federation.enough={config.federation.enough:g}): "
+        "every site that was asked is charged for it, whether its update was used or not."
     )

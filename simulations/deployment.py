@@ -144,9 +144,12 @@ class Deployment:
     Guarantee: what it started has ended when its context has.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        """Makes keys and certificates in `folder`; starts nothing yet."""
-        self.folder, self.port = folder, free_port()
+    def __init__(self, folder: Path, names: Sequence[str], host: str = HOST) -> None:
+        """Makes keys and certificates in `folder`; starts nothing yet.
+
+        Args: host: the address, of this machine, at which the SuperLink listens.
+        """
+        self.folder, self.host, self.port = folder, host, free_port(host)
         self.officer = public_hex(generate_key(folder / "officer.key"))
         self.sites = [SiteFiles(name, folder / name) for name in names]
         for site in self.sites:
@@ -168,10 +171,10 @@ class Deployment:
     def _provision(self) -> None:
         """Makes what the coordinator has: an authority, a certificate, a command that starts it."""
         self.authority = make_authority(self.folder / "authority")
-        own = self.authority.issue("superlink", [HOST, "localhost"])
+        own = self.authority.issue("superlink", [self.host, "localhost"])
         self._superlink_command = (
             str(self.bin / "flower-superlink"),
-            *("--host", HOST, "--port", str(self.port)),
+            *("--host", self.host, "--port", str(self.port)),
             *("--ssl-certfile", str(own.certificate), "--ssl-keyfile", str(own.key)),
             *("--ssl-ca-certfile", str(self.authority.certificate)),
             *("--enable-supernode-auth", "--database", str(self.folder / "state.db")),
@@ -181,7 +184,7 @@ class Deployment:
     @property
     def address(self) -> str:
         """HOST:PORT of the SuperLink."""
-        return f"{HOST}:{self.port}"
+        return f"{self.host}:{self.port}"
 
     @property
     def entrance(self) -> str:
@@ -317,10 +320,10 @@ class Deployment:
         self.stop()
 
 
-def free_port() -> int:
+def free_port(host: str = HOST) -> int:
     """One that nobody had a moment ago."""
     with socket.socket() as probe:
-        probe.bind((HOST, 0))
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 

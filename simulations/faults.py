@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from client.ledger import Ledger
 from client.site import Site
 from common import messages
-from common.config import Config, FaultsConfig, PrivacyMode
+from common.config import Config, FaultsConfig, PrivacyMode, share_of
 from common.messages import Update
 from common.parameters import MAX_MAGNITUDE, Vector
 from common.privacy.mechanism import is_counting
@@ -62,7 +62,7 @@ class Clock:
     """The simulated clock of a run: what its sites' rounds would take, which nobody waits for."""
 
     def __init__(self, config: Config) -> None:
-        self._faults = config.faults
+        self._faults, self._enough = config.faults, config.federation.enough
         self._places = {name: at for at, name in enumerate(config.federation.site_names)}
         self.deadline_s = config.faults.deadline_s or config.federation.round_timeout_s
 
@@ -83,15 +83,17 @@ class Clock:
         return self.site_s(number, site) > self.deadline_s
 
     def round_s(self, line: RoundLine) -> float:
-        """Seconds of a whole round: until the last answer, or the deadline if one is missing."""
-        missing = any(
-            fault_of(self._faults, line.round, site) == DROPOUT for site in set(line.asked)
-        )
-        took = [
-            self.site_s(line.round, site) * attempts
-            for site, attempts in Counter(line.asked).items()
-        ]
-        return self.deadline_s if missing else min(max(took, default=0.0), self.deadline_s)
+        """Seconds of a whole round: until enough updates, until the last answer, or the deadline if
+        one is missing.
+        """
+        asked, enough = Counter(line.asked), self._enough
+        took = {site: self.site_s(line.round, site) * attempts for site, attempts in asked.items()}
+        accepted = [seconds for site, seconds in took.items() if site not in line.refused]
+        if enough < 1 and len(accepted) >= share_of(len(asked), enough):
+            return min(max(accepted), self.deadline_s)
+        missing = any(fault_of(self._faults, line.round, site) == DROPOUT for site in asked)
+        slowest = max(took.values(), default=0.0)
+        return self.deadline_s if missing else min(slowest, self.deadline_s)
 
 
 class FaultyGrid(GridAround):

@@ -11,6 +11,7 @@ from time import monotonic
 
 import torch
 from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -67,6 +68,7 @@ from server.report import read_report, show_report
 from server.run_folder import has_begun, is_finished
 from server.schedule import draw_schedule
 from simulations.answer import partition_of
+from simulations.arrivals import Arrivals
 from simulations.cluster import OnRay, check_installed
 from simulations.faults import FaultyGrid, faults_section, may_crash
 from simulations.finished import Finished
@@ -188,7 +190,14 @@ def _run(config: Config, run_dir: Path, console: Console, make: MakeTrainer) -> 
         )
         with _grid(config, opened, store, ledgers) as grid, _progress(config, console) as watch:
             app = server_app(lambda _: _public(config, splits), watch, left_out, _sections(config))
-            app(FaultyGrid(grid, config) if config.faults.active else grid, _server_context(config))
+            app(_on_the_way(grid, config), _server_context(config))
+
+
+def _on_the_way(grid: Grid, config: Config) -> Grid:
+    """The grid, with what befalls messages on it, and who comes first where that matters."""
+    if config.faults.active:
+        grid = FaultyGrid(grid, config)
+    return Arrivals(grid, config) if config.federation.enough < 1 else grid
 
 
 def _grid(

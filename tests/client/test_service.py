@@ -202,9 +202,13 @@ def test_the_sites_own_settings_decide_whatever_a_coordinator_writes(
 
 
 def test_what_the_next_answer_says_is_priced_while_nothing_is_asked(
-    settings, store, tiny_config, tmp_path
+    settings, store, tiny_config, tmp_path, monkeypatch
 ):
-    """Half a second of each round in which a coordinator would wait."""
+    """Half a second of each round in which a coordinator would wait; and what it freed is given
+    back, or a node would grow by a third of a megabyte a round.
+    """
+    trimmed = []
+    monkeypatch.setattr(service, "trim_freed_memory", lambda: trimmed.append(True))
     ledger = store.open("site-1", Terms("trial", 100.0, 1e-3, "1" * 64))
     event = replace(round_event(tiny_config), noise_multiplier=2.125)  # priced by nobody before
     ledger.commit("run", event, rounds=3, spare_rounds=0, plan="0" * 64, model="m", unit="record")
@@ -220,6 +224,8 @@ def test_what_the_next_answer_says_is_priced_while_nothing_is_asked(
         ledger.prepare(at, b"update", steps=event.steps)
         ledger.release(at)
         node._rest()
+        node._rest()
+        assert len(trimmed) == number
     inbox.close()
 
 
@@ -327,3 +333,14 @@ def test_rows_that_are_left_out_are_told_to_the_sites_operator_alone(settings, t
         )
     assert len(records) <= 9
     assert caplog.messages == ["site-1: data: rows: 1 without a text left out"]
+
+
+def test_a_node_that_waits_long_asks_less_often_and_never_less_than_every_two_seconds(node):
+    """A question takes a SuperLink some ms: at five a second, two dozen nodes would fill a core."""
+    one, _ = node
+    clock = one._line.stopping
+    clock.waited.clear()
+    for idle_s in (0.0, 10.0, 3600.0):
+        one._idle_since = service.monotonic() - idle_s
+        one._rest()
+    assert clock.waited == pytest.approx([one._poll_s, 0.5, 2.0], abs=0.05)

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,11 +19,13 @@ from common.parameters import Layout
 from common.privacy.accounting import Event
 from common.privacy.chain import Head
 from common.strategies import StrategyName
-from server.aggregate import SILENT
+from server import exchange
+from server.aggregate import LATE, SILENT
 from server.checkpoint import RunState
 from server.heads import HeadBook
 from server.plan import make_plan
 from server.rounds import run_rounds
+from server.stragglers import Stragglers
 
 from .fake_grid import FakeGrid
 
@@ -614,3 +617,87 @@ def test_a_site_that_charges_the_price_of_another_is_refused(go, tiny_config):
 
     outcome = next(go(FakeGrid(named(2), as_the_other), plan))
     assert outcome.refused == {"site-1": "update: charged something else than the plan"}
+
+
+# ---- rounds that ask more sites than they wait for
+
+
+def test_a_round_closes_with_enough_updates_and_charges_who_is_later(go, planned):
+    """Two of four do not answer, and the deadline is far: nobody waits for it."""
+    grid = FakeGrid(named(4), nodes_that(n1=silent, n3=silent))
+    began = time.monotonic()
+    first = next(go(grid, planned(sites=4, quorum=0.5, enough=0.5, round_timeout_s=60.0)))
+    assert time.monotonic() - began < 5
+    assert first.asked == ("site-1", "site-2", "site-3", "site-4")
+    assert first.refused == dict.fromkeys(("site-1", "site-3"), LATE)
+    assert first.vector == pytest.approx(np.full(4, 3))  # the mean of the two that came
+
+
+def test_updates_beyond_enough_are_not_averaged_and_counted_as_late(go, planned):
+    first, second = go(FakeGrid(named(4), update), planned(sites=4, quorum=0.5, enough=0.75))
+    assert first.vector == pytest.approx(np.full(4, 2))  # of sites 1, 2 and 3
+    assert first.refused == second.refused == {"site-4": LATE}
+    assert first.late == second.late == ("site-4",)
+    assert second.asked == ("site-1", "site-2", "site-3", "site-4")
+    assert first.bytes_up == 3 * (16 + 128)
+
+
+def test_who_is_still_at_work_is_asked_again_once_it_has_answered(go, planned):
+    grid = FakeGrid(named(3), nodes_that(n1=silent))
+    rounds = go(grid, planned(rounds=4, quorum=0.6, enough=0.6, round_timeout_s=60.0))
+    first, second = next(rounds), next(rounds)
+    assert first.refused == {"site-1": LATE}
+    assert first.late == second.late == ()
+    assert second.asked == ("site-2", "site-3")
+    grid.unsolicited = [update(1, grid.pushed["m-1"])]  # its update of the first round
+    third = next(rounds)
+    grid.unsolicited = []
+    assert third.late == ("site-1",)
+    assert third.vector == pytest.approx(np.full(4, 3 * 2.5))  # and no part of it is used
+    assert next(rounds).asked == ("site-1", "site-2", "site-3")
+
+
+def test_no_round_asks_fewer_sites_than_are_enough():
+    stragglers, left = Stragglers(FakeGrid({}, silent)), {"m-1": 4, "m-2": 2, "m-3": 3}
+    stragglers.remember(SimpleNamespace(left=left, deadline=time.monotonic() + 60))
+    assert stragglers.spared((1, 2, 3, 4), enough=1) == (1,)
+    assert stragglers.spared((1, 2, 3, 4), enough=3) == (1, 2, 4)  # 4 began first, 3 last
+    assert stragglers.spared((1, 2, 3, 4), enough=4) == (1, 2, 3, 4)
+
+
+def test_nobody_is_at_work_any_more_when_the_time_of_the_instruction_is_over():
+    grid = FakeGrid({}, silent)
+    grid.handled = {"m-1", "m-2"}
+    stragglers, soon = Stragglers(grid), time.monotonic() + 0.05
+    stragglers.remember(SimpleNamespace(left={"m-1": 1}, deadline=time.monotonic() - 1))
+    stragglers.remember(SimpleNamespace(left={"m-2": 2}, deadline=soon))
+    assert stragglers.spared((1, 2), enough=1) == (1,)
+    time.sleep(0.06)
+    assert stragglers.heard() == ()
+    assert stragglers.spared((1, 2), enough=1) == (1, 2)
+
+
+def test_enough_does_not_make_up_for_a_quorum_that_is_missed(go, planned):
+    grid = FakeGrid(named(4), nodes_that(n1=refuse, n2=refuse, n3=refuse))
+    with pytest.raises(FederationError, match=r"1 of 4 sites answered.*quorum=0\.5"):
+        next(go(grid, planned(sites=4, quorum=0.5, enough=0.75)))
+
+
+def test_a_long_round_looks_less_often_than_a_short_one_but_well_within_a_nodes_stay(
+    go, planned, monkeypatch
+):
+    """A node that ends stays for two seconds, so that its last answer can be fetched."""
+    now, pauses = [0.0], []
+    monkeypatch.setattr(exchange, "monotonic", lambda: now[0])
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(exchange, "sleep", sleep)
+    with pytest.raises(FederationError):
+        next(go(FakeGrid(named(3), nodes_that(n1=silent)), planned(round_timeout_s=60.0)))
+    assert pauses[0] <= 2 * exchange.FIRST_POLL_S
+    assert max(pauses[:5]) <= 0.2
+    assert max(pauses) == exchange.MAX_POLL_S <= 0.5
+    assert len(pauses) < 170

@@ -93,7 +93,8 @@ UNCHARGED_UNKNOWN = (
 )
 UNCHARGED_RECORDS = (
     "the number of records",
-    "it was counted, not declared: it sets a divisor of the update, and is outside the bound",
+    "it was counted, not declared: what the update is divided by follows from it, and is outside "
+    "the bound",
 )
 UNCHARGED_LEFT_OUT = (
     "how well the model does at the site that was left out",

@@ -269,7 +269,7 @@ def test_a_missing_file_is_refused_by_the_setting_that_names_it(tmp_path, settin
 
 
 def test_a_folder_is_not_a_file(tmp_path):
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="is a folder; name a file"):
         load_splits(config_of(tmp_path))
 
 

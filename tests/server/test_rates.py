@@ -100,3 +100,10 @@ def test_noise_for_persons_counts_all_of_their_records(mails):
 def test_an_impossible_noise_is_refused(compose_config, value):
     with pytest.raises(ConfigError, match=r"tuning\.head_noise=.*must be a finite number, 0 or"):
         compose_config(f"tuning.head_noise={value}")
+
+
+def test_means_of_the_first_updates_alone_gather_more_noise(mails):
+    """Half of the updates in each mean: a root of two as much."""
+    some = ("federation.sites=4", "federation.quorum=0.5", "federation.enough=0.5")
+    ratio = gathered_noise(mails(4000, *some)) / gathered_noise(mails(4000, some[0]))
+    assert ratio == pytest.approx(math.sqrt(2))

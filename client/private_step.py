@@ -249,12 +249,13 @@ def _chunks(totals: list[Tensor]) -> Iterator[list[Tensor]]:
     held: list[Tensor] = []
     room = NOISE_CHUNK
     for total in totals:
-        while len(total) >= room:
-            yield [*held, total[:room]]
-            held, total, room = [], total[room:], NOISE_CHUNK  # noqa: PLW2901
-        if len(total):
-            held.append(total)
-            room -= len(total)
+        start, size = 0, total.numel()  # of a tensor `len` is a slow call
+        while size - start >= room:
+            yield [*held, total[start : start + room]]
+            held, start, room = [], start + room, NOISE_CHUNK
+        if start < size:
+            held.append(total[start:])
+            room -= size - start
     if held:
         yield held
 
@@ -262,7 +263,7 @@ def _chunks(totals: list[Tensor]) -> Iterator[list[Tensor]]:
 def _noise(pieces: list[Tensor], mechanism: Mechanism, randomness: Randomness) -> None:
     """Puts (piece + N(0, noise_std^2) per coordinate) / divisor into each, added in float64."""
     std, divisor = mechanism.noise_std, mechanism.divisor
-    sizes = [len(piece) for piece in pieces]
+    sizes = [piece.numel() for piece in pieces]
     noise = torch.from_numpy(randomness.normal(sum(sizes), std / divisor)).to(pieces[0].device)
     for piece, drawn in zip(pieces, torch.split(noise, sizes), strict=True):
         # Two passes of one type each are quicker than one that converts on the way.

@@ -336,7 +336,7 @@ def test_rows_that_are_left_out_are_told_to_the_sites_operator_alone(settings, t
 
 
 def test_a_node_that_waits_long_asks_less_often_and_never_less_than_every_two_seconds(node):
-    """A question takes a SuperLink some ms: at five a second, two dozen nodes would fill a core."""
+    """Each question takes a SuperLink some ms of processor, and it has many nodes."""
     one, _ = node
     clock = one._line.stopping
     clock.waited.clear()

@@ -202,6 +202,7 @@ def _written(schema: Any, batches: Iterable[Sequence[Sequence[Any]]], kind: Kind
                 ]
                 writer.write_batch(pa.record_batch(arrays, schema=schema))
         file.flush()
+        pa.default_memory_pool().release_unused()  # Arrow keeps what it freed, as long as it likes
         return Spooled(Spool(os.dup(file.fileno()), kind))
 
 

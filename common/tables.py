@@ -24,6 +24,8 @@ Column = Sequence[Any]
 """(n,) values of one column of a batch, as they stand in the file."""
 
 PLAIN = Dialect()
+FEW_ZEROS = 50
+"""A text may have a byte of 0 among so many; of UTF-16 every other is, of an image several are."""
 HEAD_BYTES = 512
 """Of a file that are looked at before it is read."""
 BATCH_ROWS = 1024
@@ -153,7 +155,7 @@ def _spelling(path: Path, where: str, dialect: Dialect) -> tuple[str, str]:
     with unpacked(path, where) as (content, _):
         head = content.read(HEAD_BYTES)
     encoding, errors = dialect.spelling(head)
-    if encoding == "utf-8" and b"\0" in head:
+    if encoding == "utf-8" and head.count(0) * FEW_ZEROS > len(head):
         raise ConfigError(
             f"{where}: begins with bytes of 0, as no text in UTF-8 does; of a table in UTF-16 "
             "give data.encoding=utf-16-le or utf-16-be"

@@ -180,6 +180,7 @@ def test_a_kill_at_any_instant_loses_rounds_and_no_charge(path, seed):
     assert not {*witness.states} - {"lost", "released", "prepared"}
 
 
+@pytest.mark.slow  # dozens of processes, and all books are verified after each
 def test_a_kill_before_any_statement_loses_rounds_and_no_charge(path):
     """Of two openings with a round each, one statement further every time."""
     witness = Witness(path)

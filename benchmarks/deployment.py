@@ -110,8 +110,11 @@ def measured(payload: str, rounds: int, sites: int) -> dict[str, Any]:
 
 def _wait_for(run: Follower, rounds: int) -> None:
     """Returns once so many rounds are over, or the run is."""
-    over = lambda: len(run.lines) >= rounds or run.process.poll() is not None  # noqa: E731
-    wait(over, f"round {rounds}", PATIENCE_S)
+
+    def is_over() -> bool:
+        return len(run.lines) >= rounds or run.process.poll() is not None
+
+    wait(is_over, f"round {rounds}", PATIENCE_S)
 
 
 def _deal(folder: Path, deployment: Deployment) -> tuple[Path, int]:

@@ -77,7 +77,7 @@ class Cable:
 
 def _ip(*arguments: str) -> None:
     """Raises: NoNamespaceError with what `ip` said."""
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)  # noqa: S607 - root's
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)  # noqa: S607 - by PATH
     if done.returncode:
         raise NoNamespaceError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
 

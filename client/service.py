@@ -65,9 +65,6 @@ FIRST_DELAY_S, MAX_DELAY_S = 0.25, 20.0
 STAY_S = 2.0
 """How long a node stays online after an answer: several times what a coordinator waits between two
 looks."""
-PATIENT, MAX_POLL_S = 0.05, 2.0
-"""Share of the time without an instruction that may pass between two questions, if that is more
-than `poll_s`, and the most. A SuperLink answers some hundred questions a second, of all nodes."""
 STOPPING = b"stopping once what is under way is answered; again to stop at once\n"
 
 Result = TypeVar("Result")
@@ -226,7 +223,6 @@ class Node:
         self._foreseen: Head | None = None
         """The end of the ledger when what comes next was priced."""
         self.answered = self.refused = 0
-        self._idle_since = monotonic()
         self._sent_at = -STAY_S
         """When the last answer left, on the monotonic clock."""
 
@@ -250,7 +246,6 @@ class Node:
                     self._rest()
                 else:
                     self._answer(parcel)
-                    self._idle_since = monotonic()
         self._stay()
 
     def _stay(self) -> None:
@@ -269,8 +264,7 @@ class Node:
             ledger.books.foresee()
             self._foreseen = ledger.head
             trim_freed_memory()  # prices have sizes of their own, and leave gaps: more every round
-        idle_s = monotonic() - self._idle_since
-        self._line.stopping.wait(max(self._poll_s, min(PATIENT * idle_s, MAX_POLL_S)))
+        self._line.stopping.wait(self._poll_s)
 
     def _receive(self) -> Parcel | None:
         """The next instruction, on disk here when this returns; None if there is none."""

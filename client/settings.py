@@ -97,8 +97,7 @@ class NodeSettings:
     """Where its model is trained: `cpu`, `cuda` (the first GPU), `cuda:N`; `auto`: the first GPU if
     there is one. Which GPUs there are CUDA_VISIBLE_DEVICES may say, too."""
     poll_s: float = 0.2
-    """Seconds between two questions for an instruction; of a node that has had none for a while, a
-    twentieth of that time, and 2 s at most, if that is more."""
+    """Seconds between two questions for an instruction."""
     patience_s: float = 0.0
     """Seconds without an answer from the coordinator after which the node gives up; 0: never."""
     metrics: str = ""

@@ -17,11 +17,7 @@ from server.cohort import POLL_S
 GONE = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
 """What Flower answers for a node it has given up, or whose reply it lost half of."""
 FIRST_POLL_S = 0.02
-"""Seconds to the next look for replies, after some came; doubled while none do, up to `POLL_S`."""
-PATIENT, MAX_POLL_S = 0.05, 0.5
-"""Share of the time that a round has lasted that may pass between two looks, if that is more than
-`POLL_S`, and the most: each look takes the SuperLink some ms, which long rounds have no use for.
-A node that ends stays online for several times as long (`client.service.STAY_S`)."""
+"""Seconds to the next look for replies, after some came; doubled up to `POLL_S` while none do."""
 GONE_POLL_S = 2.0
 """Seconds between two looks for sites that Flower has given up."""
 
@@ -56,8 +52,7 @@ class Exchange:
         """By the identity of a config, which many nodes share."""
         self._bytes = messages.content_bytes(self._content)
         self._receipts, self._spares = receipts, spares
-        self._began = monotonic()
-        self.deadline = self._began + timeout_s
+        self.deadline = monotonic() + timeout_s
         """On the monotonic clock; no reply is taken after it."""
         self._gone: set[int] = set()
         """Nodes that Flower has given up, and that may be asked once more."""
@@ -105,13 +100,9 @@ class Exchange:
                 if not again:
                     yield reply
             waiting.update(dict.fromkeys(self._returned()))
-            pause = min(2 * pause, self._longest()) if nothing else FIRST_POLL_S
+            pause = min(2 * pause, POLL_S) if nothing else FIRST_POLL_S
             if nothing:
                 sleep(min(pause, max(self.deadline - monotonic(), 0)))
-
-    def _longest(self) -> float:
-        """Seconds that may pass until the next look."""
-        return max(POLL_S, min(PATIENT * (monotonic() - self._began), MAX_POLL_S))
 
     def _again(self, node: int, reply: Message) -> list[str]:
         """Asks once more where the site lost the round and its plan still has a spare."""

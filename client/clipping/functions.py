@@ -199,10 +199,13 @@ class LayerNorm(Function):
             wanted = [True, False, False]
             of_rows = kernel(*rows[:2], shape, *rows[2:], weight, bias, wanted)[0]
             gradient = _widened(of_rows, live, x.shape)
-        of_weight, of_bias = _norm_gradients(*(t.float() for t in rows))
+        with_bias = ctx.bias is not None and ctx.bias.requires_grad
         if ctx.weight.requires_grad:
+            of_weight, of_bias = _norm_gradients(*(t.float() for t in rows))
             ctx.tape.keep(ctx.weight, of_weight)
-        if ctx.bias is not None and ctx.bias.requires_grad:
+        elif with_bias:
+            of_bias = row_sums(rows[0].float())
+        if with_bias:
             ctx.tape.keep(ctx.bias, of_bias)
         return gradient, None, None, None, None
 

@@ -325,9 +325,9 @@ class _Norms:
         cls, uses: Sequence[MatrixUse | TableUse], *products: tuple[Tensor, Tensor]
     ) -> "_Norms":
         """Of inner products of two (B, n, n) each, of which the second is overwritten."""
-        products_of = [spent.mul_(kept) for kept, spent in products]
-        found = [row_sums(each).sum(1) for each in products_of]
-        rows = [each.diagonal(dim1=1, dim2=2).sum(1) for each in products_of]
+        both = [spent.mul_(kept) for kept, spent in products]
+        found = [row_sums(each).sum(1) for each in both]
+        rows = [each.diagonal(dim1=1, dim2=2).sum(1) for each in both]
         return cls(uses, functools.reduce(torch.add, found), functools.reduce(torch.add, rows))
 
     @classmethod

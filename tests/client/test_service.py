@@ -333,14 +333,3 @@ def test_rows_that_are_left_out_are_told_to_the_sites_operator_alone(settings, t
         )
     assert len(records) <= 9
     assert caplog.messages == ["site-1: data: rows: 1 without a text left out"]
-
-
-def test_a_node_that_waits_long_asks_less_often_and_never_less_than_every_two_seconds(node):
-    """Each question takes a SuperLink some ms of processor, and it has many nodes."""
-    one, _ = node
-    clock = one._line.stopping
-    clock.waited.clear()
-    for idle_s in (0.0, 10.0, 3600.0):
-        one._idle_since = service.monotonic() - idle_s
-        one._rest()
-    assert clock.waited == pytest.approx([one._poll_s, 0.5, 2.0], abs=0.05)

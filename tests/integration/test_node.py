@@ -190,8 +190,11 @@ def submitted(lab, config, name="run"):
 
 def finished(lab, run, seconds=90.0):
     """Waits for the end of a run, and asserts that it was a good one."""
-    over = lambda: lab.status(run).startswith("finished")  # noqa: E731
-    wait_until(over, "the run ends", seconds, step_s=1.0)  # asking is a process, of a second
+
+    def is_over():
+        return lab.status(run).startswith("finished")
+
+    wait_until(is_over, "the run ends", seconds, step_s=1.0)  # asking is a process, of a second
     assert lab.status(run) == "finished:completed", lab.said[-4000:]
 
 

@@ -19,7 +19,6 @@ from common.parameters import Layout
 from common.privacy.accounting import Event
 from common.privacy.chain import Head
 from common.strategies import StrategyName
-from server import exchange
 from server.aggregate import LATE, SILENT
 from server.checkpoint import RunState
 from server.heads import HeadBook
@@ -681,23 +680,3 @@ def test_enough_does_not_make_up_for_a_quorum_that_is_missed(go, planned):
     grid = FakeGrid(named(4), nodes_that(n1=refuse, n2=refuse, n3=refuse))
     with pytest.raises(FederationError, match=r"1 of 4 sites answered.*quorum=0\.5"):
         next(go(grid, planned(sites=4, quorum=0.5, enough=0.75)))
-
-
-def test_a_long_round_looks_less_often_than_a_short_one_but_well_within_a_nodes_stay(
-    go, planned, monkeypatch
-):
-    """A node that ends stays for two seconds, so that its last answer can be fetched."""
-    now, pauses = [0.0], []
-    monkeypatch.setattr(exchange, "monotonic", lambda: now[0])
-
-    def sleep(seconds):
-        pauses.append(seconds)
-        now[0] += seconds
-
-    monkeypatch.setattr(exchange, "sleep", sleep)
-    with pytest.raises(FederationError):
-        next(go(FakeGrid(named(3), nodes_that(n1=silent)), planned(round_timeout_s=60.0)))
-    assert pauses[0] <= 2 * exchange.FIRST_POLL_S
-    assert max(pauses[:5]) <= 0.2
-    assert max(pauses) == exchange.MAX_POLL_S <= 0.5
-    assert len(pauses) < 170

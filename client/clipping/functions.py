@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
-from client.clipping.tape import FanUse, MatrixUse, TableUse, Tape, per_record, row_sums
+from client.clipping.gram import row_sums
+from client.clipping.tape import FanUse, MatrixUse, TableUse, Tape, per_record
 
 # torch.autograd.Function ships no types.
 # mypy: disable-error-code="no-untyped-call,misc"

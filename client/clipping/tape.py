@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from client.clipping.gram import Gram
+
 KEPT_ELEMENTS = 4096
 """Per-record gradients up to this size are kept rather than described: they cost nothing."""
 INSTANTIATE_COST = 1.6
@@ -142,7 +144,7 @@ class Tape:
             self._open.add(use)
             return
         self._close_early()
-        self._open = _Shared([use], _gram(use.a.float()), _gram(use.g.float()))
+        self._open = _Shared([use], Gram.of(use.a.float()), Gram.of(use.g.float()))
 
     def _close_early(self) -> None:
         if self._open is not None:
@@ -274,14 +276,6 @@ def per_record(use: MatrixUse) -> Tensor:
     return torch.bmm(use.g.transpose(1, 2), use.a)
 
 
-def row_sums(rows: Tensor) -> Tensor:
-    """(B, d) sums of the rows of (B, R, d); as a product, up to three times as fast as `sum`."""
-    records, count, _ = rows.shape
-    if count == 1:
-        return rows[:, 0]
-    return torch.bmm(rows.new_ones(1, 1, count).expand(records, -1, -1), rows)[:, 0]
-
-
 def _used_both_ways(uses: list[MatrixUse]) -> set[nn.Parameter]:
     """Weights applied both as they are and transposed."""
     plain = {use.weight for use in uses if not use.transposed}
@@ -321,13 +315,9 @@ class _Norms:
     """(B,) what they would be if rows did not cancel or reinforce each other."""
 
     @classmethod
-    def sum_of(
-        cls, uses: Sequence[MatrixUse | TableUse], *products: tuple[Tensor, Tensor]
-    ) -> "_Norms":
-        """Of inner products of two (B, n, n) each, of which the second is overwritten."""
-        both = [spent.mul_(kept) for kept, spent in products]
-        found = [row_sums(each).sum(1) for each in both]
-        rows = [each.diagonal(dim1=1, dim2=2).sum(1) for each in both]
+    def sum_of(cls, uses: Sequence[MatrixUse | TableUse], *products: tuple[Gram, Gram]) -> "_Norms":
+        """Of inner products of two Grams each, of which the second is used up."""
+        found, rows = zip(*(spent.meet(kept) for kept, spent in products), strict=True)
         return cls(uses, functools.reduce(torch.add, found), functools.reduce(torch.add, rows))
 
     @classmethod
@@ -343,16 +333,14 @@ class _Shared:
     """Matrices with one input, as they come in the backward pass: their Grams add up."""
 
     uses: list[MatrixUse]
-    of_input: Tensor
-    """(B, R, R) Gram of the input."""
-    of_gradients: Tensor
-    """(B, R, R) sum of the Grams of the output gradients."""
+    of_input: Gram
+    of_gradients: Gram
+    """The sum of those of the output gradients."""
 
     def add(self, use: MatrixUse) -> None:
         """One more."""
-        g = use.g.float()
         self.uses.append(use)
-        self.of_gradients.baddbmm_(g, g.transpose(1, 2))
+        self.of_gradients.add(use.g.float())
 
     def norms(self) -> _Norms:
         """Of all of them; uses up the Grams."""
@@ -377,7 +365,7 @@ def _matrix_norms(group: list[MatrixUse]) -> _Norms:
         return _Norms(group, found, found)
     if _cheaper_built(a.shape[1], a.shape[2], sum(use.g.shape[2] for use in group)):
         return _Norms.built(group)
-    shared = _Shared(group[:1], _gram(a), _gram(group[0].g.float()))
+    shared = _Shared(group[:1], Gram.of(a), Gram.of(group[0].g.float()))
     for use in group[1:]:
         shared.add(use)
     return shared.norms()
@@ -385,16 +373,10 @@ def _matrix_norms(group: list[MatrixUse]) -> _Norms:
 
 def _table_norms(tables: list[TableUse]) -> _Norms:
     """Of tables whose look-ups are summed: rows meet where ids are equal."""
-    meets = torch.stack([_meets(use.ids, use.padding) for use in tables]).sum(0)
-    return _Norms.sum_of(tables, (_gram(tables[0].g.float()), meets))
-
-
-def _meets(ids: Tensor, padding: int | None) -> Tensor:
-    """(B, S, S) one where two positions look up the same row."""
-    equal = ids[:, :, None] == ids[:, None, :]
-    if padding is not None:
-        equal &= (ids != padding)[:, None, :]
-    return equal.float()
+    meets, *others = [Gram.of_one_hot(use.ids, use.padding) for use in tables]
+    for each in others:
+        meets.add_all(each)
+    return _Norms.sum_of(tables, (Gram.of(tables[0].g.float()), meets))
 
 
 def _tied_norms(uses: list[MatrixUse | TableUse]) -> _Norms:
@@ -405,17 +387,17 @@ def _tied_norms(uses: list[MatrixUse | TableUse]) -> _Norms:
     """
     matrices = [use for use in uses if isinstance(use, MatrixUse)]
     tables = [use for use in uses if isinstance(use, TableUse)]
-    products: list[tuple[Tensor, Tensor]] = []
+    products: list[tuple[Gram, Gram]] = []
     if matrices:
         a = _side_by_side([use.a.float() for use in matrices])
         g = _side_by_side([use.g.float() for use in matrices])
         if not tables and _cheaper_built(a.shape[1], a.shape[2], g.shape[2]):
             return _Norms.built(matrices)
-        products.append((_gram(a), _gram(g)))
+        products.append((Gram.of(a), Gram.of(g)))
     if tables:
         ids = _side_by_side([use.ids for use in tables])
         looked = _side_by_side([_unpadded(use) for use in tables])
-        products.append((_gram(looked), _meets(ids, None)))
+        products.append((Gram.of(looked), Gram.of_one_hot(ids)))
     norms = _Norms.sum_of(uses, *products)
     if matrices and tables:
         rows, inputs = (a, g) if matrices[0].transposed else (g, a)
@@ -457,11 +439,6 @@ def _built(use: MatrixUse | TableUse, record: int) -> Tensor:
         g = g * (use.ids[record] != use.padding).unsqueeze(-1)
     whole = torch.zeros_like(use.weight, dtype=torch.float32)
     return whole.index_add_(0, use.ids[record], g)
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """(B, n, n) inner products of the rows (B, n, m) of each record."""
-    return torch.bmm(rows, rows.transpose(1, 2))
 
 
 def _unpadded(use: TableUse) -> Tensor:

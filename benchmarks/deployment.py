@@ -1,12 +1,13 @@
 """What a round costs beside the sites' work: a real SuperLink over TLS, and nodes that do nothing.
 
     python -m benchmarks.deployment --json F
-    python -m benchmarks.deployment --payload 85mb --rounds 8
+    python -m benchmarks.deployment --payload 85mb --rounds 8 --coding int8
 
 Nodes are `coterie node` but for one thing: their ClientApp sends back what it was sent, moved a
 little, and no two alike: Flower keeps parts by their hashes, and equal ones would travel once.
 Payloads are the pretrained MiniLM's `head` (3 kB) and `full` (90 MB of float32 each way and node),
-and `85mb`: exactly that many, of a model of the same shape with fewer words.
+and `85mb`: exactly that many, of a model of the same shape with fewer words. Updates are coded as
+nodes code them; `mb_up` is of the coded ones.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from transformers import BertConfig
 from benchmarks.faults import Follower, serverapps, wait
 from benchmarks.processes import own_cpu_s, resident_mb
 from benchmarks.tiny import PUBLIC, SHARE, WORDS, rows, save_model, write
+from common.config import Coding
 from simulations.deployment import Deployment
 
 PATIENCE_S = 3600.0
@@ -44,10 +46,11 @@ def main() -> None:
     parser.add_argument("--payload", choices=PAYLOADS, action="append")
     parser.add_argument("--rounds", type=int, default=6, help="at least 3")
     parser.add_argument("--sites", type=int, default=3)
+    parser.add_argument("--coding", choices=[each.name for each in Coding], default="float32")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
     results = [
-        measured(payload, options.rounds, options.sites)
+        measured(payload, options.rounds, options.sites, options.coding)
         for payload in options.payload or ("head", EXACT)
     ]
     for result in results:
@@ -56,7 +59,7 @@ def main() -> None:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measured(payload: str, rounds: int, sites: int) -> dict[str, Any]:
+def measured(payload: str, rounds: int, sites: int, coding: str) -> dict[str, Any]:
     """Seconds of the rounds between the first and the last, which is measured on public records,
     from the end of one to the end of the next, and the processor's seconds of each process in them.
     """
@@ -74,6 +77,7 @@ def measured(payload: str, rounds: int, sites: int) -> dict[str, Any]:
             *(f"data.declared_records={declared}", f"federation.sites={sites}"),
             *(f"federation.rounds={rounds}", "evaluation.every=0", "privacy=none"),
             *(*_trained(payload, folder), "federation.round_timeout_s=300"),
+            f"federation.coding={coding}",
         )
         _wait_for(run, 1)
         first = _processors(deployment)
@@ -87,7 +91,8 @@ def measured(payload: str, rounds: int, sites: int) -> dict[str, Any]:
     whole = [after.elapsed_s - before.elapsed_s for before, after in pairwise(lines[:-1])]
     return {
         "payload": payload,
-        "mb_each_way": round(lines[0].bytes_up / sites / 1e6, 3),
+        "coding": coding,
+        "mb_up": round(lines[0].bytes_up / sites / 1e6, 3),
         "sites": sites,
         "rounds": rounds,
         "round_s": round(statistics.median(whole), 3),

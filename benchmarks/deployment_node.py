@@ -12,7 +12,10 @@ from flwr.clientapp import ClientApp
 
 from common import messages
 from common.cli import main as coterie
+from common.coding import encoded
+from common.config import Coding
 from common.privacy.mechanism import round_event
+from common.privacy.noise import Randomness
 
 
 def echo(*_: object, **__: object) -> ClientApp:
@@ -22,12 +25,16 @@ def echo(*_: object, **__: object) -> ClientApp:
     @app.train()
     def train(message: Message, _: Context) -> Message:
         asked = messages.read_instruction(message)
+        coding = asked.config.federation.coding
+        moved = asked.vector + np.float32(random.uniform(1e-4, 1e-3))  # noqa: S311 - no secret
+        coded = encoded(moved, asked.vector, coding, Randomness.from_entropy())
         update = messages.Update(
             asked.run_id,
             asked.round,
             asked.layout_digest,
             round_event(asked.config),
-            asked.vector + np.float32(random.uniform(1e-4, 1e-3)),  # noqa: S311 - no secret
+            moved,
+            coded=None if coding is Coding.float32 else coded,
         )
         return Message(messages.pack_update(update), reply_to=message)
 

@@ -23,8 +23,8 @@ from common.errors import ConfigError, CoterieError
 GROUP = "coterie.commands"
 INTERRUPTED = 130
 
-# Read by flwr at import: nothing calls out, and nothing is installed at run time.
-OFFLINE_DEFAULTS = {
+# Read by libraries at import: nothing calls out, and nothing is installed at run time.
+ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -32,6 +32,9 @@ OFFLINE_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Bytes of each part that a vector travels in, 12 MiB for Flower's 5: a part costs the SuperLink
+    # some 12 ms whatever it holds. A door has to let it in, see `server.federation.Door`.
+    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": "12582912",
 }
 
 
@@ -76,7 +79,7 @@ def _dispatch(invocation: Invocation, commands: dict[str, metadata.EntryPoint]) 
         if invocation.command not in commands:
             known = ", ".join(sorted(commands))
             raise ConfigError(f"no such command; the commands are {known}")
-        os.environ.update({**OFFLINE_DEFAULTS, **os.environ})
+        os.environ.update({**ENVIRONMENT, **os.environ})
         with importing():
             command = commands[invocation.command].load()
         command(invocation)

@@ -18,7 +18,7 @@ from typing import Any
 
 import tomli_w
 
-from common.cli import OFFLINE_DEFAULTS
+from common.cli import ENVIRONMENT
 from common.errors import ConfigError, FederationError
 from server.documents import BUNDLED, templates
 
@@ -132,7 +132,7 @@ class Link:
             known = {"address": self.address.address, "root-certificates": str(self.address.ca)}
             connection = tomli_w.dumps({"superlink": {"default": NAME, NAME: known}})
             (Path(home) / "config.toml").write_bytes(connection.encode())
-            yield {**os.environ, **OFFLINE_DEFAULTS, "FLWR_HOME": home, "COLUMNS": "1000"}
+            yield {**os.environ, **ENVIRONMENT, "FLWR_HOME": home, "COLUMNS": "1000"}
 
 
 def write_bundle(folder: Path) -> None:

@@ -40,8 +40,8 @@ class Coordinator:
 class Door:
     """What one site may ask of the door."""
 
-    max_body_mb: int = 8
-    """MiB of one request. Flower's parts of a message are 5 MiB."""
+    max_body_mb: int = 16
+    """MiB of one request. Parts of a message are 12 MiB, see `common.cli.ENVIRONMENT`."""
     requests_per_s: int = 60
     """On average, and twice as many at once; what is more waits, and above sixteen is refused."""
 
@@ -291,7 +291,7 @@ _RULES: dict[tuple[type, str], tuple[str, Callable[[Any], Any]]] = {
     (Coordinator, "port"): _PORT,
     (Coordinator, "listen"): ("an IP address", _address),
     (Coordinator, "control_port"): _PORT,
-    (Door, "max_body_mb"): ("a whole number, 6 to 1024", _whole(6, 1024)),
+    (Door, "max_body_mb"): ("a whole number, 13 to 1024", _whole(13, 1024)),
     (Door, "requests_per_s"): ("a whole number, 10 to 100000", _whole(10, 100_000)),
     (LedgerTerms, "dataset"): _DATASET,
     (LedgerTerms, "cap"): _CAP,

@@ -26,7 +26,7 @@ import httpx
 from rich.console import Console
 
 from common.certificates import Authority, make_authority, make_node_key
-from common.cli import OFFLINE_DEFAULTS
+from common.cli import ENVIRONMENT
 from common.config import DataConfig, DataSource
 from common.data import load_splits
 from common.errors import CoterieError, FederationError, VerificationError
@@ -157,7 +157,7 @@ class Deployment:
         self.bin = Path(sys.executable).parent
         self.environment = {
             **os.environ,
-            **OFFLINE_DEFAULTS,
+            **ENVIRONMENT,
             "PYTHONPATH": str(ROOT),
             "PATH": f"{self.bin}{os.pathsep}{os.environ.get('PATH', '')}",
             "FLWR_HOME": str(folder / "flower"),
@@ -426,7 +426,7 @@ def _arranged(folder: Path, names: Sequence[str], console: Console) -> Deploymen
 def main(arguments: Sequence[str]) -> int:
     """`python -m simulations.deployment [NAME=VALUE ...]`: settings are those of the run."""
     console = Console(markup=False, highlight=False)
-    os.environ.update({**OFFLINE_DEFAULTS, **os.environ})
+    os.environ.update({**ENVIRONMENT, **os.environ})
     folder = Path(tempfile.mkdtemp(prefix="coterie-demo-"))  # it stays, for whoever looks into it
     try:
         report = demonstrate(folder, arguments, console)

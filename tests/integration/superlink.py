@@ -22,7 +22,7 @@ import httpx
 
 from client.ledger import Store, Terms
 from common.certificates import Authority, make_authority, make_node_key
-from common.cli import OFFLINE_DEFAULTS
+from common.cli import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -251,7 +251,7 @@ def environment(home: Path, address: str, authority: Authority) -> dict[str, str
     )
     return {
         **os.environ,
-        **OFFLINE_DEFAULTS,
+        **ENVIRONMENT,
         "FLWR_HOME": str(home),
         "PYTHONPATH": str(ROOT),
         "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",

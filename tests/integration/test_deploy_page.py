@@ -25,7 +25,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from prometheus_client.parser import text_string_to_metric_families
 
-from common.cli import OFFLINE_DEFAULTS
+from common.cli import ENVIRONMENT
 from common.keys import read_private_key
 from common.privacy.chain import public_hex
 from simulations.deployment import READY, Running, free_port
@@ -82,7 +82,7 @@ class Place:
     def environment(self, machine):
         return {
             **os.environ,
-            **OFFLINE_DEFAULTS,
+            **ENVIRONMENT,
             "PYTHONPATH": str(ROOT),
             "PATH": os.pathsep.join(
                 (f"{self.folder / 'bin'}", f"{Path(sys.executable).parent}", os.environ["PATH"])

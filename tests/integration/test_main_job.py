@@ -23,6 +23,13 @@ def assert_promised(report):
     assert len(report["sites"]) == 5
 
 
+def assert_little_travels(report, whole):
+    """LoRA: of a model of `whole` bytes a site sends, and is sent, a two-hundredth a round."""
+    messages = len(report["sites"]) * report["rounds"]
+    for way in ("bytes_up", "bytes_down"):
+        assert 0 < report["communication"][way] / messages <= whole / 200
+
+
 def measured(run_dir, *more, runs):
     """The reports of so many runs of one process, and that it took what they may take."""
     out = run_dir.with_suffix(".out")
@@ -58,6 +65,8 @@ def test_the_default_run_meets_its_promise(tmp_path):
     assert statistics.mean(r["evaluation"]["accuracy"] for r in reports) >= 0.93
     for report in reports:
         assert_promised(report)
+    whole = (run_dir / "model" / "model.safetensors").stat().st_size
+    assert_little_travels(reports[0], whole)
     answer = subprocess.run(
         [*RUN, "predict", run_dir, "The striker scored twice in the final", "--json"],
         capture_output=True,

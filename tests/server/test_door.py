@@ -25,6 +25,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from common.certificates import make_authority
 from common.cli import main
+from server import federation
 from server.holders import CLIENT_KEY, Office, make_key, public_of, read_key
 from server.kits import CALLS
 from simulations.deployment import Running, free_port, until
@@ -202,9 +203,10 @@ def test_a_certificate_must_be_of_this_authority_for_a_client_valid_and_in_the_l
 
 
 def test_a_body_that_is_too_large_is_not_taken(door):
+    largest = federation.Door().max_body_mb << 20
     with door.of("ward-2") as client:
-        assert door.post(client, content=b"x" * (7 << 20)).status_code == LET_THROUGH
-        assert door.post(client, content=b"x" * ((8 << 20) + 1)).status_code == 413
+        assert door.post(client, content=bytes(largest)).status_code == LET_THROUGH
+        assert door.post(client, content=bytes(largest + 1)).status_code == 413
 
 
 def test_a_flood_of_one_site_is_refused_and_costs_no_other_site_anything(door):

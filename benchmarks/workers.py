@@ -54,8 +54,9 @@ INTERRUPTIBLE = (
     "from common.cli import main; sys.exit(main())"
 )
 """The command as a terminal runs it: what is started in the background ignores Ctrl-C."""
-INTERRUPTED = 4
-"""Runs that are interrupted, of each kind and repeat."""
+INTERRUPTED, LATEST_S = 4, 75.0
+"""Runs that are interrupted, of each kind and repeat, and after how many seconds at most: the first
+round is over after 20 to 40."""
 Found = dict[str, float]
 
 
@@ -148,7 +149,7 @@ def interrupt(repeats: int) -> Iterator[dict[str, Any]]:
     draw = random.Random(0)  # noqa: S311 - moments, not secrets
     for workers in (1, 2):
         found = [
-            _interrupted(workers, draw.uniform(2.0, 30.0)) for _ in range(INTERRUPTED * repeats)
+            _interrupted(workers, draw.uniform(2.0, LATEST_S)) for _ in range(INTERRUPTED * repeats)
         ]
         worst = max(each["seconds"] for each in found)
         yield middle(found, workers=workers, worst_s=round(worst, 3))

@@ -22,6 +22,7 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from common.certificates import read_node_key
 from common.errors import FederationError
 from server.control import Address, Link
+from server.federation import Door
 from server.kits import PATHS
 from server.report import read_report
 from simulations.deployment import COTERIE, Running, free_port, until
@@ -35,6 +36,7 @@ pytestmark = [
     ),
 ]
 ROUNDS, PUBLIC, FLOOD, LINES = 12, 30, 640, 32
+TOO_LARGE = (Door().max_body_mb << 20) + 1
 SIGNATURE_ASKED = 401
 """What the SuperLink behind the door says to whoever has no node's key."""
 NAMES = ("site-1", "site-2", "site-3", "site-4")
@@ -204,7 +206,7 @@ def attack(deployment, seen):
         # A site's network position: it reaches the door, with a good certificate.
         seen["control"] = {path: member.post(path).status_code for path in (*CONTROL, *AROUND)}
         seen["fleet"] = member.post("/v1/fleet/pull-messages").status_code
-        seen["oversized"] = member.post("/v1/fleet/push-object", b"x" * (9 << 20)).status_code
+        seen["oversized"] = member.post("/v1/fleet/push-object", bytes(TOO_LARGE)).status_code
         link = Link(Address(deployment.door_address, deployment.authority.certificate))
         with pytest.raises(FederationError) as submitted:
             link.start({"config": "", "config-hash": ""})

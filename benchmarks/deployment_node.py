@@ -2,7 +2,6 @@
 a little of its own, so that no part of two answers is the same.
 """
 
-import random
 import sys
 from unittest import mock
 
@@ -26,15 +25,15 @@ def echo(*_: object, **__: object) -> ClientApp:
     def train(message: Message, _: Context) -> Message:
         asked = messages.read_instruction(message)
         coding = asked.config.federation.coding
-        moved = asked.vector + np.float32(random.uniform(1e-4, 1e-3))  # noqa: S311 - no secret
-        coded = encoded(moved, asked.vector, coding, Randomness.from_entropy())
+        coins = Randomness.from_entropy()
+        moved = asked.vector + np.float32(1e-4 + 9e-4 * coins.uniform(1)[0])
         update = messages.Update(
             asked.run_id,
             asked.round,
             asked.layout_digest,
             round_event(asked.config),
             moved,
-            coded=None if coding is Coding.float32 else coded,
+            coded=None if coding is Coding.float32 else encoded(moved, asked.vector, coding, coins),
         )
         return Message(messages.pack_update(update), reply_to=message)
 

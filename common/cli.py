@@ -23,6 +23,10 @@ from common.errors import ConfigError, CoterieError
 GROUP = "coterie.commands"
 INTERRUPTED = 130
 
+PART_MIB = 12
+"""MiB of each part that a vector travels in, for Flower's 5: a part costs the SuperLink some 12 ms
+of processor whatever it holds. A door has to let it in, see `server.federation.Door`."""
+
 # Read by libraries at import: nothing calls out, and nothing is installed at run time.
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -32,9 +36,7 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Bytes of each part that a vector travels in, 12 MiB for Flower's 5: a part costs the SuperLink
-    # some 12 ms whatever it holds. A door has to let it in, see `server.federation.Door`.
-    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": "12582912",
+    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(PART_MIB << 20),
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from common.cli import PART_MIB
 from common.errors import ConfigError, first_line
 
 COORDINATOR = "coordinator"
@@ -41,7 +42,7 @@ class Door:
     """What one site may ask of the door."""
 
     max_body_mb: int = 16
-    """MiB of one request. Parts of a message are 12 MiB, see `common.cli.ENVIRONMENT`."""
+    """MiB of one request. The largest are parts of a vector, of `PART_MIB` each."""
     requests_per_s: int = 60
     """On average, and twice as many at once; what is more waits, and above sixteen is refused."""
 
@@ -291,7 +292,7 @@ _RULES: dict[tuple[type, str], tuple[str, Callable[[Any], Any]]] = {
     (Coordinator, "port"): _PORT,
     (Coordinator, "listen"): ("an IP address", _address),
     (Coordinator, "control_port"): _PORT,
-    (Door, "max_body_mb"): ("a whole number, 13 to 1024", _whole(13, 1024)),
+    (Door, "max_body_mb"): (f"a whole number, {PART_MIB + 1} to 1024", _whole(PART_MIB + 1, 1024)),
     (Door, "requests_per_s"): ("a whole number, 10 to 100000", _whole(10, 100_000)),
     (LedgerTerms, "dataset"): _DATASET,
     (LedgerTerms, "cap"): _CAP,

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.canonical import digest
+from common.cli import PART_MIB
 from common.durable import folder_atomic
 from common.errors import VerificationError
 from common.keys import write_private
@@ -261,7 +262,13 @@ class Maker:
         ends = {file: f"{end:%Y-%m-%d}" for file, end in _expires(holder).items()}
         return {
             name.removesuffix(SUFFIX): environment.get_template(name)
-            .render(federation=self.federation, paths=PATHS, expires=ends, **values)
+            .render(
+                federation=self.federation,
+                paths=PATHS,
+                part_bytes=PART_MIB << 20,
+                expires=ends,
+                **values,
+            )
             .encode()
             for name in environment.list_templates()
         }

@@ -14,12 +14,7 @@ from torch import Tensor
 
 BLOCK = 16
 """Rows that a kernel takes at once. One row beyond, as a class token is, has a panel of its own."""
-WIDTHS = (
-    (2 * BLOCK, 2 * BLOCK),
-    (6 * BLOCK, 2 * BLOCK),
-    (10 * BLOCK, 5 * BLOCK),
-    (16 * BLOCK, 3 * BLOCK),
-)
+WIDTHS = ((6 * BLOCK, 2 * BLOCK), (10 * BLOCK, 5 * BLOCK), (16 * BLOCK, 3 * BLOCK))
 """Up to how many rows a panel has how many columns: each more panel reads its rows once more."""
 WIDEST = 8 * BLOCK
 

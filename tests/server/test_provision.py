@@ -1,6 +1,7 @@
 """Provisioning: each secret in one kit, for its owner only; seals that hold; nothing made twice."""
 
 import json
+import re
 import shutil
 import stat
 import subprocess
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from common.certificates import read_node_key
-from common.cli import main
+from common.cli import ENVIRONMENT, main
 from common.errors import ConfigError, VerificationError
 from common.keys import generate_key, read_private_key
 from common.privacy.chain import public_hex
@@ -448,6 +449,22 @@ def test_the_door_lets_through_what_a_node_calls_and_nothing_else():
     from tests.client.test_fleet import CALLS as CALLED
 
     assert {f"/v1/fleet/{call}" for call in CALLS} == {path for path, _ in CALLED.values()}
+
+
+def test_the_superlink_cuts_vectors_into_the_parts_that_its_door_lets_in(first):
+    name = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE"
+    kit, size = first / "kits" / "coordinator", ENVIRONMENT[name]
+    compose = yaml.safe_load((kit / "compose.yaml").read_text())
+    assert compose["services"]["superlink"]["environment"][name] == size
+    documents = [*yaml.safe_load_all((kit / "kubernetes.yaml").read_text())]
+    (pod,) = [
+        each["spec"]["template"]["spec"] for each in documents if each["kind"] == "Deployment"
+    ]
+    (superlink,) = [each for each in pod["containers"] if each["name"] == "superlink"]
+    assert {"name": name, "value": size} in superlink["env"]
+    assert f"Environment={name}={size}\n" in (kit / "coterie-superlink.service").read_text()
+    (allowed,) = re.findall(r"client_max_body_size (\d+)m;", (kit / "nginx.conf").read_text())
+    assert int(size) < int(allowed) << 20
 
 
 def test_the_dockerfile_breaks_no_rule_of_hadolint():

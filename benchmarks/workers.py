@@ -55,8 +55,8 @@ INTERRUPTIBLE = (
 )
 """The command as a terminal runs it: what is started in the background ignores Ctrl-C."""
 INTERRUPTED, LATEST_S = 4, 75.0
-"""Runs that are interrupted, of each kind and repeat, and after how many seconds at most: while they
-start, prepare or train. Beside other work the first round is not over by then."""
+"""Runs that are interrupted, of each kind and repeat, and after how many seconds at most: starting,
+preparing or training. Beside other work the first round is not over by then."""
 Found = dict[str, float]
 
 

@@ -38,7 +38,7 @@ TRIED = 3
 """Slots that are compared with the loop."""
 MOST_ROWS = 256
 """Rows of a slot, at most."""
-MOST_TOGETHER, TOGETHER_BYTES = 256, 64 << 20
+MOST_TOGETHER, TOGETHER_BYTES = 256, 16 << 20
 """Sites that are answered together at most, and what their parameters may take then: so many share
 a flush of their books, and a deadline passes between one lot and the next."""
 

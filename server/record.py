@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -49,6 +51,11 @@ class RoundLine:
     """Of each site that was asked so far, where sites are on different terms."""
     late: tuple[str, ...] = ()
     """Sites whose updates came after their round had closed, since the line before."""
+
+    @cached_property
+    def times_asked(self) -> Counter[str]:
+        """How often each site was asked: its spare rounds, too."""
+        return Counter(self.asked)
 
     def found(self) -> str:
         """For people: the task's first metric, if it was measured, and the epsilon."""

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from common.errors import VerificationError
 from common.privacy.accounting import (
@@ -35,6 +36,11 @@ class Asked:
     """What those that answered said of their ledgers."""
     own: Mapping[str, Event] = field(default_factory=dict)
     """What it costs sites that are on terms of their own."""
+
+    @cached_property
+    def times(self) -> Counter[str]:
+        """How often it was asked of each."""
+        return Counter(self.names)
 
     def event_of(self, name: str) -> Event:
         """What it costs a site, whether it answers or not."""
@@ -196,7 +202,7 @@ def _told(asked: list[Asked], name: str) -> tuple[Event, ...]:
         if name in each.books:
             history = _charged(each.books[name])
         else:  # it may have answered, and paid, all the same
-            history += (each.event_of(name),) * each.names.count(name)
+            history += (each.event_of(name),) * each.times[name]
     return history
 
 

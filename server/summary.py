@@ -147,8 +147,8 @@ def _site_section(
     """`epsilon` is of the whole ledger, where it lasts, and by the accountant that this ledger may
     use; without one there is no cap.
     """
-    attempts = sum(line.asked.count(name) for line in lines)
-    rounds, books = sum(name in line.asked for line in lines), spent.books
+    attempts = sum(line.times_asked[name] for line in lines)
+    rounds, books = sum(name in line.times_asked for line in lines), spent.books
     return {
         "name": name,
         "epsilon": number(spent.bound),

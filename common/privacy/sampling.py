@@ -10,8 +10,11 @@ def poisson_sample(units: int, *, sample_rate: float, coins: Randomness) -> NDAr
     """Indices of the records, or of the persons, that one step looks at.
 
     Guarantee: each of `units` is in, independently, with probability `sample_rate` (to
-    within 2^-53); the sample may be empty, and its size is private.
+    within 2^-53); the sample may be empty, and its size is private. Where all are in, no coin says
+    anything, and none is thrown.
     """
+    if sample_rate == 1:
+        return np.arange(units)
     return np.flatnonzero(coins.uniform(units) < sample_rate)
 
 

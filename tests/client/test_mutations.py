@@ -695,7 +695,7 @@ def replayed(config, site, round_number):
     """An attack: (cosine of the update with the clean one, the same after a replay of the seed).
 
     The attacker knows config, site and round, hence any stream derived from these, and the number
-    of records. Everybody is drawn (q = 1), so that the clean update is known to the test.
+    of records. Everybody is drawn (q = 1, by no coin): the clean update is known to the test.
     """
     trainer = Trainer(config)
     vector = parameters.flatten(trainer._model)
@@ -706,7 +706,6 @@ def replayed(config, site, round_number):
     engine, mechanism, sums = Loop(trainer._model), mechanism_of(config), {}
     engine.add_clipped(loss_of, np.arange(len(site.records)), mechanism.clip_norm, sums)
     stream = Randomness.seeded(config.seed, site.name, round_number)
-    stream.uniform(len(site.records))  # the coins come first
     sizes = {p: -g.learning_rate / mechanism.divisor for g in trainer._groups for p in g.parameters}
     clean, noise = [], []
     for parameter in engine.parameters:

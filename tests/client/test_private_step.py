@@ -168,7 +168,6 @@ def test_physical_batches_do_not_change_the_sum(bench, size):
 @pytest.mark.parametrize("size", [1, 64])
 def test_noise_is_added_once_whatever_the_number_of_physical_batches(bench, size):
     stream = Randomness.seeded("once")
-    stream.uniform(len(ALL))
     noise = bench.replayed_noise(stream, CLIP).float()
     change = bench.step(ALL, randomness=Randomness.seeded("once"), physical_batch=size)
     close(-change - noise, bench.clipped_sum(ALL))

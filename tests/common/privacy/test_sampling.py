@@ -74,6 +74,12 @@ def test_rate_one_takes_all_and_rate_zero_none():
     assert poisson_sample(50, sample_rate=0.0, coins=coins).tolist() == []
 
 
+def test_where_all_are_in_no_coin_is_thrown():
+    thrown, fresh = Randomness.seeded("a"), Randomness.seeded("a")
+    poisson_sample(50, sample_rate=1.0, coins=thrown)
+    assert thrown.uniform(8).tolist() == fresh.uniform(8).tolist()
+
+
 def test_no_records_is_an_empty_sample():
     sample = poisson_sample(0, sample_rate=0.5, coins=Randomness.from_entropy())
     assert sample.shape == (0,)

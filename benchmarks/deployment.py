@@ -70,7 +70,7 @@ def measured(payload: str, rounds: int, sites: int, coding: str) -> dict[str, An
         deployment.enrol_all(cap=8.0, delta=1e-4, dataset="tiny")
         labels = f"data.labels=[{','.join(WORDS)}]"
         for site in deployment.sites:
-            deployment.start_node(site, labels, "poll_s=0.1", command=ECHO)
+            deployment.start_node(site, labels, command=ECHO)
         deployment.wait_for_nodes()
         run = Follower(
             *(deployment, "run", "data=csv", f"data.test_path={public}", labels),

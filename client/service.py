@@ -37,6 +37,7 @@ from client.commitment import commit_to
 from client.fleet import Fleet, NotAdmittedError, Parcel, RunOverError, UnreachableError, run_of
 from client.inbox import Inbox
 from client.ledger import Ledger, Store
+from client.looks import Looks
 from client.settings import NodeSettings
 from client.site import Site
 from client.vitals import Vitals
@@ -48,6 +49,7 @@ from common.data import Reading, check_files, load_splits
 from common.device import device_of
 from common.errors import ConfigError, CoterieError, FederationError, VerificationError
 from common.exposition import health_at, metrics_at
+from common.folding import folded, unfold
 from common.intake import ReadsRows
 from common.privacy.chain import Head
 from common.privacy.mechanism import counting
@@ -214,7 +216,7 @@ class Node:
         self._vitals = vitals or Vitals(settings.name)
         self._site, self._fleet, self._line, self._inbox = site, fleet, line, inbox
         self._anchor = anchor
-        self._poll_s = settings.poll_s
+        self._looks = Looks(settings.poll_s)
         self._app: ClientApp = client_app(
             lambda _: site,
             allow_unprotected=settings.allow_unprotected,
@@ -264,13 +266,14 @@ class Node:
             ledger.books.foresee()
             self._foreseen = ledger.head
             trim_freed_memory()  # prices have sizes of their own, and leave gaps: more every round
-        self._line.stopping.wait(self._poll_s)
+        self._line.stopping.wait(self._looks.rest_s())
 
     def _receive(self) -> Parcel | None:
         """The next instruction, on disk here when this returns; None if there is none."""
         got = self._line.call(self._fleet.receive)
         if got is None:
             return None
+        self._looks.came()
         envelope, tree = got
         run = run_of(envelope)
         try:
@@ -334,6 +337,7 @@ class Node:
         if outcome is None:
             return
         self._sent_at = monotonic()
+        self._looks.answered()
         seconds = self._sent_at - started
         self._vitals.took(reply.error.code if reply.has_error() else None, seconds)
         log.info("%s: %s: %s, %.1f s", self._site.name, _what(addressed), outcome, seconds)
@@ -348,6 +352,13 @@ class Node:
         except VerificationError as error:
             log.warning("%s: %s", self._site.name, error)
             return _refusal(messages.INVALID_INSTRUCTION, addressed)
+        came_folded = unfold(message)
+        reply = self._reply_to(message, addressed, left_over=left_over)
+        if came_folded and reply.has_content():  # to whom understands it
+            reply.content = folded(reply.content)
+        return reply
+
+    def _reply_to(self, message: Message, addressed: Message, *, left_over: bool) -> Message:
         try:
             lost = self._was_lost(message)
         except OSError as error:  # nothing can be charged then, and nothing is begun

@@ -87,7 +87,7 @@ class Exchange:
             and (waiting or (self._gone and not enough()))
         ):
             nothing = True
-            for reply in [*self._grid.pull_messages(waiting.keys())] if waiting else ():
+            for reply in self._grid.pull_messages(waiting.keys()) if waiting else ():
                 answered = reply.metadata.reply_to_message_id
                 if answered not in waiting:  # unasked, or a second reply to the same message
                     continue

@@ -242,7 +242,7 @@ class Maker:
     def _superlink(self, health: str) -> list[str]:
         kit, state = PATHS["kit"], PATHS["state"]
         return [
-            *(f"{PATHS['bin']}/flower-superlink", "--host", "127.0.0.1"),
+            *(f"{PATHS['bin']}/coterie", "superlink", "--host", "127.0.0.1"),
             *("--port", str(self.federation.coordinator.control_port)),
             *("--database", f"{state}/state.db", "--enable-supernode-auth"),
             *("--ssl-certfile", f"{kit}/{SUPERLINK}", "--ssl-keyfile", f"{kit}/{SUPERLINK_KEY}"),

@@ -1,26 +1,44 @@
-"""Flower's grid over a network, made as careful as the loop needs it.
+"""Flower's grid over a network, made as careful as the loop needs it: the only file of the server
+with semi-private names of Flower's.
 
-Flower's own pulls all replies in one call and raises for the first that it cannot read, which ends
-the run and loses the others: whoever can answer could stop everybody. Here each reply is pulled
-by itself, and what cannot be read is an error of the one who sent it.
+Flower's own pull holds all replies of a look in memory, raises for the first that it cannot read,
+which loses the others, believes each about what it replies to, and asks for a part that is still on
+its way again after 1, 2, 4, 8 and 10 s. Here replies are read one after the other, what cannot be
+read is an error of the one who sent it, and the SuperLink says what each replies to. Small vectors
+travel folded, see `common.folding`. `tests/server/test_wire.py` says what of flwr this needs.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, cast
 
-import httpx
 from flwr.app import Error, Message, MessageType, Metadata, RecordDict
 from flwr.app.message import make_message
-from flwr.proto.node_pb2 import NodeInfo
+from flwr.common.constant import ErrorCode
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.message_pb2 import Message as Envelope
+from flwr.proto.node_pb2 import Node, NodeInfo
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    inflate_object_from_contents,
+    pull_objects,
+)
 from flwr.supercore.run import Run
 
+from common.errors import VerificationError
+from common.folding import folded, unfold
 from common.messages import NOBODY
 from server.aggregate import UNREADABLE
 
 log = logging.getLogger(__name__)
 
+AGAIN_S, AGAIN_MOST_S = 0.1, 0.5
+"""After which a part of a reply that is still on its way is asked for again; the most."""
 
 OnNodes = Callable[[dict[int, str]], None]
 
@@ -60,6 +78,15 @@ class GridAround(Grid):
         return self._grid.get_nodes()
 
 
+class HttpGrid(Protocol):
+    """What is used of `flwr.superlink.grid.http_grid.HttpGrid` beyond a `Grid`."""
+
+    node: Node
+
+    @property
+    def _runtime_client(self) -> Any: ...
+
+
 class WireGrid(GridAround):
     """A grid of Flower's, and what it cannot read is a reply with an error."""
 
@@ -79,12 +106,27 @@ class WireGrid(GridAround):
         goes over the wire once.
         """
         outgoing = [*messages]
+        for message in outgoing:
+            message.content = folded(message.content)
         ids = [*self._grid.push_messages(outgoing)] or [""] * len(outgoing)
         return [each or "" for each in ids]
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that have come to these messages, each read by itself."""
-        return [reply for sent in [*message_ids] for reply in self._pull(sent)]
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """The replies that have come to these messages, asked for at once and read one by one: the
+        next is fetched when it is asked for, and the SuperLink gives out none of them again.
+        """
+        request = PullAppMessagesRequest(message_ids=[*message_ids])
+        response = self._line.PullMessages(request)
+        trees = response.message_object_trees
+        for envelope, tree in zip(response.messages_list, trees, strict=True):
+            asked = envelope.metadata.reply_to_message_id
+            try:
+                yield self._read(envelope, tree)
+            except ObjectPullError:  # its sender began to send it, and did not end
+                yield _error(ErrorCode.MESSAGE_UNAVAILABLE, "a part never came", asked)
+            except VerificationError as error:
+                log.warning("a reply could not be read: %s", error)
+                yield _error(UNREADABLE, "the reply could not be read", asked)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -92,15 +134,37 @@ class WireGrid(GridAround):
         """Not used: it sleeps for 3 seconds at a time."""
         raise NotImplementedError
 
-    def _pull(self, sent: str) -> list[Message]:
+    @property
+    def _line(self) -> Any:
+        client: Any = self._flower._runtime_client
+        return client
+
+    @property
+    def _flower(self) -> HttpGrid:
+        return cast("HttpGrid", self._grid)
+
+    def _read(self, envelope: Envelope, tree: ObjectTree) -> Message:
+        """One reply, unfolded. Raises: ObjectPullError if it is not all there; VerificationError if
+        it is none: of its sender's words nothing is told.
+        """
+        run, root, node = self._grid.run.run_id, envelope.metadata.message_id, self._flower.node
+        part = make_pull_object_fn_protobuf(self._line.PullObject, node, run)
+        ids = [each.object_id for each in iterate_object_tree(tree)]
+        parts = pull_objects(ids, part, initial_backoff=AGAIN_S, backoff_cap=AGAIN_MOST_S)
+        self._line.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=root)
+        )
         try:
-            replies = [*self._grid.pull_messages([sent])]
-        except httpx.HTTPError:  # the network, which Flower has tried again already
-            raise
-        except Exception as error:
-            # Its text may repeat what a peer wrote.
-            log.warning("a reply could not be read: %s", type(error).__name__)
-            refusal = Error(UNREADABLE, "the reply could not be read")
-            known = Metadata(0, "", NOBODY, NOBODY, sent, "", time.time(), 0.0, MessageType.TRAIN)
-            replies = [make_message(metadata=known, error=refusal)]
-        return replies
+            reply = inflate_object_from_contents(root, parts)
+        except Exception as error:  # whatever Flower's parsers raise on a stranger's bytes
+            raise VerificationError(type(error).__name__) from None
+        if not isinstance(reply, Message):
+            raise VerificationError("no message")
+        reply.metadata.__dict__["_reply_to_message_id"] = envelope.metadata.reply_to_message_id
+        unfold(reply)
+        return reply
+
+
+def _error(code: int, reason: str, asked: str) -> Message:
+    known = Metadata(0, "", NOBODY, NOBODY, asked, "", time.time(), 0.0, MessageType.TRAIN)
+    return make_message(metadata=known, error=Error(code, reason))

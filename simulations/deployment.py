@@ -173,7 +173,7 @@ class Deployment:
         self.authority = make_authority(self.folder / "authority")
         own = self.authority.issue("superlink", [self.host, "localhost"])
         self._superlink_command = (
-            str(self.bin / "flower-superlink"),
+            *(str(self.bin / "coterie"), "superlink"),
             *("--host", self.host, "--port", str(self.port)),
             *("--ssl-certfile", str(own.certificate), "--ssl-keyfile", str(own.key)),
             *("--ssl-ca-certfile", str(self.authority.certificate)),

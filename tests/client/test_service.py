@@ -24,6 +24,7 @@ from common.cli import Invocation
 from common.composition import run_with
 from common.config import NodeConfig, NoiseSource
 from common.errors import ConfigError, FederationError
+from common.folding import folded, unfold
 from common.log_lines import OneLine
 from common.messages import Instruction, pack_instruction
 from common.parameters import Layout
@@ -311,6 +312,28 @@ def test_a_reply_says_nothing_of_the_nodes_clock():
     asked = Message(messages.RecordDict(), metadata=facts)
     reply = service._dated(Message(Error(603, "local failure"), reply_to=asked), asked)
     assert (reply.metadata.created_at, reply.metadata.ttl) == (1_800_000_000.0, 60.0)
+
+
+@pytest.mark.parametrize("folds", [True, False])
+def test_an_answer_travels_as_its_instruction_did(node, asked, folds):
+    one, _ = node
+    if folds:
+        asked._whole.content = folded(asked._whole.content)
+    reply = one._reply(asked, asked.addressed(), left_over=False)
+    assert unfold(reply) == folds
+    assert messages.read_update(reply).round == 1
+
+
+def test_of_a_folded_instruction_a_lost_attempt_is_known(node, asked, monkeypatch):
+    one, _ = node
+    with monkeypatch.context() as disk:
+        disk.setattr(Ledger, "prepare", full)
+        disk.setattr(Ledger, "lose", full)
+        one._answer(asked)
+    asked._whole.content = folded(asked._whole.content)
+    again = one._reply(asked, asked.addressed(), left_over=True)
+    assert again.error.code == messages.LOCAL_FAILURE
+    assert [each.state for each in one._site.ledger.books.reservations.values()] == ["lost"]
 
 
 def test_a_witness_is_told_once_the_answer_has_left_and_whenever_nothing_is_asked(node, asked):

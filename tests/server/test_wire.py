@@ -1,31 +1,176 @@
 """Flower's grid over a network: one reply that cannot be read ends nothing but itself."""
 
-import httpx
-import pytest
-from flwr.app import Message, RecordDict
+import time
 
-from server.aggregate import reason_of
+import httpx
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Message, Metadata, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid.http_grid import HttpGrid
+
+from common.folding import folded
+from common.messages import pack_vector
+from server.aggregate import SILENT, reason_of
 from server.wire import WireGrid
 
 from .fake_grid import FakeGrid
 
 
-class Garbled(FakeGrid):
-    """As Flower's: it raises for a whole batch in which one reply is no message, and has then
-    let go of all of them.
-    """
+class Line:
+    """The SuperLink's side of a line: replies in parts, as Flower keeps them."""
 
-    def __init__(self, names, answer, error):
-        super().__init__(names, answer)
-        self.error = error
+    def __init__(self):
+        self.parts, self.replies, self.asked = {}, [], []
+        self.not_yet, self.confirmed, self.fault = {}, [], None
 
-    def pull_messages(self, message_ids):
-        wanted = list(message_ids)
-        garbled = any(self.pushed[each].metadata.dst_node_id == 2 for each in wanted)
-        replies = super().pull_messages(wanted)
-        if garbled and replies:
-            raise self.error
-        return replies
+    def holds(self, reply, *, answers, garbled=None):
+        """A reply to the message `answers`; `garbled` alters one of its parts."""
+        name = reply.object_id
+        reply.metadata.__dict__["_message_id"] = name
+        with no_object_id_recompute():
+            tree = get_object_tree(reply)
+            parts = {n: each.deflate() for n, each in get_all_nested_objects(reply).items()}
+        self.parts |= garbled(parts, name) if garbled else parts
+        envelope = message_to_proto(remove_content_from_message(reply))
+        envelope.metadata.reply_to_message_id = answers
+        self.replies.append((envelope, tree))
+        return name
+
+    def PullMessages(self, request):  # noqa: N802 - Flower's name
+        if self.fault:
+            raise self.fault
+        self.asked.append([*request.message_ids])
+        found = [
+            pair for pair in self.replies if pair[0].metadata.reply_to_message_id in self.asked[-1]
+        ]
+        self.replies = [pair for pair in self.replies if pair not in found]
+        return PullAppMessagesResponse(
+            messages_list=[each for each, _ in found],
+            message_object_trees=[tree for _, tree in found],
+        )
+
+    def PullObject(self, request):  # noqa: N802
+        name = request.object_id
+        if self.not_yet.get(name, 0):
+            self.not_yet[name] -= 1
+            return PullObjectResponse(object_found=True, object_available=False)
+        found = name in self.parts
+        return PullObjectResponse(
+            object_found=found, object_available=found, object_content=self.parts.get(name, b"")
+        )
+
+    def ConfirmMessageReceived(self, request):  # noqa: N802
+        self.confirmed.append(request.message_object_id)
+
+
+@pytest.fixture
+def line(monkeypatch):
+    held = Line()
+    monkeypatch.setattr(HttpGrid, "_runtime_client", property(lambda _: held))
+    return held
+
+
+@pytest.fixture
+def wire(line):
+    """Over Flower's own grid."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    grid = HttpGrid(token="t")
+    grid.set_run(Run.create_empty(1))
+    return WireGrid(grid, lambda _: None)
+
+
+def answering(number, content=None):
+    """A reply to message m-`number`; no two alike."""
+    facts = Metadata(1, f"m-{number}", 1, number + 1, "", "1", 1e9, 60.0, "train")
+    content = content or RecordDict({"facts": ConfigRecord({"round": number})})
+    return Message(content, reply_to=Message(RecordDict(), metadata=facts))
+
+
+def all_wrong(parts, _):
+    return dict.fromkeys(parts, b"not an object")
+
+
+def no_message(parts, name):
+    """A record where the message should be."""
+    record = ConfigRecord({"round": 1})
+    return {**parts, name: record.deflate()}
+
+
+def one_missing(parts, name):
+    return {each: part for each, part in parts.items() if each == name}
+
+
+NAMES = {1: "site-1", 2: "site-2", 3: "site-3"}
+ALL = ["m-1", "m-2", "m-3"]
+
+
+@pytest.mark.parametrize("garbled", [all_wrong, no_message])
+def test_a_reply_that_cannot_be_read_is_an_error_of_its_sender_alone(wire, line, garbled):
+    for number in (1, 2, 3):
+        line.holds(
+            answering(number), answers=f"m-{number}", garbled=garbled if number == 2 else None
+        )
+    replies = {m.metadata.reply_to_message_id: m for m in wire.pull_messages(ALL)}
+    assert [*replies] == ALL
+    assert [replies[each].has_error() for each in ALL] == [False, True, False]
+    assert reason_of(replies["m-2"]) == "the reply could not be read"
+    assert line.asked == [ALL]
+
+
+def test_a_reply_of_which_a_part_never_comes_is_silence_of_its_sender_alone(wire, line):
+    line.holds(answering(1), answers="m-1", garbled=one_missing)
+    line.holds(answering(2), answers="m-2")
+    first, second = wire.pull_messages(ALL)
+    assert (reason_of(first), first.metadata.reply_to_message_id) == (SILENT, "m-1")
+    assert not second.has_error()
+
+
+def test_what_a_reply_answers_is_what_the_superlink_says_and_not_what_it_says_itself(wire, line):
+    """A site whose reply names the message of another would answer in its place."""
+    line.holds(answering(1), answers="m-2")
+    [reply] = wire.pull_messages(ALL)
+    assert reply.metadata.reply_to_message_id == "m-2"
+
+
+def test_replies_are_read_one_by_one_and_told_of_to_the_superlink(wire, line):
+    names = [line.holds(answering(number), answers=f"m-{number}") for number in (1, 2)]
+    coming = wire.pull_messages(ALL)
+    next(coming)
+    assert line.confirmed == names[:1]
+    assert [reply.content["facts"]["round"] for reply in coming] == [2]
+    assert line.confirmed == names
+
+
+def test_a_part_that_is_still_on_its_way_is_asked_for_again_soon(wire, line):
+    """Flower's own grid would wait for 1 and 2 s here, and everybody with it."""
+    name = line.holds(answering(1), answers="m-1")
+    line.not_yet[name] = 2
+    started = time.monotonic()
+    [reply] = wire.pull_messages(ALL)
+    assert not reply.has_error()
+    assert time.monotonic() - started < 0.9
+    assert line.not_yet[name] == 0
+
+
+def test_a_network_that_fails_is_not_laid_to_a_site(wire, line):
+    line.fault = httpx.ConnectError("refused")
+    with pytest.raises(httpx.ConnectError):
+        list(wire.pull_messages(ALL))
+
+
+def test_of_nothing_new_there_is_nothing(wire):
+    assert list(wire.pull_messages(ALL)) == []
 
 
 def echo(_, message):
@@ -34,28 +179,6 @@ def echo(_, message):
 
 def asked(grid):
     return [Message(RecordDict(), dst_node_id=node, message_type="train") for node in grid.names]
-
-
-NAMES = {1: "site-1", 2: "site-2", 3: "site-3"}
-
-
-@pytest.mark.parametrize("error", [ValueError("no array"), TypeError("x"), KeyError("y")])
-def test_a_reply_that_cannot_be_read_is_an_error_of_its_sender_alone(error):
-    grid = Garbled(NAMES, echo, error)
-    wire = WireGrid(grid, lambda _: None)
-    ids = wire.push_messages(asked(grid))
-    replies = {m.metadata.reply_to_message_id: m for m in wire.pull_messages(ids)}
-    assert set(replies) == set(ids)
-    assert [replies[each].has_error() for each in ids] == [False, True, False]
-    assert reason_of(replies[ids[1]]) == "the reply could not be read"
-
-
-def test_a_network_that_fails_is_not_laid_to_a_site():
-    grid = Garbled(NAMES, echo, httpx.ConnectError("refused"))
-    wire = WireGrid(grid, lambda _: None)
-    ids = wire.push_messages(asked(grid))
-    with pytest.raises(httpx.ConnectError):
-        wire.pull_messages(ids)
 
 
 def test_messages_go_out_in_one_call_and_none_that_was_not_taken_has_an_id():
@@ -86,3 +209,17 @@ def test_whoever_watches_is_told_who_is_there():
     wire = WireGrid(FakeGrid({5: "site-1", 6: ""}, echo), seen.append)
     assert list(wire.get_node_ids()) == [5, 6]
     assert seen == [{5: "site-1", 6: "node-6"}]
+
+
+def test_small_vectors_travel_folded_and_nobody_above_sees_it(wire, line):
+    content = RecordDict(
+        {"vector": pack_vector(np.float32([1, 2])), "facts": ConfigRecord({"round": 1})}
+    )
+    grid = FakeGrid(NAMES, echo)
+    WireGrid(grid, lambda _: None).push_messages(
+        [Message(content, dst_node_id=node, message_type="train") for node in NAMES]
+    )
+    assert [[*each.content] for each in grid.pushed.values()] == [["facts"]] * 3
+    line.holds(answering(1, folded(content)), answers="m-1")
+    [reply] = wire.pull_messages(ALL)
+    assert {**reply.content} == {**content}

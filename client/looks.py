@@ -21,8 +21,8 @@ MOST_S = 2.0
 class Looks:
     """Rests between the looks of one node.
 
-    Guarantee: no rest is shorter than `poll_s`; none is longer than the largest of `poll_s`, a
-    twentieth of what was waited but `MOST_S`, and, first after an answer, five times `poll_s`.
+    Guarantee: no rest is shorter than `poll_s`, and none is longer than it and `MOST_S`. The first
+    after an answer is at most five times `poll_s`, the others a twentieth of what was waited.
     """
 
     def __init__(self, poll_s: float, clock: Callable[[], float] = monotonic) -> None:
@@ -44,5 +44,6 @@ class Looks:
         waited, first = self._clock() - self._since, self._first
         self._first = False
         if first:
-            return max(self._poll_s, min(EARLY * self._last, MOST_FIRST * self._poll_s))
+            rest = min(EARLY * self._last, MOST_FIRST * self._poll_s, MOST_S)
+            return max(self._poll_s, rest)
         return max(self._poll_s, min(LATENESS * waited, MOST_S))

@@ -301,6 +301,7 @@ class Node:
         )
         reply = _dated(_refusal(messages.LOCAL_FAILURE, addressed), addressed)
         self._sent(reply, until=monotonic() + _expires_in(addressed))
+        self._looks.answered()
 
     def _answer_left_over(self) -> None:
         """What an earlier process had received, and did not get to answer."""

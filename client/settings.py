@@ -97,7 +97,8 @@ class NodeSettings:
     """Where its model is trained: `cpu`, `cuda` (the first GPU), `cuda:N`; `auto`: the first GPU if
     there is one. Which GPUs there are CUDA_VISIBLE_DEVICES may say, too."""
     poll_s: float = 0.2
-    """Seconds between two questions for an instruction."""
+    """Seconds between two questions for an instruction, at least; who waits long asks less often:
+    see `client.looks`."""
     patience_s: float = 0.0
     """Seconds without an answer from the coordinator after which the node gives up; 0: never."""
     metrics: str = ""

@@ -36,8 +36,8 @@ def check_flower(version: str) -> None:
     >>> check_flower("1.41.0")
     >>> check_flower("1.43.0")
     Traceback (most recent call last):
-    common.errors.ConfigError: flwr 1.43.0: a node needs 1.41 or 1.42; pip install 'flwr<1.43'
+    common.errors.ConfigError: flwr 1.43.0: needs 1.41 or 1.42; pip install 'flwr<1.43'
     """
     first, second, *_ = (*version.split("."), "", "")
     if not (first.isdigit() and second.isdigit() and (int(first), int(second)) in FLOWERS):
-        raise ConfigError(f"flwr {version}: a node needs 1.41 or 1.42; pip install 'flwr<1.43'")
+        raise ConfigError(f"flwr {version}: needs 1.41 or 1.42; pip install 'flwr<1.43'")

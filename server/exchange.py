@@ -99,6 +99,7 @@ class Exchange:
                 waiting.update(dict.fromkeys(again))
                 if not again:
                     yield reply
+                del reply  # the next may be as large, and is fetched now
             waiting.update(dict.fromkeys(self._returned()))
             pause = min(2 * pause, POLL_S) if nothing else FIRST_POLL_S
             if nothing:

@@ -2,10 +2,10 @@
 with semi-private names of Flower's.
 
 Flower's own pull holds all replies of a look in memory, raises for the first that it cannot read,
-which loses the others, believes each about what it replies to, and asks for a part that is still on
-its way again after 1, 2, 4, 8 and 10 s. Here replies are read one after the other, what cannot be
-read is an error of the one who sent it, and the SuperLink says what each replies to. Small vectors
-travel folded, see `common.folding`. `tests/server/test_wire.py` says what of flwr this needs.
+which loses the others, and asks for a part that is still on its way again after 1, 2, 4, 8 and
+10 s. Here replies are read one after the other, what cannot be read is an error of the one who
+sent it, and what nobody asked for is not fetched. Small vectors travel folded, see
+`common.folding`. `tests/server/test_wire.py` says what of flwr this needs.
 """
 
 import logging
@@ -38,7 +38,11 @@ from server.aggregate import UNREADABLE
 log = logging.getLogger(__name__)
 
 AGAIN_S, AGAIN_MOST_S = 0.1, 0.5
-"""After which a part of a reply that is still on its way is asked for again; the most."""
+"""After which a part of a reply that is still on its way is asked for again; the most. How often
+is not counted: a sender who stops is given up by the SuperLink, 180 s after his last part."""
+AT_ONCE = 16
+"""Messages whose replies are asked for in one call. The SuperLink lets go of replies before it
+hands them out: of an answer that is lost on its way, so many sites' are."""
 
 OnNodes = Callable[[dict[int, str]], None]
 
@@ -115,24 +119,30 @@ class WireGrid(GridAround):
         """The replies that have come to these messages, asked for at once and read one by one: the
         next is fetched when it is asked for, and the SuperLink gives out none of them again.
         """
-        request = PullAppMessagesRequest(message_ids=[*message_ids])
-        response = self._line.PullMessages(request)
-        trees = response.message_object_trees
-        for envelope, tree in zip(response.messages_list, trees, strict=True):
-            asked = envelope.metadata.reply_to_message_id
-            try:
-                yield self._read(envelope, tree)
-            except ObjectPullError:  # its sender began to send it, and did not end
-                yield _error(ErrorCode.MESSAGE_UNAVAILABLE, "a part never came", asked)
-            except VerificationError as error:
-                log.warning("a reply could not be read: %s", error)
-                yield _error(UNREADABLE, "the reply could not be read", asked)
+        ids = [*message_ids]
+        for start in range(0, len(ids), AT_ONCE):
+            yield from self._pulled(ids[start : start + AT_ONCE])
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Not used: it sleeps for 3 seconds at a time."""
         raise NotImplementedError
+
+    def _pulled(self, ids: list[str]) -> Iterator[Message]:
+        response = self._line.PullMessages(PullAppMessagesRequest(message_ids=ids))
+        trees = response.message_object_trees
+        for envelope, tree in zip(response.messages_list, trees, strict=True):
+            asked = envelope.metadata.reply_to_message_id
+            if asked not in ids:  # whoever may send can send this process anything
+                continue
+            try:
+                yield self._read(envelope, tree)
+            except ObjectPullError:  # its sender began to send it, and did not end
+                yield _error(ErrorCode.MESSAGE_UNAVAILABLE, "a part never came", asked)
+            except (VerificationError, ValueError) as error:  # or no protobuf came
+                log.warning("a reply could not be read: %s", type(error).__name__)
+                yield _error(UNREADABLE, "the reply could not be read", asked)
 
     @property
     def _line(self) -> Any:
@@ -150,7 +160,12 @@ class WireGrid(GridAround):
         run, root, node = self._grid.run.run_id, envelope.metadata.message_id, self._flower.node
         part = make_pull_object_fn_protobuf(self._line.PullObject, node, run)
         ids = [each.object_id for each in iterate_object_tree(tree)]
-        parts = pull_objects(ids, part, initial_backoff=AGAIN_S, backoff_cap=AGAIN_MOST_S)
+        parts = pull_objects(
+            *(ids, part),
+            max_tries_per_object=None,
+            initial_backoff=AGAIN_S,
+            backoff_cap=AGAIN_MOST_S,
+        )
         self._line.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=root)
         )

@@ -75,14 +75,15 @@ def test_what_came_before_any_answer_foretells_nothing(clock):
 )
 def test_no_rest_is_shorter_than_asked_or_longer_than_promised(poll, steps):
     clock = Clock()
-    looks, since = Looks(poll, clock), clock.now
+    looks, since, first = Looks(poll, clock), clock.now, False
     for what, seconds in steps:
         clock.now += seconds
         if what == "came":
             looks.came()
         elif what == "answered":
             looks.answered()
-            since = clock.now
+            since, first = clock.now, True
         else:
-            most = max(poll, MOST_FIRST * poll, min(LATENESS * (clock.now - since), MOST_S))
-            assert poll <= looks.rest_s() <= most
+            most = MOST_FIRST * poll if first else LATENESS * (clock.now - since)
+            assert poll <= looks.rest_s() <= max(poll, min(most, MOST_S))
+            first = False

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from flwr.app import Context, Error, Message, Metadata, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import service
@@ -322,6 +323,21 @@ def test_an_answer_travels_as_its_instruction_did(node, asked, folds):
     reply = one._reply(asked, asked.addressed(), left_over=False)
     assert unfold(reply) == folds
     assert messages.read_update(reply).round == 1
+
+
+def test_a_folded_answer_that_is_made_again_is_the_same_to_the_last_part(node, asked):
+    """Flower names a message by its bytes: another name would be a second answer."""
+    one, _ = node
+    asked._whole.content = folded(asked._whole.content)
+    names = []
+    for _ in range(2):
+        reply = service._dated(
+            one._reply(asked, asked.addressed(), left_over=False), asked.addressed()
+        )
+        names.append([*get_all_nested_objects(reply)])
+        asked._whole.content = folded(asked._whole.content)
+    assert len(names[0]) == 3
+    assert names[0] == names[1]
 
 
 def test_of_a_folded_instruction_a_lost_attempt_is_known(node, asked, monkeypatch):

@@ -1,4 +1,4 @@
-"""A whole deployment on loopback: Flower's stock SuperLink with TLS and node authentication, node
+"""A whole deployment on loopback: `coterie superlink` with TLS and node authentication, node
 processes, runs submitted by `coterie submit`, and what becomes of them when something is killed.
 
 Nothing is faked. Weights are compared to the bit with those of `engine=local`, so noise is seeded,
@@ -14,12 +14,19 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import Message, Metadata
+from flwr.proto.node_pb2 import Node
 
 from benchmarks.processes import family
+from client.fleet import Fleet
+from common.certificates import read_node_key
 from server.checkpoint import read_last
 from server.report import read_report
+from server.superlink import FORBIDDEN
 from simulations.deployment import COTERIE, Deployment
 
 pytestmark = pytest.mark.slow
@@ -282,6 +289,32 @@ HOSTILE = (
     "must hold",
 )
 """What is said of each kind of nonsense, in the order of `hostile_node.KINDS`."""
+
+
+def test_a_node_cannot_instruct_another_nor_answer_for_it(deployment):
+    """With its own key, over the real line; Flower itself would hand both on."""
+    site = deployment.sites[2]
+    deployment.nodes[site.name].stop()
+    fleet = Fleet(deployment.address, deployment.authority.certificate, read_node_key(site.key))
+    fleet.join()
+    own = fleet.node_id
+    facts = {
+        "run_id": 1,
+        "message_id": "0" * 64,
+        "message_type": "train",
+        "created_at": time.time(),
+    }
+    instruction = {"src_node_id": own, "dst_node_id": own + 1, "ttl": 60.0}
+    for_another = {"src_node_id": own + 1, "dst_node_id": 1, "reply_to_message_id": "1" * 64}
+    for forged in (instruction, for_another):
+        message = Message(metadata=Metadata(**facts, **forged))
+        request = PushMessagesRequest(node=Node(node_id=own), messages_list=[message])
+        with pytest.raises(httpx.HTTPStatusError) as refused:
+            fleet._client.PushMessages(request)
+        assert refused.value.response.content == FORBIDDEN
+    fleet.leave()
+    deployment.start_node(site, *NODE)
+    deployment.wait_for_nodes()
 
 
 def test_what_a_superlink_that_is_not_there_is_told_in_one_line(deployment, settings, tmp_path):

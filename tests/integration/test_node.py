@@ -476,7 +476,7 @@ def test_another_minor_of_flwr_is_refused_at_either_end(
     monkeypatch.setattr(
         metadata, "version", lambda name: "1.44.0" if name == "flwr" else real(name)
     )
-    refused(coterie, words, 2, "flwr 1.44.0: a node needs 1.41 or 1.42")
+    refused(coterie, words, 2, "flwr 1.44.0: needs 1.41 or 1.42")
 
 
 def test_a_key_that_others_may_read_is_refused(coterie, words, tmp_path):

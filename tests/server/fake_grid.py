@@ -1,9 +1,21 @@
 """The one fake: a Grid whose nodes are functions."""
 
 from flwr.app import Message, Metadata
-from flwr.proto.node_pb2 import NodeInfo
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.proto.node_pb2 import Node, NodeInfo
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from common.folding import folded, unfold
 
 
 class FakeGrid(Grid):
@@ -62,3 +74,85 @@ class FakeGrid(Grid):
 
     def send_and_receive(self, messages, *, timeout=None):
         raise NotImplementedError
+
+
+class Line:
+    """The SuperLink's side of a line: replies in parts, as Flower keeps them."""
+
+    def __init__(self):
+        self.parts, self.replies, self.asked = {}, [], []
+        self.not_yet, self.confirmed, self.fault = {}, [], None
+        self.replies_to_all = False
+        """Whether it gives out what was not asked for, as Flower's does for what it is sent."""
+
+    def holds(self, reply, *, answers, garbled=None):
+        """A reply to the message `answers`; `garbled` alters one of its parts."""
+        name = reply.object_id
+        reply.metadata.__dict__["_message_id"] = name
+        with no_object_id_recompute():
+            tree = get_object_tree(reply)
+            parts = {n: each.deflate() for n, each in get_all_nested_objects(reply).items()}
+        self.parts |= garbled(parts, name) if garbled else parts
+        envelope = message_to_proto(remove_content_from_message(reply))
+        envelope.metadata.reply_to_message_id = answers
+        self.replies.append((envelope, tree))
+        return name
+
+    def PullMessages(self, request):  # noqa: N802 - Flower's name
+        if self.fault:
+            raise self.fault
+        self.asked.append([*request.message_ids])
+        found = [
+            pair
+            for pair in self.replies
+            if self.replies_to_all or pair[0].metadata.reply_to_message_id in self.asked[-1]
+        ]
+        self.replies = [pair for pair in self.replies if pair not in found]
+        return PullAppMessagesResponse(
+            messages_list=[each for each, _ in found],
+            message_object_trees=[tree for _, tree in found],
+        )
+
+    def PullObject(self, request):  # noqa: N802
+        name = request.object_id
+        if self.not_yet.get(name, 0):
+            self.not_yet[name] -= 1
+            return PullObjectResponse(object_found=True, object_available=False)
+        found = name in self.parts
+        return PullObjectResponse(
+            object_found=found, object_available=found, object_content=self.parts.get(name, b"")
+        )
+
+    def ConfirmMessageReceived(self, request):  # noqa: N802
+        self.confirmed.append(request.message_object_id)
+
+
+class OverLine(FakeGrid):
+    """As Flower's grid over a network is built, between nodes that fold as ours do."""
+
+    node = Node(node_id=1)
+    run = Run.create_empty(1)
+
+    def __init__(self, names, answer):
+        super().__init__(names, answer)
+        self._line = Line()
+
+    @property
+    def _runtime_client(self):
+        return self
+
+    def PullMessages(self, request):  # noqa: N802 - Flower's name
+        for message in self.pushed.values():
+            unfold(message)
+        for reply in self.pull_messages(request.message_ids):
+            asked = reply.metadata.reply_to_message_id
+            if reply.has_content():
+                reply.content = folded(reply.content)
+            self._line.holds(reply, answers=asked)
+        return self._line.PullMessages(request)
+
+    def PullObject(self, request):  # noqa: N802
+        return self._line.PullObject(request)
+
+    def ConfirmMessageReceived(self, request):  # noqa: N802
+        return self._line.ConfirmMessageReceived(request)

@@ -34,7 +34,7 @@ from server.plan import make_plan
 from server.report import read_report
 from server.standing import State, read_standing
 
-from .fake_grid import FakeGrid
+from .fake_grid import OverLine
 
 NAMES = {1: "site-1", 2: "site-2"}
 
@@ -86,7 +86,7 @@ def go(config, grid, number=5, changes=MappingProxyType({})):
 
 
 def test_a_run_leaves_what_a_simulation_leaves(deployed, tmp_path):
-    grid = FakeGrid(NAMES, update)
+    grid = OverLine(NAMES, update)
     go(deployed, grid)
     run_dir = tmp_path / "run"
     report, _ = read_report(run_dir)
@@ -104,7 +104,7 @@ def test_a_run_leaves_what_a_simulation_leaves(deployed, tmp_path):
 
 
 def test_sites_are_not_told_where_the_coordinator_keeps_its_files(deployed):
-    grid = FakeGrid(NAMES, update)
+    grid = OverLine(NAMES, update)
     go(deployed, grid)
     told = [messages.read_instruction(message).config for message in grid.pushed.values()]
     assert told
@@ -122,19 +122,19 @@ def test_sites_are_not_told_where_the_coordinator_keeps_its_files(deployed):
 )
 def test_a_run_config_that_submit_did_not_make_starts_nothing(deployed, changes, message, tmp_path):
     with pytest.raises((VerificationError, ConfigError), match=message):
-        go(deployed, FakeGrid(NAMES, update), changes=changes)
+        go(deployed, OverLine(NAMES, update), changes=changes)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_is_a_simulations_starts_nothing(tiny_config):
     with pytest.raises(VerificationError, match="not one that coterie submit makes"):
-        go(replace(tiny_config, run_dir="/tmp/x"), FakeGrid(NAMES, update))
+        go(replace(tiny_config, run_dir="/tmp/x"), OverLine(NAMES, update))
 
 
 def test_packages_of_two_programs_start_nothing(deployed, monkeypatch, tmp_path):
     monkeypatch.setattr(bundled.common, "__file__", str(tmp_path / "common" / "__init__.py"))
     with pytest.raises(VerificationError, match="the packages common and server come from"):
-        go(deployed, FakeGrid(NAMES, update))
+        go(deployed, OverLine(NAMES, update))
 
 
 def test_how_a_run_failed_is_told_and_it_can_be_taken_up_again(deployed, tmp_path):
@@ -145,13 +145,13 @@ def test_how_a_run_failed_is_told_and_it_can_be_taken_up_again(deployed, tmp_pat
         return update(node, message) if messages.read_instruction(message).round == 1 else None
 
     with pytest.raises(Exception, match="0 of 2 sites"):
-        go(patient, FakeGrid(NAMES, first_only))
+        go(patient, OverLine(NAMES, first_only))
     run_dir = tmp_path / "run"
     now = read_standing(run_dir)
     assert (now.state, now.round, now.fault.code) == (State.failed, 1, 4)
     with pytest.raises(ConfigError, match="holds a run already"):
-        go(patient, FakeGrid(NAMES, update), 6)
-    go(replace(patient, resume=Resume.auto), FakeGrid(NAMES, update), 7)
+        go(patient, OverLine(NAMES, update), 6)
+    go(replace(patient, resume=Resume.auto), OverLine(NAMES, update), 7)
     now, (report, _) = read_standing(run_dir), read_report(run_dir)
     assert (now.state, now.round, now.began_after, now.flower_run) == (State.finished, 2, 1, 7)
     assert report["resumed_after"] == [1]
@@ -197,7 +197,7 @@ def test_one_folder_is_written_by_one_process(deployed, tmp_path, monkeypatch):
         assert ready.wait(30)
         assert is_occupied(tmp_path / "run")
         with pytest.raises(ConfigError, match="another process is writing into it"):
-            go(deployed, FakeGrid(NAMES, update))
+            go(deployed, OverLine(NAMES, update))
     finally:
         over.set()
         other.join()

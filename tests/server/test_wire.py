@@ -6,72 +6,18 @@ import httpx
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
-from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_to_proto
-from flwr.proto.message_pb2 import PullObjectResponse
-from flwr.proto.runtime_pb2 import PullAppMessagesResponse
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    no_object_id_recompute,
-)
+from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.run import Run
+from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from common.folding import folded
 from common.messages import pack_vector
 from server.aggregate import SILENT, reason_of
-from server.wire import WireGrid
+from server.wire import AT_ONCE, WireGrid
 
-from .fake_grid import FakeGrid
-
-
-class Line:
-    """The SuperLink's side of a line: replies in parts, as Flower keeps them."""
-
-    def __init__(self):
-        self.parts, self.replies, self.asked = {}, [], []
-        self.not_yet, self.confirmed, self.fault = {}, [], None
-
-    def holds(self, reply, *, answers, garbled=None):
-        """A reply to the message `answers`; `garbled` alters one of its parts."""
-        name = reply.object_id
-        reply.metadata.__dict__["_message_id"] = name
-        with no_object_id_recompute():
-            tree = get_object_tree(reply)
-            parts = {n: each.deflate() for n, each in get_all_nested_objects(reply).items()}
-        self.parts |= garbled(parts, name) if garbled else parts
-        envelope = message_to_proto(remove_content_from_message(reply))
-        envelope.metadata.reply_to_message_id = answers
-        self.replies.append((envelope, tree))
-        return name
-
-    def PullMessages(self, request):  # noqa: N802 - Flower's name
-        if self.fault:
-            raise self.fault
-        self.asked.append([*request.message_ids])
-        found = [
-            pair for pair in self.replies if pair[0].metadata.reply_to_message_id in self.asked[-1]
-        ]
-        self.replies = [pair for pair in self.replies if pair not in found]
-        return PullAppMessagesResponse(
-            messages_list=[each for each, _ in found],
-            message_object_trees=[tree for _, tree in found],
-        )
-
-    def PullObject(self, request):  # noqa: N802
-        name = request.object_id
-        if self.not_yet.get(name, 0):
-            self.not_yet[name] -= 1
-            return PullObjectResponse(object_found=True, object_available=False)
-        found = name in self.parts
-        return PullObjectResponse(
-            object_found=found, object_available=found, object_content=self.parts.get(name, b"")
-        )
-
-    def ConfirmMessageReceived(self, request):  # noqa: N802
-        self.confirmed.append(request.message_object_id)
+from .fake_grid import FakeGrid, Line
 
 
 @pytest.fixture
@@ -161,6 +107,48 @@ def test_a_part_that_is_still_on_its_way_is_asked_for_again_soon(wire, line):
     assert not reply.has_error()
     assert time.monotonic() - started < 0.9
     assert line.not_yet[name] == 0
+
+
+def test_a_part_is_waited_for_as_long_as_its_sender_sends(wire, line, monkeypatch):
+    """Flower gives up after 500 looks, which were an hour and a half, and would be four minutes."""
+    monkeypatch.setattr(inflatable_utils.random, "uniform", lambda *_: -1.0)  # no rest
+    name = line.holds(answering(1), answers="m-1")
+    line.not_yet[name] = 600
+    [reply] = wire.pull_messages(ALL)
+    assert not reply.has_error()
+
+
+def test_what_nobody_asked_for_is_not_fetched(wire, line):
+    line.replies_to_all = True
+    line.holds(answering(9), answers="", garbled=one_missing)
+    line.holds(answering(8), answers="m-8")
+    name = line.holds(answering(1), answers="m-1")
+    [reply] = wire.pull_messages(ALL)
+    assert reply.metadata.reply_to_message_id == "m-1"
+    assert line.confirmed == [name]
+
+
+def test_of_many_some_are_asked_for_at_once(wire, line):
+    """Of an answer that is lost on its way, the replies are lost."""
+    ids = [f"m-{number}" for number in range(2 * AT_ONCE + 1)]
+    assert list(wire.pull_messages(ids)) == []
+    assert [len(each) for each in line.asked] == [AT_ONCE, AT_ONCE, 1]
+    assert [each for lot in line.asked for each in lot] == ids
+
+
+def test_an_answer_that_is_none_is_not_believed(wire, line, monkeypatch):
+    """As of a proxy; Flower's client raises ValueError for it."""
+    line.holds(answering(1), answers="m-1")
+    monkeypatch.setattr(line, "PullObject", lambda _: int("no protobuf"))
+    [reply] = wire.pull_messages(ALL)
+    assert reason_of(reply) == "the reply could not be read"
+
+
+def test_flowers_client_has_what_is_called():
+    """The contract with flwr 1.41, whose names these are."""
+    assert HttpGrid(token="t").node.node_id == 1
+    for name in ("PullMessages", "PullObject", "ConfirmMessageReceived"):
+        assert callable(getattr(RuntimeHttpClient, name))
 
 
 def test_a_network_that_fails_is_not_laid_to_a_site(wire, line):

@@ -6,11 +6,16 @@ Speed and memory only; a library without `mallopt` is left alone.
 """
 
 import ctypes
+from collections.abc import Callable
+from pathlib import Path
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 """Names of the settings in glibc's malloc.h."""
 NEVER = -1
 """As a trim threshold."""
+GROWTH = 1.02
+"""Of a process's memory, up to which it is left alone."""
+STATM = Path("/proc/self/statm")
 
 
 def keep_freed_memory() -> bool:
@@ -39,6 +44,38 @@ def trim_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return True
+
+
+class Trimming:
+    """Gives freed memory back after a round in which the process grew, and after no other: what is
+    given back is zeroed and mapped in again in the next, a twentieth of a round of small sites.
+
+    Guarantee: after each round but those that follow a trim, memory is at most `GROWTH` times what
+    it was a round after the last trim.
+    """
+
+    def __init__(self, resident: Callable[[], int] | None = None) -> None:
+        """Args: resident: pages that the process has in memory; by default the kernel's word."""
+        self._resident = resident or resident_pages
+        self._level, self._has_trimmed = 0, False
+
+    def after_round(self) -> bool:
+        """Whether memory was given back."""
+        pages = self._resident()
+        if self._has_trimmed:
+            self._level, self._has_trimmed = pages, False
+        elif not pages or pages > GROWTH * self._level:
+            self._has_trimmed = True
+            trim_freed_memory()
+        return self._has_trimmed
+
+
+def resident_pages() -> int:
+    """Of this process, in memory; 0 where there is no /proc to ask."""
+    try:
+        return int(STATM.read_text("ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _set(settings: dict[int, int]) -> bool:

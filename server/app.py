@@ -10,7 +10,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common import parameters
-from common.allocation import trim_freed_memory
+from common.allocation import Trimming
 from common.config import Config, PrivacyMode, as_told, from_canonical
 from common.errors import VerificationError
 from common.messages import Instruction
@@ -108,6 +108,7 @@ def _run(
     )
     nodes: dict[int, str] = {}
     scores: Inputs = {}
+    trimming = Trimming()
     with tracked(config, run_dir, after=state.round) as tracker:
         for outcome in rounds:
             state, nodes, metrics = outcome.state, outcome.nodes, {}
@@ -117,7 +118,7 @@ def _run(
             elapsed_s = before_s + time.perf_counter() - started
             lines.append(round_line(outcome, metrics, lines, run_plan, elapsed_s=elapsed_s))
             append_line(run_dir, lines[-1])
-            trim_freed_memory()  # a round's prices and arrays have sizes of their own: gaps
+            trimming.after_round()  # a round's prices and arrays have sizes of their own: gaps
             watch.on_round(lines[-1])
             tracker.follow(lines[-1])
     last = Instruction(state.run_id, len(lines), as_told(config), layout.digest, state.vector)

@@ -37,3 +37,40 @@ def test_freed_memory_stays_or_goes_back(policy, stays):
 def test_a_c_library_without_the_setting_is_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     assert not allocation.keep_freed_memory()
+
+
+def test_memory_is_given_back_where_it_grew_and_not_each_round(monkeypatch):
+    trimmed = []
+    monkeypatch.setattr(allocation, "trim_freed_memory", lambda: trimmed.append(True))
+    pages = iter([100, 90, 91, 90, 92, 80, 81, 82])
+    trimming = allocation.Trimming(lambda: next(pages))
+    rounds = [trimming.after_round() for _ in range(8)]
+    # The first, which prepares; the one above 1.02 times what was there a round later.
+    assert rounds == [True, False, False, False, True, False, False, True]
+    assert len(trimmed) == 3
+
+
+def test_memory_that_creeps_is_given_back_again_and_again(monkeypatch):
+    monkeypatch.setattr(allocation, "trim_freed_memory", lambda: True)
+    held = iter(range(1000, 2000, 5))
+    trimming = allocation.Trimming(lambda: next(held))
+    rounds = [trimming.after_round() for _ in range(100)]
+    assert 10 < sum(rounds) < 40
+
+
+def test_where_nobody_says_how_much_is_there_memory_is_given_back(monkeypatch, tmp_path):
+    trimmed = []
+    monkeypatch.setattr(allocation, "trim_freed_memory", lambda: trimmed.append(True))
+    monkeypatch.setattr(allocation, "STATM", tmp_path / "statm")
+    trimming = allocation.Trimming()
+    for _ in range(6):
+        trimming.after_round()
+    assert len(trimmed) == 3
+
+
+@pytest.mark.skipif(not allocation.STATM.exists(), reason="asks /proc")
+def test_the_kernel_is_asked():
+    before = allocation.resident_pages()
+    held = bytearray(64 << 20)
+    assert allocation.resident_pages() - before > 8000
+    del held

@@ -21,6 +21,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 import simulations.run as simulation
 from client.site import Site
 from client.train import Trainer
+from common.allocation import resident_pages
 from common.cli import Invocation
 from common.parameters import Vector
 from common.tasks.text_classification import FILLING, TOPICS
@@ -224,8 +225,7 @@ def cpu_s() -> float:
 
 def rss_mb() -> float:
     """Resident memory of this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+    return resident_pages() * resource.getpagesize() / 2**20
 
 
 MEASUREMENTS: dict[str, Callable[..., Any]] = {

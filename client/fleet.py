@@ -52,7 +52,6 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors.http.utils import add_headers
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
@@ -62,6 +61,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from common.certificates import Credentials
 from common.errors import ConfigError, CoterieError, FederationError, VerificationError
+from common.inflation import inflated
 from common.keys import check_secret
 from common.messages import MAX_VECTOR_BYTES
 
@@ -149,10 +149,10 @@ class Parcel:
         """The instruction itself. Raises: VerificationError if it is malformed."""
         self._check()
         try:
-            message = inflate_object_from_contents(self.root, dict(self.parts))
-        except Exception as error:  # whatever Flower's parsers raise on a stranger's bytes
+            message = inflated(self.root, self.parts)
+        except VerificationError as error:
             raise VerificationError("an instruction is malformed") from error
-        if not isinstance(message, Message) or not message.has_content():
+        if not message.has_content():
             raise VerificationError("an instruction is malformed")
         return _named(message, self.root)
 

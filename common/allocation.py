@@ -50,8 +50,8 @@ class Trimming:
     """Gives freed memory back after a round in which the process grew, and after no other: what is
     given back is zeroed and mapped in again in the next, a twentieth of a round of small sites.
 
-    Guarantee: after each round but those that follow a trim, memory is at most `GROWTH` times what
-    it was a round after the last trim.
+    Guarantee: whatever was freed is given back once a round ends with more than `GROWTH` times the
+    memory that the round after the last trim had. Where the kernel is silent, every other round.
     """
 
     def __init__(self, resident: Callable[[], int] | None = None) -> None:

@@ -21,7 +21,7 @@ import uvicorn
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.superlink.cli.flower_superlink import flower_superlink
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped] # ships no types
 
 from common.cli import Invocation
 from common.code import check_flower

@@ -1,5 +1,5 @@
-"""Flower's grid over a network, made as careful as the loop needs it: the only file of the server
-with semi-private names of Flower's.
+"""Flower's grid over a network, made as careful as the loop needs it, by semi-private names of
+Flower's.
 
 Flower's own pull holds all replies of a look in memory, raises for the first that it cannot read,
 which loses the others, and asks for a part that is still on its way again after 1, 2, 4, 8 and
@@ -23,15 +23,12 @@ from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
-    inflate_object_from_contents,
-    pull_objects,
-)
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_objects
 from flwr.supercore.run import Run
 
 from common.errors import VerificationError
 from common.folding import folded, unfold
+from common.inflation import inflated
 from common.messages import NOBODY
 from server.aggregate import UNREADABLE
 
@@ -136,18 +133,21 @@ class WireGrid(GridAround):
             asked = envelope.metadata.reply_to_message_id
             if asked not in ids:  # whoever may send can send this process anything
                 continue
-            try:
-                yield self._read(envelope, tree)
-            except ObjectPullError:  # its sender began to send it, and did not end
-                yield _error(ErrorCode.MESSAGE_UNAVAILABLE, "a part never came", asked)
-            except (VerificationError, ValueError) as error:  # or no protobuf came
-                log.warning("a reply could not be read: %s", type(error).__name__)
-                yield _error(UNREADABLE, "the reply could not be read", asked)
+            yield self._read_or_error(envelope, tree, asked)
+
+    def _read_or_error(self, envelope: Envelope, tree: ObjectTree, asked: str) -> Message:
+        try:
+            return self._read(envelope, tree)
+        except ObjectPullError:  # its sender began to send it, and did not end
+            return _error(ErrorCode.MESSAGE_UNAVAILABLE, "a part never came", asked)
+        except (VerificationError, ValueError) as error:  # or no protobuf came
+            # Its text may repeat what a peer wrote.
+            log.warning("a reply could not be read: %s", type(error.__cause__ or error).__name__)
+            return _error(UNREADABLE, "the reply could not be read", asked)
 
     @property
     def _line(self) -> Any:
-        client: Any = self._flower._runtime_client
-        return client
+        return self._flower._runtime_client
 
     @property
     def _flower(self) -> HttpGrid:
@@ -169,12 +169,7 @@ class WireGrid(GridAround):
         self._line.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=root)
         )
-        try:
-            reply = inflate_object_from_contents(root, parts)
-        except Exception as error:  # whatever Flower's parsers raise on a stranger's bytes
-            raise VerificationError(type(error).__name__) from None
-        if not isinstance(reply, Message):
-            raise VerificationError("no message")
+        reply = inflated(root, parts)
         reply.metadata.__dict__["_reply_to_message_id"] = envelope.metadata.reply_to_message_id
         unfold(reply)
         return reply

@@ -24,8 +24,9 @@ from common.messages import (
     read_update,
 )
 
-from .test_messages import VALUES, _coordinator, instruction, same, sent, update  # noqa: F401
+from .test_messages import VALUES, instruction, same, sent, update
 
+pytestmark = pytest.mark.usefixtures("coordinator")
 FLOAT, BYTE = PLACES["float32"], PLACES["uint8"]
 LARGEST = (MOST_BYTES - len(header_of(0))) // 4
 """Values of the largest vector that is folded."""

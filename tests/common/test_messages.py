@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -37,15 +36,10 @@ from common.privacy.chain import Head
 
 VALUES = np.array([0.5, -1.25, 3e-38, 7.0], np.float32)
 # "Raises: ..., never anything else" holds whatever a library warns of on the way.
-pytestmark = pytest.mark.filterwarnings("ignore:Reading `.npy`:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def _coordinator(monkeypatch):
-    """`Message()` reads the sender from here; a Flower process sets it at start."""
-    monkeypatch.setattr(TaskIdentity, "_run_id", 1)
-    monkeypatch.setattr(TaskIdentity, "_node_id", 1)
-    monkeypatch.setattr(TaskIdentity, "_task_id", 1)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Reading `.npy`:UserWarning"),
+    pytest.mark.usefixtures("coordinator"),
+]
 
 
 def sent(content):

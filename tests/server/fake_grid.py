@@ -1,5 +1,7 @@
 """The one fake: a Grid whose nodes are functions."""
 
+from types import SimpleNamespace
+
 from flwr.app import Message, Metadata
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
@@ -79,11 +81,21 @@ class FakeGrid(Grid):
 class Line:
     """The SuperLink's side of a line: replies in parts, as Flower keeps them."""
 
-    def __init__(self):
+    def __init__(self, before_a_pull=lambda _: None):
+        self.before_a_pull = before_a_pull
         self.parts, self.replies, self.asked = {}, [], []
         self.not_yet, self.confirmed, self.fault = {}, [], None
         self.replies_to_all = False
         """Whether it gives out what was not asked for, as Flower's does for what it is sent."""
+
+    @property
+    def client(self):
+        """By the names of Flower's client."""
+        return SimpleNamespace(
+            PullMessages=self.pull_messages,
+            PullObject=self.pull_object,
+            ConfirmMessageReceived=self.confirm,
+        )
 
     def holds(self, reply, *, answers, garbled=None):
         """A reply to the message `answers`; `garbled` alters one of its parts."""
@@ -98,9 +110,10 @@ class Line:
         self.replies.append((envelope, tree))
         return name
 
-    def PullMessages(self, request):  # noqa: N802 - Flower's name
+    def pull_messages(self, request):
         if self.fault:
             raise self.fault
+        self.before_a_pull(request)
         self.asked.append([*request.message_ids])
         found = [
             pair
@@ -113,7 +126,7 @@ class Line:
             message_object_trees=[tree for _, tree in found],
         )
 
-    def PullObject(self, request):  # noqa: N802
+    def pull_object(self, request):
         name = request.object_id
         if self.not_yet.get(name, 0):
             self.not_yet[name] -= 1
@@ -123,7 +136,7 @@ class Line:
             object_found=found, object_available=found, object_content=self.parts.get(name, b"")
         )
 
-    def ConfirmMessageReceived(self, request):  # noqa: N802
+    def confirm(self, request):
         self.confirmed.append(request.message_object_id)
 
 
@@ -135,13 +148,10 @@ class OverLine(FakeGrid):
 
     def __init__(self, names, answer):
         super().__init__(names, answer)
-        self._line = Line()
+        self._line = Line(before_a_pull=self._answer)
+        self._runtime_client = self._line.client
 
-    @property
-    def _runtime_client(self):
-        return self
-
-    def PullMessages(self, request):  # noqa: N802 - Flower's name
+    def _answer(self, request):
         for message in self.pushed.values():
             unfold(message)
         for reply in self.pull_messages(request.message_ids):
@@ -149,10 +159,3 @@ class OverLine(FakeGrid):
             if reply.has_content():
                 reply.content = folded(reply.content)
             self._line.holds(reply, answers=asked)
-        return self._line.PullMessages(request)
-
-    def PullObject(self, request):  # noqa: N802
-        return self._line.PullObject(request)
-
-    def ConfirmMessageReceived(self, request):  # noqa: N802
-        return self._line.ConfirmMessageReceived(request)

@@ -1,6 +1,7 @@
 """Flower's grid over a network: one reply that cannot be read ends nothing but itself."""
 
-import time
+import threading
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -23,7 +24,7 @@ from .fake_grid import FakeGrid, Line
 @pytest.fixture
 def line(monkeypatch):
     held = Line()
-    monkeypatch.setattr(HttpGrid, "_runtime_client", property(lambda _: held))
+    monkeypatch.setattr(HttpGrid, "_runtime_client", property(lambda _: held.client))
     return held
 
 
@@ -98,24 +99,37 @@ def test_replies_are_read_one_by_one_and_told_of_to_the_superlink(wire, line):
     assert line.confirmed == names
 
 
-def test_a_part_that_is_still_on_its_way_is_asked_for_again_soon(wire, line):
-    """Flower's own grid would wait for 1 and 2 s here, and everybody with it."""
+@pytest.fixture
+def waits(monkeypatch):
+    """The rests between two looks for a part; none is taken."""
+
+    class Rests(threading.Event):
+        def wait(self, timeout=None):
+            taken.append(timeout)
+            return super().wait(0)
+
+    taken = []
+    known = SimpleNamespace(Event=Rests, Lock=threading.Lock)
+    monkeypatch.setattr(inflatable_utils, "threading", known)
+    return taken
+
+
+def test_a_part_that_is_still_on_its_way_is_asked_for_again_soon(wire, line, waits):
+    """Flower's own grid would wait for 1, 2, 4, 8 and 10 s here, and everybody with it."""
     name = line.holds(answering(1), answers="m-1")
-    line.not_yet[name] = 2
-    started = time.monotonic()
+    line.not_yet[name] = 5
     [reply] = wire.pull_messages(ALL)
     assert not reply.has_error()
-    assert time.monotonic() - started < 0.9
-    assert line.not_yet[name] == 0
+    assert waits == [pytest.approx(each, rel=0.21) for each in (0.1, 0.2, 0.4, 0.5, 0.5)]
 
 
-def test_a_part_is_waited_for_as_long_as_its_sender_sends(wire, line, monkeypatch):
+def test_a_part_is_waited_for_as_long_as_its_sender_sends(wire, line, waits):
     """Flower gives up after 500 looks, which were an hour and a half, and would be four minutes."""
-    monkeypatch.setattr(inflatable_utils.random, "uniform", lambda *_: -1.0)  # no rest
     name = line.holds(answering(1), answers="m-1")
     line.not_yet[name] = 600
     [reply] = wire.pull_messages(ALL)
     assert not reply.has_error()
+    assert len(waits) == 600
 
 
 def test_what_nobody_asked_for_is_not_fetched(wire, line):
@@ -139,7 +153,7 @@ def test_of_many_some_are_asked_for_at_once(wire, line):
 def test_an_answer_that_is_none_is_not_believed(wire, line, monkeypatch):
     """As of a proxy; Flower's client raises ValueError for it."""
     line.holds(answering(1), answers="m-1")
-    monkeypatch.setattr(line, "PullObject", lambda _: int("no protobuf"))
+    monkeypatch.setattr(line, "pull_object", lambda _: int("no protobuf"))
     [reply] = wire.pull_messages(ALL)
     assert reason_of(reply) == "the reply could not be read"
 

@@ -33,7 +33,7 @@ GONE = {"type": "http.disconnect"}
 
 
 def served(events, path="/v1/fleet/push-object", kind="http", method="POST"):
-    """What an application behind `Careful` reads until its sender is gone; None: it is not asked."""
+    """What is read behind `Careful` until the sender is gone; None if nobody is asked."""
     coming, read = list(events), []
 
     async def application(scope, receive, send):

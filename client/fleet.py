@@ -15,6 +15,7 @@ import ssl
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -22,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from threading import Lock
 from time import monotonic, sleep, time
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -88,6 +89,8 @@ NO_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUES
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 """What a SuperLink, or what stands before it, answers while something is wrong with it."""
 
+Handed: TypeAlias = tuple[bytes, ObjectTree]
+"""The envelope of an instruction, and the tree of its parts."""
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
@@ -198,6 +201,8 @@ class Fleet:
             timeout=CALL_S,
         )
         self._node = Node()
+        self._presence = Lock()
+        """Held where it must not change: no sign of life while this node is to be away."""
 
     @property
     def node_id(self) -> int:
@@ -234,10 +239,22 @@ class Fleet:
 
     def beat(self) -> None:
         """Says that this node is alive; every 30 s would do."""
-        if not self._beat(self._node):
+        with self._presence:
+            known = self._beat(self._node)
+        if not known:
             raise NotAdmittedError(f"superlink={self.address}: no longer knows this node")
 
-    def receive(self) -> tuple[bytes, ObjectTree] | None:
+    def step_away(self, rest: Callable[[], object]) -> None:
+        """Is offline while `rest` takes its time: a coordinator that looks for an answer meanwhile
+        hears that there will be none, and asks again.
+        """
+        with self._presence:
+            with suppress(NotAdmittedError):  # it was offline already
+                self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
+            rest()
+        self.beat()
+
+    def receive(self) -> Handed | None:
         """The envelope of the next instruction, and what it consists of; from now on it is nobody
         else's, and is not sent again.
         """

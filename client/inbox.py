@@ -1,11 +1,13 @@
 """The instruction that a node is answering, on its disk until the answer is with the SuperLink.
 
 Flower hands an instruction out once. A node that is killed in the middle finds it here when it is
-started again, and answers it: with what it had prepared, byte for byte, if it had come so far.
+started again, and answers it: with what it had prepared, byte for byte, if it had come so far. One
+that is killed between the SuperLink's handing out and the disk finds that it was asking.
 """
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from client.fleet import Parcel
@@ -13,6 +15,7 @@ from common.durable import sync_folder, write_atomic
 from common.errors import ConfigError, VerificationError
 
 INSTRUCTION, SENDING, IDENTITY, LOCK = "instruction", "sending", "node", "lock"
+ASKING = "asking"
 """Files of the folder."""
 
 
@@ -48,10 +51,29 @@ class Inbox:
         """Keeps the node id."""
         write_atomic(self.folder / IDENTITY, f"{fingerprint} {node_id}\n")
 
+    @property
+    def unsure(self) -> bool:
+        """Whether somebody asked for an instruction and did not live to hear what came of it."""
+        return (self.folder / ASKING).exists()
+
+    def asking(self) -> None:
+        """From here until `heard`, an instruction may be handed out that is not on this disk yet.
+
+        Not forced to the disk, for it is written at every look: it outlives the process. A machine
+        that loses power is away for longer than Flower waits for it, or its round's deadline ends.
+        """
+        with suppress(OSError):  # where there is no room for it, an instruction is refused anyway
+            (self.folder / ASKING).touch(mode=0o600)
+
+    def heard(self) -> None:
+        """Nothing was handed out, or what was is here, or nobody waits for it."""
+        (self.folder / ASKING).unlink(missing_ok=True)
+
     def put(self, parcel: Parcel) -> None:
         """Keeps an instruction; on disk when this returns."""
         (self.folder / SENDING).unlink(missing_ok=True)
         write_atomic(self.folder / INSTRUCTION, parcel.to_bytes())
+        self.heard()
 
     def waiting(self) -> Parcel | None:
         """The instruction that was not answered. Raises: VerificationError if it was altered."""
@@ -84,4 +106,5 @@ class Inbox:
         """Forgets the instruction: its answer was sent, or nobody waits for it."""
         (self.folder / INSTRUCTION).unlink(missing_ok=True)
         (self.folder / SENDING).unlink(missing_ok=True)
+        self.heard()
         sync_folder(self.folder)

@@ -3,7 +3,8 @@
 Only what is installed here runs: an instruction is data, the bundle that a coordinator submitted is
 never fetched, and the records are those of the node's own settings. The order is a safety argument:
 
- 1. the instruction is on this machine's disk before the SuperLink may forget it;
+ 1. the instruction is on this machine's disk before the SuperLink may forget it; where it may have
+    been handed out and never came so far, this node is offline for a moment, and is asked again;
  2. policy, charge, training and preparation are `client.app`'s, the same as everywhere;
  3. the answer leaves, and only when it is with the SuperLink is the instruction forgotten;
  4. the officer's witness, if there is one, is told how far the ledger got; see `client.anchor`.
@@ -34,7 +35,15 @@ from flwr.clientapp import ClientApp
 from client.anchor import Anchor
 from client.app import client_app
 from client.commitment import commit_to
-from client.fleet import Fleet, NotAdmittedError, Parcel, RunOverError, UnreachableError, run_of
+from client.fleet import (
+    Fleet,
+    Handed,
+    NotAdmittedError,
+    Parcel,
+    RunOverError,
+    UnreachableError,
+    run_of,
+)
 from client.inbox import Inbox
 from client.ledger import Ledger, Store
 from client.looks import Looks
@@ -65,8 +74,8 @@ BEAT_S, BEAT_AGAIN_S = 15.0, 3.0
 FIRST_DELAY_S, MAX_DELAY_S = 0.25, 20.0
 """Before a call is tried again: doubled each time, and drawn from its upper half."""
 STAY_S = 2.0
-"""How long a node stays online after an answer: several times what a coordinator waits between two
-looks."""
+"""How long a node stays online after an answer, and offline to be noticed: several times what a
+coordinator waits between two looks."""
 STOPPING = b"stopping once what is under way is answered; again to stop at once\n"
 
 Result = TypeVar("Result")
@@ -270,7 +279,7 @@ class Node:
 
     def _receive(self) -> Parcel | None:
         """The next instruction, on disk here when this returns; None if there is none."""
-        got = self._line.call(self._fleet.receive)
+        got = self._line.call(self._look)
         if got is None:
             return None
         self._looks.came()
@@ -292,6 +301,25 @@ class Node:
             return None
         return parcel
 
+    def _look(self) -> Handed | None:
+        """What the SuperLink hands out; where it may have handed out something before that never
+        came here, the coordinator is let know.
+        """
+        unsure = self._inbox.unsure
+        self._inbox.asking()
+        got = self._fleet.receive()
+        if got is not None:  # a coordinator has one instruction at a time here, and this is it
+            return got
+        if unsure:
+            log.warning(
+                "%s: an instruction may have been lost on its way here; offline for %g s, so that "
+                "the coordinator asks again",
+                *(self._site.name, STAY_S),
+            )
+            self._fleet.step_away(lambda: self._line.stopping.wait(STAY_S))
+        self._inbox.heard()
+        return None
+
     def _refuse_unkept(self, parcel: Parcel, error: OSError) -> None:
         """No disk, no charge, no answer: the coordinator asks again, where a spare round pays."""
         addressed = parcel.addressed()
@@ -301,6 +329,7 @@ class Node:
         )
         reply = _dated(_refusal(messages.LOCAL_FAILURE, addressed), addressed)
         self._sent(reply, until=monotonic() + _expires_in(addressed))
+        self._inbox.heard()
         self._looks.answered()
 
     def _answer_left_over(self) -> None:

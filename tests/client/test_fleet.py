@@ -12,6 +12,7 @@ import sys
 from base64 import b64encode
 from importlib import metadata
 from pathlib import Path
+from threading import Thread
 
 import httpx
 import numpy as np
@@ -309,6 +310,28 @@ def test_a_call_is_signed_by_the_nodes_key():
         == b64encode(client.fleet.public_key_to_bytes(key.public_key())).decode()
     ), f"{FLWR}: says otherwise whose call it is"
     assert names.FLEET_HTTP_SIGNATURE_HEADER in headers, f"{FLWR}: signs no call"
+
+
+def test_a_node_that_steps_away_is_offline_until_it_is_back(fleet, monkeypatch):
+    """No sign of life comes between: its thread would have the node online again at once."""
+    calls = []
+
+    def answering(kind, answer):
+        return lambda _: calls.append(kind) or answer
+
+    alive = heartbeat_pb2.SendNodeHeartbeatResponse(success=True)
+    monkeypatch.setattr(fleet._client, "DeactivateNode", answering("offline", None))
+    monkeypatch.setattr(fleet._client, "SendNodeHeartbeat", answering("online", alive))
+    beating = Thread(target=fleet.beat)
+
+    def rest():
+        beating.start()
+        beating.join(0.2)
+        calls.append("rested")
+
+    fleet.step_away(rest)
+    beating.join()
+    assert calls == ["offline", "rested", "online", "online"]
 
 
 def test_vectors_travel_in_parts_of_the_size_that_we_ask_for():

@@ -39,6 +39,18 @@ def test_a_second_node_of_the_same_site_is_refused(inbox):
         Inbox(inbox.folder)
 
 
+@pytest.mark.parametrize("heard", [Inbox.heard, Inbox.clear, lambda one: one.put(parcel())])
+def test_who_asked_and_did_not_live_to_hear_is_known_to_the_next_process(inbox, heard):
+    assert not inbox.unsure
+    inbox.asking()
+    inbox.close()
+    again = Inbox(inbox.folder)
+    assert again.unsure
+    heard(again)
+    assert not again.unsure
+    inbox._lock = again._lock  # closed at the end
+
+
 def test_an_altered_instruction_is_named_and_not_read(inbox):
     inbox.put(parcel())
     path = inbox.folder / INSTRUCTION

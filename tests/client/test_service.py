@@ -14,7 +14,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import service
-from client.fleet import NotAdmittedError, RunOverError, UnreachableError
+from client.fleet import NotAdmittedError, Parcel, RunOverError, UnreachableError
 from client.inbox import Inbox
 from client.ledger import Ledger, Store, Terms
 from client.service import FIRST_DELAY_S, MAX_DELAY_S, Line, Node, open_site
@@ -300,6 +300,56 @@ def test_an_instruction_that_cannot_be_kept_is_refused_and_not_begun(node, asked
     assert one._receive() is None
     assert [reply.error.code for reply in sent] == [messages.LOCAL_FAILURE]
     assert one._site.ledger.books.reservations == {}
+
+
+@pytest.fixture
+def away(node, monkeypatch):
+    """A node, what its SuperLink answers next, and how long the node was away, each time."""
+    one, _ = node
+    answers, absences = [], []
+
+    def receive():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def step_away(rest):
+        before = len(waited := one._line.stopping.waited)
+        rest()
+        absences.extend(waited[before:])
+
+    one._fleet.receive, one._fleet.step_away = receive, step_away
+    one._fleet.fetch = lambda *_: Parcel(b"", "root", {})
+    monkeypatch.setattr(service, "run_of", lambda _: 7)
+    return one, answers, absences
+
+
+def test_where_an_instruction_may_have_been_lost_the_coordinator_hears_of_it(away):
+    one, answers, absences = away
+    answers += [None, None]
+    assert one._receive() is one._receive() is None
+    assert absences == []  # each look was answered
+    one._inbox.asking()  # by an earlier process, which died there
+    answers += [None, None]
+    assert one._receive() is one._receive() is None
+    assert absences == [service.STAY_S]  # once
+
+
+def test_a_look_whose_answer_was_lost_on_the_line_is_such_a_case(away):
+    one, answers, absences = away
+    answers += [UnreachableError("cut"), None, None]
+    assert one._receive() is one._receive() is None
+    assert absences == [service.STAY_S]
+
+
+def test_what_comes_at_the_next_look_was_not_lost(away):
+    one, answers, absences = away
+    answers += [UnreachableError("cut"), (b"", None), None]
+    assert one._receive() is not None
+    one._inbox.clear()
+    assert one._receive() is None
+    assert absences == []
 
 
 def test_a_line_of_the_log_is_one_line_whatever_a_coordinator_writes():

@@ -184,6 +184,7 @@ def update_of(
 
 def books_of(ledger: Ledger, instruction: Instruction) -> SiteBooks:
     """What the reply says of the ledger, with the way from the head the coordinator knows."""
+    ledger.books.spent()  # priced, and remembered, while nobody waits for the file
     with ledger.at_once():  # others may append, and all of this is of one moment
         books, receipt = ledger.books, instruction.receipt
         links = b"" if receipt is None else ledger.links(receipt.head, books.head)

@@ -96,12 +96,14 @@ class Cohort:
         """Args: most: messages that are answered at once, of `client.agreement.sites_together`;
         device: where models are; make: what trains.
         """
-        self._make = make
-        self._open_site, self._most, self._allow = open_site, most, allow_unprotected
+        self._make, self._most, self._allow = make, most, allow_unprotected
+        self._opening = open_site
         self._device = device
         self._trainers: dict[str, Trainer] = {}
+        self._unforeseen: dict[Ledger, None] = {}
+        """Of sites that were asked, and may be asked again."""
         self.app = client_app(
-            open_site,
+            self._open_site,
             allow_unprotected=allow_unprotected,
             trainers=self._trainers,
             device=device,
@@ -121,6 +123,22 @@ class Cohort:
             cases = {at: _Case(*waiting.pop(at)) for at in self._next(waiting)}
             replies |= zip(cases, self._answered([*cases.values()]), strict=True)
         return [replies[at] for at in range(len(asked))]
+
+    def rest(self) -> bool:
+        """For whoever has nothing to answer: prices what the next answer of one site will say.
+
+        Returns: whether there is more to price.
+        """
+        if self._unforeseen:
+            ledger, _ = self._unforeseen.popitem()
+            ledger.books.foresee()
+        return bool(self._unforeseen)
+
+    def _open_site(self, context: Context) -> Site:
+        site = self._opening(context)
+        if site.ledger is not None:
+            self._unforeseen[site.ledger] = None
+        return site
 
     def _next(self, waiting: dict[int, tuple[Message, Context]]) -> list[int]:
         """Places of the first message and of those, for other nodes, that go with it."""
@@ -188,7 +206,10 @@ def _answer_together(cases: list[_Case], trainer: Trainer) -> None:
         # 6. Prepare: these bytes, and no others, may leave.
         for case in _in_one_transaction(_going(new), _prepare):
             unprepared.remove(case)
-    # 7. Release: the parameters after the noise, and what they cost.
+    # 7. Release: the parameters after the noise, and what they cost, which is priced while nobody
+    # waits for the file.
+    for case in _going(cases):
+        case.ledger.books.spent()
     _in_one_transaction(_going(cases), _release)
 
 

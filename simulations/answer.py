@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -17,6 +18,16 @@ RUN_ID = 1
 
 Answer = Callable[[Sequence[Message], Sequence[Context]], list[Message]]
 """Replies to some messages, in their order; each with the context of the site it is for."""
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """An `Answer` that has something to do for its next one while it has nothing to answer."""
+
+    def rest(self) -> bool:
+        """A little of it. Returns: whether there is more."""
+
+
 Together = Callable[[Message], int]
 """How many sites may be answered at once, by one call of an `Answer`, where the first of their
 messages is this one; all are of one instruction. At least 1."""

@@ -13,9 +13,9 @@ import torch
 from flwr.app import Message, RecordDict
 
 import client.app  # noqa: F401 - what every worker needs is imported once, in the nursery
-from common.allocation import keep_freed_memory, trim_freed_memory
+from common.allocation import Trimming, keep_freed_memory
 from common.device import prefer_gpu
-from simulations.answer import Answer, answered, context_of, identify, partition_of
+from simulations.answer import Answer, Resting, answered, context_of, identify, partition_of
 from simulations.link import Link
 
 
@@ -77,12 +77,23 @@ def _serve(link: Link) -> None:
     keep_freed_memory()
     identify()
     answer: Answer = link.receive_parcel()()
+    trimming = Trimming()
     while True:
         if not link.connection.poll():  # the round is over, as far as it is this one's
-            trim_freed_memory()
+            _rest(answer, link.connection)
+            trimming.after_round()
         job: Job = link.receive()
         link.keep_only(job.shared)
         link.send(_done(answer, job, settings.partitions))
+
+
+def _rest(answer: object, connection: Connection) -> None:
+    """While nothing is asked, what comes next is made ready: the others are still at work, or the
+    coordinator is, and all workers would do it at the same time at the beginning of the next round.
+    """
+    if isinstance(answer, Resting):
+        while not connection.poll() and answer.rest():
+            pass
 
 
 def _done(answer: Answer, job: Job, partitions: int) -> Done:

@@ -22,8 +22,8 @@ from absl import logging as absl_logging
 from common.errors import ConfigError, VerificationError
 
 if TYPE_CHECKING:  # a second to import, which whoever prices nothing does not wait for
-    from dp_accounting.pld import PLDAccountant
-    from dp_accounting.rdp import RdpAccountant
+    from dp_accounting.dp_event import DpEvent
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 LIVE_INTERVAL = 1e-3
 """PLD discretisation while a run is planned; coarser is larger, never smaller."""
@@ -47,6 +47,8 @@ FAR = 1e9
 """Prices so many times too high or too low are all the same to who looks for the right one."""
 REMEMBERED_LENGTHS = range(2, 34)
 """Short transforms, more than scipy remembers."""
+ROUNDING = 1e-6
+"""Above an epsilon that is exact, for what floating point and its search may be off."""
 MIN_SIGMA, MAX_SIGMA = 1e-3, 1e6
 """Below the one an epsilon is called infinite, above the other noise is priced as if it were it:
 both on the safe side, and within what the libraries can compute.
@@ -103,6 +105,7 @@ Event(noise_multiplier=2.0, sample_rate=0.1, steps=1))
 def epsilon_pld(events: Iterable[Event], delta: float, interval: float = REPORT_INTERVAL) -> float:
     """Upper bound of epsilon from privacy loss distributions; inf where nothing is private.
 
+    Of a history without sampling, which is one Gaussian mechanism, it is exact but for `ROUNDING`.
     That of RDP where it is hopeless: others choose what is priced here, and must not choose
     how long it takes.
 
@@ -110,7 +113,8 @@ def epsilon_pld(events: Iterable[Event], delta: float, interval: float = REPORT_
     >>> round(epsilon_pld(rounds, 1e-5), 3), round(epsilon_pld(rounds[:1], 1e-5), 3)
     (1.427, 0.897)
 
-    Source: Koskela et al. (2020), arXiv:1906.03049; Google dp-accounting.
+    Source: Koskela et al. (2020), arXiv:1906.03049; of one Gaussian, Balle and Wang (2018),
+    arXiv:1805.06530; Google dp-accounting.
     """
     history = coalesce(events)
     _check_delta(delta)
@@ -123,9 +127,59 @@ def epsilon_pld(events: Iterable[Event], delta: float, interval: float = REPORT_
 
 @functools.lru_cache(maxsize=1024)
 def _epsilon_pld(history: tuple[Event, ...], delta: float, interval: float) -> float:
-    accountant = _pld_accountant(interval)
+    if all(event.sample_rate == 1 for event in history):
+        return _epsilon_of_gaussian(history, delta)
     with _transforms_forgotten():
-        return _compose(accountant, history, delta)
+        return float(_losses(history, interval).get_epsilon_for_delta(delta))
+
+
+def _epsilon_of_gaussian(history: tuple[Event, ...], delta: float) -> float:
+    from dp_accounting import get_epsilon_gaussian  # noqa: PLC0415 - a second
+
+    precision = sum(event.steps / _deviation(event) ** 2 for event in history)
+    return float(get_epsilon_gaussian(1 / math.sqrt(precision), delta)) + ROUNDING
+
+
+def _losses(history: tuple[Event, ...], interval: float) -> "PrivacyLossDistribution":
+    """What the steps of a history lose together, rounded up to a grid."""
+    from dp_accounting.pld import privacy_loss_distribution as pld  # noqa: PLC0415 - a second
+
+    together = pld.identity(interval)
+    for event in history:
+        if event.sample_rate < 1:
+            losses = _losses_of_step(_deviation(event), event.sample_rate, interval)
+            together = together.compose(losses.self_compose(event.steps))
+        else:  # so many Gaussians are one, with less noise
+            deviation = _deviation(event) / math.sqrt(event.steps)
+            together = together.compose(_losses_of_gaussian(deviation, 1.0, interval))
+    return together
+
+
+@functools.lru_cache(maxsize=8)
+def _losses_of_step(
+    deviation: float, sample_rate: float, interval: float
+) -> "PrivacyLossDistribution":
+    """Most of the time of a price, and the same for every round of a run; a megabyte or two."""
+    return _losses_of_gaussian(deviation, sample_rate, interval)
+
+
+def _losses_of_gaussian(
+    deviation: float, sample_rate: float, interval: float
+) -> "PrivacyLossDistribution":
+    from dp_accounting import NeighboringRelation  # noqa: PLC0415 - a second
+    from dp_accounting.pld import privacy_loss_distribution as pld  # noqa: PLC0415 - the same
+
+    return pld.from_gaussian_mechanism(
+        standard_deviation=deviation,
+        value_discretization_interval=interval,
+        sampling_prob=sample_rate,
+        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
+    )
+
+
+def _deviation(event: Event) -> float:
+    """Of the noise, as the libraries can compute with it."""
+    return min(event.noise_multiplier, MAX_SIGMA)
 
 
 def deltas_pld(events: Iterable[Event], epsilons: Sequence[float]) -> list[float]:
@@ -139,17 +193,9 @@ def deltas_pld(events: Iterable[Event], epsilons: Sequence[float]) -> list[float
     history = coalesce(events)
     if not history or _unprotected(history):
         raise ConfigError("events: none, or without noise; there is no curve")
-    accountant = _pld_accountant(LIVE_INTERVAL)
     with _transforms_forgotten():
-        _compose(accountant, history, 0.5)
-        return [float(accountant.get_delta(epsilon)) for epsilon in epsilons]
-
-
-def _pld_accountant(interval: float) -> "PLDAccountant":
-    from dp_accounting import NeighboringRelation  # noqa: PLC0415 - a second
-    from dp_accounting.pld import PLDAccountant  # noqa: PLC0415 - the same
-
-    return PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
+        losses = _losses(history, LIVE_INTERVAL)
+        return [float(losses.get_delta_for_epsilon(epsilon)) for epsilon in epsilons]
 
 
 def epsilon_rdp(events: Iterable[Event], delta: float, order: float | None = None) -> float:
@@ -172,7 +218,9 @@ def _epsilon_rdp(history: tuple[Event, ...], delta: float, order: float | None) 
     accountant = RdpAccountant() if order is None else RdpAccountant([order])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # overflow at orders that do not win
-        return _compose(accountant, history, delta)
+        for event in history:
+            accountant.compose(_as_dp_event(event), event.steps)
+        return float(accountant.get_epsilon(delta))
 
 
 def epsilon_prv(events: Iterable[Event], delta: float) -> float | None:
@@ -231,19 +279,22 @@ def epsilon_of_group(events: Iterable[Event], size: int, delta: float) -> float:
 
 @functools.lru_cache(maxsize=64)
 def _epsilon_of_group(history: tuple[Event, ...], size: int, delta: float) -> float:
-    from dp_accounting import dp_event  # noqa: PLC0415 - a second
+    from dp_accounting.pld import privacy_loss_distribution as pld  # noqa: PLC0415 - a second
 
     few = sum(event.steps for event in history) <= FEW_STEPS
     interval = COARSE_INTERVAL if few else LIVE_INTERVAL
-    accountant = _pld_accountant(interval)
-    for event in history:
-        q, sizes = event.sample_rate, range(size + 1)
-        chances = [math.comb(size, j) * q**j * (1 - q) ** (size - j) for j in sizes]
-        deviation = min(event.noise_multiplier, MAX_SIGMA)
-        step = dp_event.MixtureOfGaussiansDpEvent(deviation, list(sizes), chances)
-        accountant.compose(step, event.steps)
+    together = pld.identity(interval)
     with _transforms_forgotten():
-        return float(accountant.get_epsilon(delta))
+        for event in history:
+            q, sizes = event.sample_rate, range(size + 1)
+            step = pld.from_mixture_gaussian_mechanism(
+                standard_deviation=_deviation(event),
+                sensitivities=list(sizes),
+                sampling_probs=[math.comb(size, j) * q**j * (1 - q) ** (size - j) for j in sizes],
+                value_discretization_interval=interval,
+            )
+            together = together.compose(step.self_compose(event.steps))
+        return float(together.get_epsilon_for_delta(delta))
 
 
 def epsilons(events: Iterable[Event], delta: float) -> Epsilons:
@@ -424,18 +475,14 @@ def _bisect(
     return math.ceil(high * scale) / scale
 
 
-def _compose(
-    accountant: "PLDAccountant | RdpAccountant", history: tuple[Event, ...], delta: float
-) -> float:
+def _as_dp_event(event: Event) -> "DpEvent":
+    """One step of it, as dp-accounting names it."""
     from dp_accounting import dp_event  # noqa: PLC0415 - a second
 
-    for event in history:
-        noise = dp_event.GaussianDpEvent(min(event.noise_multiplier, MAX_SIGMA))
-        if event.sample_rate < 1:
-            noise = dp_event.PoissonSampledDpEvent(event.sample_rate, noise)
-        accountant.compose(noise, event.steps)
-    epsilon: float = accountant.get_epsilon(delta)
-    return float(epsilon)
+    noise = dp_event.GaussianDpEvent(_deviation(event))
+    if event.sample_rate == 1:
+        return noise
+    return dp_event.PoissonSampledDpEvent(event.sample_rate, noise)
 
 
 @contextmanager

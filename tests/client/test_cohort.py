@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from common import messages
 from common.config import NoiseSource, PrivacyMode
 from common.messages import Instruction
 from common.parameters import Layout, flatten
+from common.privacy import accounting
 from common.privacy.chain import Kind, Receipt
 from common.records import Records
 from common.tasks import build_model
@@ -589,3 +591,43 @@ def test_a_process_that_dies_between_charge_and_answer_leaves_all_rounds_lost(
         assert len(store.sites()) == 6
         for name in store.sites():
             assert [entry.kind for entry in store.ledger(name).entries()] == LOST
+
+
+@pytest.fixture
+def misses(store, monkeypatch):
+    """For each price that nobody had asked for before, whether the books were held meanwhile."""
+    found = []
+    whole = accounting._epsilon_pld.__wrapped__
+
+    @lru_cache
+    def noting(*facts):
+        found.append(store._inside)
+        return whole(*facts)
+
+    monkeypatch.setattr(accounting, "_epsilon_pld", noting)
+    return found
+
+
+@pytest.mark.parametrize("most", [1, MOST])
+def test_nobody_waits_for_the_books_while_what_was_spent_is_priced(
+    store, instruction, misses, most
+):
+    """Other workers write to the same file; a price takes as long as a small site."""
+    sites = sites_of(store)
+    replies = cohort_of(sites, most=most)(asked(instruction), [context_of(n) for n in range(SITES)])
+    assert not any(reply.has_error() for reply in replies)
+    assert misses == [False] * len(misses) != []
+
+
+@pytest.mark.parametrize("most", [1, MOST])
+def test_who_rests_prices_what_each_site_will_say_next(store, instruction, misses, most):
+    sites = sites_of(store)
+    cohort = cohort_of(sites, most=most)
+    contexts = [context_of(n) for n in range(SITES)]
+    cohort(asked(instruction), contexts)
+    assert [cohort.rest() for _ in sites] == [True] * (SITES - 1) + [False]
+    assert not cohort.rest()
+    before = len(misses)
+    again = replace(instruction, round=2)
+    assert not any(reply.has_error() for reply in cohort(asked(again), contexts))
+    assert len(misses) == before

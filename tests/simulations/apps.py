@@ -50,6 +50,22 @@ def counting():
     return trained_by(train)
 
 
+class Restless:
+    """Has always more to do while it rests, and says how often it has."""
+
+    def __init__(self):
+        self.rests = 0
+        self._answer = trained_by(lambda m, c: reply(m, rests=self.rests))
+
+    def __call__(self, messages, contexts):
+        return self._answer(messages, contexts)
+
+    def rest(self):
+        self.rests += 1
+        time.sleep(0.01)
+        return True
+
+
 def raising():
     def train(message, context):
         raise ValueError("a secret of the site")

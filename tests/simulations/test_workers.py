@@ -92,6 +92,14 @@ def test_every_message_is_answered_once_by_the_site_it_was_for(started):
     assert grid.pull_messages(ids) == []
 
 
+def test_a_worker_makes_ready_what_comes_next_until_it_comes(started):
+    grid = started(apps.Restless, sites=4)
+    first = metrics(asked(grid), "rests")
+    time.sleep(0.5)
+    then = metrics(asked(grid), "rests")
+    assert all(before < after for before, after in zip(first, then, strict=True))
+
+
 def test_only_the_messages_asked_for_are_given(started):
     grid = started(apps.adding)
     ids = grid.push_messages(outgoing(grid))

@@ -5,6 +5,7 @@ import random
 import time
 from pathlib import Path
 
+import mpmath
 import pytest
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
@@ -19,9 +20,11 @@ from common.errors import ConfigError, VerificationError
 from common.privacy import accounting
 from common.privacy.accounting import (
     COARSE_INTERVAL,
+    HOPELESS,
     LIVE_INTERVAL,
     PRICED_ROUNDS,
     REPORT_INTERVAL,
+    ROUNDING,
     Epsilons,
     Event,
     check_agreement,
@@ -133,6 +136,46 @@ def test_the_price_of_a_joined_history_is_that_of_its_parts_composed_one_by_one(
         epsilon_pld(events, DELTA, LIVE_INTERVAL), abs=1e-6
     )
     assert epsilon_rdp(events[::-1], DELTA) == pytest.approx(epsilon_rdp(events, DELTA), abs=1e-6)
+
+
+def test_a_sampled_history_costs_what_the_librarys_own_accountant_says():
+    """The losses of a step are remembered here; what they compose to is the same to the last bit,
+    whether they were new or known.
+    """
+    histories = [[Event(1.2, 0.1, 7), Event(3.0, 1.0, 4)], [Event(1.2, 0.1, 9)]]
+    for events in histories * 2:
+        accounting._epsilon_pld.cache_clear()
+        accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, LIVE_INTERVAL)
+        for event in events:
+            noise = dp_event.GaussianDpEvent(event.noise_multiplier)
+            if event.sample_rate < 1:
+                noise = dp_event.PoissonSampledDpEvent(event.sample_rate, noise)
+            accountant.compose(noise, event.steps)
+        assert epsilon_pld(events, DELTA, LIVE_INTERVAL) == accountant.get_epsilon(DELTA)
+
+
+def delta_of_gaussian(sigma, epsilon):
+    """Balle and Wang (2018), equation 6, with sixty digits."""
+    with mpmath.workdps(60):
+        half, rest = 1 / (2 * sigma), epsilon * sigma
+        return mpmath.ncdf(half - rest) - mpmath.exp(epsilon) * mpmath.ncdf(-half - rest)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0.2, 1000), st.integers(1, 10_000)), min_size=1, max_size=3),
+    st.sampled_from([1e-12, 1e-9, 1e-5, 1e-3, 0.1]),
+)
+def test_a_history_without_sampling_costs_what_its_one_gaussian_costs_and_never_less(each, delta):
+    events = [Event(sigma, 1.0, steps) for sigma, steps in each]
+    priced = epsilon_pld(events, delta)
+    assume(priced < HOPELESS)
+    with mpmath.workdps(60):
+        sigma = 1 / mpmath.sqrt(sum(e.steps / mpmath.mpf(e.noise_multiplier) ** 2 for e in events))
+        priced = mpmath.mpf(priced)
+        assert delta_of_gaussian(sigma, priced) <= delta
+        below = priced - 2 * ROUNDING
+        assert below < 0 or delta_of_gaussian(sigma, below) > delta
 
 
 @settings(max_examples=8, deadline=None)

@@ -47,8 +47,9 @@ FAR = 1e9
 """Prices so many times too high or too low are all the same to who looks for the right one."""
 REMEMBERED_LENGTHS = range(2, 34)
 """Short transforms, more than scipy remembers."""
-ROUNDING = 1e-6
-"""Above an epsilon that is exact, for what floating point and its search may be off."""
+ROUNDING = 1e-9
+"""Above an epsilon that is exact, for what floating point and its search may be off. Below what a
+grid adds: a ledger that was priced by one, in an earlier version, stays good."""
 MIN_SIGMA, MAX_SIGMA = 1e-3, 1e6
 """Below the one an epsilon is called infinite, above the other noise is priced as if it were it:
 both on the safe side, and within what the libraries can compute.

@@ -152,7 +152,7 @@ def _losses(history: tuple[Event, ...], interval: float) -> "PrivacyLossDistribu
             together = together.compose(losses.self_compose(event.steps))
         else:  # so many Gaussians are one, with less noise
             deviation = _deviation(event) / math.sqrt(event.steps)
-            together = together.compose(_losses_of_gaussian(deviation, 1.0, interval))
+            together = together.compose(_losses_of_step(deviation, 1.0, interval))
     return together
 
 
@@ -161,21 +161,9 @@ def _losses_of_step(
     deviation: float, sample_rate: float, interval: float
 ) -> "PrivacyLossDistribution":
     """Most of the time of a price, and the same for every round of a run; a megabyte or two."""
-    return _losses_of_gaussian(deviation, sample_rate, interval)
+    from common.privacy.losses import losses_of_step  # noqa: PLC0415 - a second
 
-
-def _losses_of_gaussian(
-    deviation: float, sample_rate: float, interval: float
-) -> "PrivacyLossDistribution":
-    from dp_accounting import NeighboringRelation  # noqa: PLC0415 - a second
-    from dp_accounting.pld import privacy_loss_distribution as pld  # noqa: PLC0415 - the same
-
-    return pld.from_gaussian_mechanism(
-        standard_deviation=deviation,
-        value_discretization_interval=interval,
-        sampling_prob=sample_rate,
-        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
-    )
+    return losses_of_step(deviation, sample_rate, interval)
 
 
 def _deviation(event: Event) -> float:

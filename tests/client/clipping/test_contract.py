@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from client.clipping import tape
-from client.clipping.engines import EngineName, Hooks, SingleBackward, completed
+from client.clipping.engines import ENGINES, EngineName, Hooks, SingleBackward, completed
 from client.preflight import preflight
 from client.private_step import ParameterGroup, private_steps, sgd
 from common.errors import PrivacyRefusedError
@@ -39,6 +39,14 @@ LOOPED = {
     ("packed", "full"): "rows are picked by the mask",
 }
 """What no single backward covers, and why; exact all the same, one record at a time."""
+ROUNDED_BY_COMPANY = {
+    (
+        "Qwen2",
+        "LoRA",
+    ): "Hugging Face makes no mask where nobody in a batch is padded, and attention "
+    "without one rounds its gradients otherwise on some processors (AMD of 2023, Zen 4)",
+}
+"""What a single backward covers on most processors, and is refused on some, for its last bit."""
 REFUSED = {
     ("LeViT", "full"): "levit.*attention_biases: trainable, but no loss depends on it",
     ("batch statistics", "full"): "the model failed .*more than 1 value per channel",
@@ -94,9 +102,13 @@ def test_the_clipped_sum_is_that_of_batches_of_one(name, tuning, monkeypatch):
     engine = verdict.engine
     wanted = EngineName.loop if (name, tuning) in LOOPED else EngineName.single_backward
     assert engine is not None, verdict.refused
-    assert engine.name is wanted, verdict.refused
+    if engine.name is not wanted:
+        assert (name, tuning) in ROUNDED_BY_COMPANY, verdict.refused
+        assert all("how a record's gradient is rounded" in each for each in verdict.refused)
+        engine.close()  # its hooks would hear the oracle's backward passes, too
     expected, loss_of = oracle(specimen, RECORDS), specimen.made(RECORDS)
     clip_norm = float(expected.norms.median())  # some records are clipped, some are not
+    engine = engine if engine.name is wanted else ENGINES[engine.name](specimen.model)
     for route, constants in ROUTES.items():
         for constant, value in constants.items():
             monkeypatch.setattr(tape, constant, value)
@@ -104,7 +116,7 @@ def test_the_clipped_sum_is_that_of_batches_of_one(name, tuning, monkeypatch):
             sums = {}
             norms = engine.add_clipped(loss_of, np.array(records), clip_norm, sums)
             assert_exact(completed(sums, engine), norms, expected, records, clip_norm)
-        if engine.name is EngineName.loop:
+        if engine.name is not EngineName.single_backward:
             break
         assert engine.plan, route
     nobody_comes(engine)

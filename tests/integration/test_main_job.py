@@ -50,6 +50,7 @@ def measured(run_dir, *more, runs):
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # beside another process its threads wait for each other: three times as long
 def test_the_default_run_meets_its_promise(tmp_path):
     """Five sites, MiniLM, BBC News: epsilon 3, accuracy, memory, and CPU seconds.
 

@@ -209,7 +209,8 @@ def _answer_together(cases: list[_Case], trainer: Trainer) -> None:
     # 7. Release: the parameters after the noise, and what they cost, which is priced while nobody
     # waits for the file.
     for case in _going(cases):
-        case.ledger.books.spent()
+        with _ends(case):
+            case.ledger.books.spent()
     _in_one_transaction(_going(cases), _release)
 
 

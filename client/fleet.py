@@ -86,6 +86,7 @@ DOOR = "coterie-door"
 """The header in which the door of a coordinator's kit says what is wrong with a certificate."""
 NO_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})
 """What OpenSSL calls an answer in plain text; other faults of TLS pass."""
+NOT_REACHED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 """What a SuperLink, or what stands before it, answers while something is wrong with it."""
 
@@ -97,6 +98,10 @@ Response = TypeVar("Response")
 
 class UnreachableError(FederationError):
     """Nobody answered; it may be otherwise in a moment."""
+
+
+class NotReachedError(UnreachableError):
+    """The call did not get there: nothing came of it."""
 
 
 class NotAdmittedError(ConfigError):
@@ -387,7 +392,8 @@ class Fleet:
             )
         if cause is not None and cause.reason in NO_TLS:
             return NotAdmittedError(f"{where}: does not speak TLS, and nodes speak nothing else")
-        return UnreachableError(f"{where}: cannot be reached ({_words(error)})")
+        kind = NotReachedError if isinstance(error, NOT_REACHED) else UnreachableError
+        return kind(f"{where}: cannot be reached ({_words(error)})")
 
     def _refused(self, response: httpx.Response) -> CoterieError:
         where, status = f"superlink={self.address}", response.status_code

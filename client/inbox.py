@@ -34,6 +34,8 @@ class Inbox:
             raise ConfigError(
                 f"inbox={folder}: another node has it; one site has one node at a time"
             ) from error
+        self.unsure = os.path.exists(folder / ASKING)
+        """Whether somebody asked for an instruction and did not live to hear what came of it."""
 
     def close(self) -> None:
         """Lets go of the folder."""
@@ -51,23 +53,21 @@ class Inbox:
         """Keeps the node id."""
         write_atomic(self.folder / IDENTITY, f"{fingerprint} {node_id}\n")
 
-    @property
-    def unsure(self) -> bool:
-        """Whether somebody asked for an instruction and did not live to hear what came of it."""
-        return (self.folder / ASKING).exists()
-
     def asking(self) -> None:
         """From here until `heard`, an instruction may be handed out that is not on this disk yet.
 
         Not forced to the disk, for it is written at every look: it outlives the process. A machine
         that loses power is away for longer than Flower waits for it, or its round's deadline ends.
         """
+        self.unsure = True
         with suppress(OSError):  # where there is no room for it, an instruction is refused anyway
             (self.folder / ASKING).touch(mode=0o600)
 
     def heard(self) -> None:
         """Nothing was handed out, or what was is here, or nobody waits for it."""
-        (self.folder / ASKING).unlink(missing_ok=True)
+        self.unsure = False
+        with suppress(OSError):  # at worst the next process lets the coordinator know for nothing
+            (self.folder / ASKING).unlink(missing_ok=True)
 
     def put(self, parcel: Parcel) -> None:
         """Keeps an instruction; on disk when this returns."""

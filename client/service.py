@@ -35,10 +35,12 @@ from flwr.clientapp import ClientApp
 from client.anchor import Anchor
 from client.app import client_app
 from client.commitment import commit_to
+from client.doubts import Doubts
 from client.fleet import (
     Fleet,
     Handed,
     NotAdmittedError,
+    NotReachedError,
     Parcel,
     RunOverError,
     UnreachableError,
@@ -225,7 +227,7 @@ class Node:
         self._vitals = vitals or Vitals(settings.name)
         self._site, self._fleet, self._line, self._inbox = site, fleet, line, inbox
         self._anchor = anchor
-        self._looks = Looks(settings.poll_s)
+        self._looks, self._doubts = Looks(settings.poll_s), Doubts()
         self._app: ClientApp = client_app(
             lambda _: site,
             allow_unprotected=settings.allow_unprotected,
@@ -283,6 +285,7 @@ class Node:
         if got is None:
             return None
         self._looks.came()
+        self._doubts.settled()
         envelope, tree = got
         run = run_of(envelope)
         try:
@@ -307,18 +310,25 @@ class Node:
         """
         unsure = self._inbox.unsure
         self._inbox.asking()
-        got = self._fleet.receive()
-        if got is not None:  # a coordinator has one instruction at a time here, and this is it
-            return got
-        if unsure:
-            log.warning(
-                "%s: an instruction may have been lost on its way here; offline for %g s, so that "
-                "the coordinator asks again",
-                *(self._site.name, STAY_S),
-            )
-            self._fleet.step_away(lambda: self._line.stopping.wait(STAY_S))
-        self._inbox.heard()
-        return None
+        try:
+            got = self._fleet.receive()
+        except (NotReachedError, NotAdmittedError):
+            if not unsure:
+                self._inbox.heard()  # nothing was handed out
+            raise
+        # A coordinator has one instruction at a time here: what comes now is what was missed.
+        if got is None and not (unsure and self._doubts.remain(self._let_know)):
+            self._inbox.heard()
+        return got
+
+    def _let_know(self) -> None:
+        """Flower answers the coordinator for a node that is away: that there will be no answer."""
+        log.warning(
+            "%s: an instruction may have been lost on its way here; offline for %g s, so that the "
+            "coordinator asks again",
+            *(self._site.name, STAY_S),
+        )
+        self._fleet.step_away(lambda: self._line.stopping.wait(STAY_S))
 
     def _refuse_unkept(self, parcel: Parcel, error: OSError) -> None:
         """No disk, no charge, no answer: the coordinator asks again, where a spare round pays."""

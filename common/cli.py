@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from common.errors import ConfigError, CoterieError
+from common.processor import steady_products
 
 GROUP = "coterie.commands"
 INTERRUPTED = 130
@@ -37,6 +38,7 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(PART_MIB << 20),
+    **steady_products(),
 }
 
 

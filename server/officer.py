@@ -28,6 +28,7 @@ from common.privacy.books import Books, Plan
 from common.privacy.chain import NOTHING, Entry, Head, Kind
 from common.privacy.mechanism import is_counting
 from common.privacy.stored import Chain
+from common.privacy.verification import TOLERANCE
 from server import officer_words as words
 from server.spent_plot import Point
 
@@ -37,8 +38,6 @@ MOST_POINTS = 48
 """Of a curve: of longer histories so many are priced, the last one among them."""
 GROUP = 2
 """Records of one person that are priced as an example."""
-TOLERANCE = 1e-6
-"""By how much a claim may be below ours before it is one that is too small."""
 LIBRARIES = ("coterie", "dp-accounting", "cryptography")
 """What these figures were computed with."""
 FINGERPRINT = 16

@@ -18,6 +18,7 @@ from common.privacy.accounting import (
     number,
 )
 from common.privacy.mechanism import is_private
+from common.privacy.verification import TOLERANCE
 from server.plan import RunPlan, SitePlan
 from server.record import RoundLine, SiteLine, site_lines
 from server.resume import attempts_told
@@ -180,7 +181,7 @@ def _said(asked: list[Asked], name: str, delta: float) -> float:
     if books is None:
         return 0.0
     charged = _charged(books)
-    by_filter = books["spent"] > epsilon_pld(charged, delta)
+    by_filter = books["spent"] > epsilon_pld(charged, delta) + TOLERANCE
     asked_since = coalesce(_told(asked, name)) != coalesce(charged)
     return books["cap"] if by_filter and asked_since else books["spent"]
 

@@ -8,6 +8,7 @@ import logging.handlers
 import os
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 from flwr.app import Message, RecordDict
@@ -17,6 +18,8 @@ from common.allocation import Trimming, keep_freed_memory
 from common.device import prefer_gpu
 from simulations.answer import Answer, Resting, answered, context_of, identify, partition_of
 from simulations.link import Link
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,17 @@ def _serve(link: Link) -> None:
         link.send(_done(answer, job, settings.partitions))
 
 
-def _rest(answer: object, connection: Connection) -> None:
+def _rest(answer: Any, connection: Connection) -> None:
     """While nothing is asked, what comes next is made ready: the others are still at work, or the
     coordinator is, and all workers would do it at the same time at the beginning of the next round.
     """
-    if isinstance(answer, Resting):
-        while not connection.poll() and answer.rest():
-            pass
+    more = isinstance(answer, Resting)
+    while more and not connection.poll():
+        try:
+            more = answer.rest()
+        except Exception:  # what was not made ready is made when it is needed, and fails there
+            log.exception("a worker of the simulation could not make its next answers ready")
+            more = False
 
 
 def _done(answer: Answer, job: Job, partitions: int) -> Done:

@@ -2,11 +2,14 @@
 
 import os
 
+from common.processor import steady_products
+
 os.environ.update(
     HF_HUB_OFFLINE="1",
     FLWR_TELEMETRY_ENABLED="0",
     FLWR_DISABLE_UPDATE_CHECK="1",
     TOKENIZERS_PARALLELISM="false",
+    **steady_products(),  # before torch is imported, as `coterie` does it
 )
 
 import csv

@@ -21,7 +21,8 @@ def losses_of_step(
 ) -> PrivacyLossDistribution:
     """Of a record that comes or goes, both ways, at a rate in (0, 1].
 
-    Guarantee: no delta that follows is below the mechanism's own at that epsilon.
+    Guarantee: no delta of one step is below the mechanism's own at that epsilon by more than 1e-15.
+    Composing adds noise of Fourier transforms; see `common.privacy.accounting.NOISE`.
 
     >>> round(losses_of_step(1.0, 0.02, 1e-3).self_compose(100).get_epsilon_for_delta(1e-5), 3)
     1.427

@@ -9,7 +9,8 @@ from common.privacy.books import Books
 from common.privacy.chain import EMPTY, Entry, Export, Head, read_export
 
 TOLERANCE = 1e-6
-"""By how much a claimed epsilon may be below ours before it is an under-count."""
+"""By how much a claimed epsilon may be below ours before it is an under-count: other processors
+and other versions round the same price otherwise."""
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,9 @@ def test_in_batches_of_any_size_they_would(hostile):
 
     torch.set_num_threads(1)
     try:
+        one = loss_of(np.arange(1))
+        if all(torch.equal(one, loss_of(np.arange(n))[:1]) for n in range(2, RECORDS)):
+            pytest.skip("this processor rounds a row alike in batches of every size")
         assert furthest(sum_of) > CLIP * 1.3
     finally:
         torch.set_num_threads(threads)

@@ -1,5 +1,9 @@
 """The instruction that is being answered: there after any crash, and one node's at a time."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 from client.fleet import Parcel
@@ -49,6 +53,22 @@ def test_who_asked_and_did_not_live_to_hear_is_known_to_the_next_process(inbox, 
     heard(again)
     assert not again.unsure
     inbox._lock = again._lock  # closed at the end
+
+
+def test_an_inbox_that_cannot_be_written_ends_no_idle_node(inbox, monkeypatch):
+    """A disk that was mounted anew, for reading only."""
+    inbox.asking()
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "touch", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    for _ in range(2):
+        inbox.heard()
+        assert not inbox.unsure  # or it would step away at every look
+        inbox.asking()
+        assert inbox.unsure
 
 
 def test_an_altered_instruction_is_named_and_not_read(inbox):

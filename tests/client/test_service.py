@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import service
-from client.fleet import NotAdmittedError, Parcel, RunOverError, UnreachableError
+from client.fleet import NotAdmittedError, NotReachedError, Parcel, RunOverError, UnreachableError
 from client.inbox import Inbox
 from client.ledger import Ledger, Store, Terms
 from client.service import FIRST_DELAY_S, MAX_DELAY_S, Line, Node, open_site
@@ -341,6 +342,23 @@ def test_a_look_whose_answer_was_lost_on_the_line_is_such_a_case(away):
     answers += [UnreachableError("cut"), None, None]
     assert one._receive() is one._receive() is None
     assert absences == [service.STAY_S]
+
+
+@pytest.mark.parametrize("error", [NotReachedError("nobody"), NotAdmittedError("not now")])
+def test_a_look_that_did_not_get_there_lost_nothing(away, error):
+    one, answers, absences = away
+    answers += [error, None, None]
+    with suppress(NotAdmittedError):
+        one._receive()
+    assert not one._inbox.unsure or isinstance(error, NotReachedError)
+    while answers:
+        one._receive()
+    assert absences == []
+    one._inbox.asking()  # what was in doubt before is so still
+    answers += [NotAdmittedError("not now")]
+    with suppress(NotAdmittedError):
+        one._receive()
+    assert one._inbox.unsure
 
 
 def test_what_comes_at_the_next_look_was_not_lost(away):

@@ -8,6 +8,7 @@ Speed and memory only; a library without `mallopt` is left alone.
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 """Names of the settings in glibc's malloc.h."""
@@ -15,6 +16,9 @@ NEVER = -1
 """As a trim threshold."""
 GROWTH = 1.02
 """Of a process's memory, up to which it is left alone."""
+SELDOM_S = 5.0
+"""After so long what is free goes back in any case: rounds of which each leaves a small gap let a
+process grow by a quarter of a megabyte a round, and never by enough at once."""
 STATM = Path("/proc/self/statm")
 
 
@@ -51,21 +55,26 @@ class Trimming:
     given back is zeroed and mapped in again in the next, a twentieth of a round of small sites.
 
     Guarantee: whatever was freed is given back once a round ends with more than `GROWTH` times the
-    memory that the round after the last trim had. Where the kernel is silent, every other round.
+    memory that the round after the last trim had, or `SELDOM_S` later. Where the kernel is silent,
+    every other round.
     """
 
-    def __init__(self, resident: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self,
+        resident: Callable[[], int] | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
         """Args: resident: pages that the process has in memory; by default the kernel's word."""
-        self._resident = resident or resident_pages
-        self._level, self._has_trimmed = 0, False
+        self._resident, self._clock = resident or resident_pages, clock
+        self._level, self._has_trimmed, self._at = 0, False, clock()
 
     def after_round(self) -> bool:
         """Whether memory was given back."""
         pages = self._resident()
         if self._has_trimmed:
             self._level, self._has_trimmed = pages, False
-        elif not pages or pages > GROWTH * self._level:
-            self._has_trimmed = True
+        elif not pages or pages > GROWTH * self._level or self._clock() - self._at >= SELDOM_S:
+            self._has_trimmed, self._at = True, self._clock()
             trim_freed_memory()
         return self._has_trimmed
 

@@ -59,6 +59,18 @@ def test_memory_that_creeps_is_given_back_again_and_again(monkeypatch):
     assert 10 < sum(rounds) < 40
 
 
+def test_a_long_run_gives_back_every_few_seconds_whatever_it_holds(monkeypatch):
+    monkeypatch.setattr(allocation, "trim_freed_memory", lambda: True)
+    now = [0.0]
+    trimming = allocation.Trimming(lambda: 1000, lambda: now[0])
+    given_at = []
+    for second in range(20):
+        now[0] = float(second)
+        if trimming.after_round():
+            given_at.append(second)
+    assert given_at == [0, 5, 10, 15]
+
+
 def test_where_nobody_says_how_much_is_there_memory_is_given_back(monkeypatch, tmp_path):
     trimmed = []
     monkeypatch.setattr(allocation, "trim_freed_memory", lambda: trimmed.append(True))

@@ -16,9 +16,9 @@ NEVER = -1
 """As a trim threshold."""
 GROWTH = 1.02
 """Of a process's memory, up to which it is left alone."""
-SELDOM_S = 5.0
-"""After so long what is free goes back in any case: rounds of which each leaves a small gap let a
-process grow by a quarter of a megabyte a round, and never by enough at once."""
+SELDOM_S = 1.0
+"""After so long what is free goes back in any case: where each round leaves a small gap a process
+touches a quarter of a megabyte more in each, and never grows by enough at once."""
 STATM = Path("/proc/self/statm")
 
 
@@ -71,9 +71,10 @@ class Trimming:
     def after_round(self) -> bool:
         """Whether memory was given back."""
         pages = self._resident()
-        if self._has_trimmed:
+        due = self._clock() - self._at >= SELDOM_S
+        if self._has_trimmed and not due:
             self._level, self._has_trimmed = pages, False
-        elif not pages or pages > GROWTH * self._level or self._clock() - self._at >= SELDOM_S:
+        elif due or not pages or pages > GROWTH * self._level:
             self._has_trimmed, self._at = True, self._clock()
             trim_freed_memory()
         return self._has_trimmed

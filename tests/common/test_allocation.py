@@ -59,16 +59,20 @@ def test_memory_that_creeps_is_given_back_again_and_again(monkeypatch):
     assert 10 < sum(rounds) < 40
 
 
-def test_a_long_run_gives_back_every_few_seconds_whatever_it_holds(monkeypatch):
+def test_what_is_free_goes_back_once_a_second_at_least_whatever_there_is(monkeypatch):
     monkeypatch.setattr(allocation, "trim_freed_memory", lambda: True)
     now = [0.0]
     trimming = allocation.Trimming(lambda: 1000, lambda: now[0])
     given_at = []
-    for second in range(20):
-        now[0] = float(second)
+    for step in range(20):
+        now[0] = 0.25 * step
         if trimming.after_round():
-            given_at.append(second)
-    assert given_at == [0, 5, 10, 15]
+            given_at.append(now[0])
+    assert given_at == [0.0, 1.0, 2.0, 3.0, 4.0]
+    now[0] = 10.0
+    assert trimming.after_round()
+    now[0] = 12.0
+    assert trimming.after_round()  # a round of two seconds: after each
 
 
 def test_where_nobody_says_how_much_is_there_memory_is_given_back(monkeypatch, tmp_path):

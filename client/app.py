@@ -118,6 +118,7 @@ def _answer(site: Site, trainer: Trainer, instruction: Instruction) -> Update:
             ledger.prepare(reservation, coded, steps=measured.round_steps)
     # 7. Release: the parameters after the noise, and what they cost.
     released = ledger.release(reservation)
+    ledger.books.spent()  # priced, and remembered, while nobody waits for the file
     return _update(instruction, charge, released, books_of(ledger, instruction))
 
 
@@ -137,6 +138,7 @@ def _count(site: Site, trainer: Trainer, instruction: Instruction) -> Count:
             noised = noisy_count(correct, count_std(config), coins)
             ledger.prepare(reservation, np.float64(noised).tobytes(), steps=1)
     released = np.frombuffer(ledger.release(reservation), dtype=np.float64)
+    ledger.books.spent()  # the same
     return Count(instruction.run_id, float(released[0]), books_of(ledger, instruction))
 
 
@@ -184,7 +186,6 @@ def update_of(
 
 def books_of(ledger: Ledger, instruction: Instruction) -> SiteBooks:
     """What the reply says of the ledger, with the way from the head the coordinator knows."""
-    ledger.books.spent()  # priced, and remembered, while nobody waits for the file
     with ledger.at_once():  # others may append, and all of this is of one moment
         books, receipt = ledger.books, instruction.receipt
         links = b"" if receipt is None else ledger.links(receipt.head, books.head)

@@ -87,6 +87,7 @@ DOOR = "coterie-door"
 NO_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})
 """What OpenSSL calls an answer in plain text; other faults of TLS pass."""
 NOT_REACHED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+"""Faults before anything of a call was sent."""
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 """What a SuperLink, or what stands before it, answers while something is wrong with it."""
 

@@ -28,7 +28,8 @@ PART_MIB = 12
 """MiB of each part that a vector travels in, for Flower's 5: a part costs the SuperLink some 12 ms
 of processor whatever it holds. A door has to let it in, see `server.federation.Door`."""
 
-# Read by libraries at import: nothing calls out, and nothing is installed at run time.
+# Read by libraries at import: nothing calls out, nothing is installed at run time, and products are
+# rounded alike wherever their rows stand.
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",

@@ -23,7 +23,6 @@ from common.errors import ConfigError, VerificationError
 
 if TYPE_CHECKING:  # a second to import, which whoever prices nothing does not wait for
     from dp_accounting.dp_event import DpEvent
-    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 LIVE_INTERVAL = 1e-3
 """PLD discretisation while a run is planned; coarser is larger, never smaller."""
@@ -45,8 +44,6 @@ NEAR = 1e-5
 """Share of a sigma to which it is found before it is rounded up."""
 FAR = 1e9
 """Prices so many times too high or too low are all the same to who looks for the right one."""
-REMEMBERED_SIGMA = 0.5
-"""Of less noise the losses of a step take many megabytes, and are made anew for each price."""
 REMEMBERED_LENGTHS = range(2, 34)
 """Short transforms, more than scipy remembers."""
 ROUNDING = 1e-9
@@ -82,6 +79,11 @@ class Event:
             raise ConfigError(f"sample_rate={self.sample_rate}: must be between 0 and 1")
         if self.steps < 0:
             raise ConfigError(f"steps={self.steps}: must be 0 or more")
+
+    @property
+    def deviation(self) -> float:
+        """Of the noise, as the libraries can compute with it."""
+        return min(self.noise_multiplier, MAX_SIGMA)
 
 
 @dataclass(frozen=True)
@@ -132,58 +134,20 @@ def epsilon_pld(events: Iterable[Event], delta: float, interval: float = REPORT_
 
 @functools.lru_cache(maxsize=1024)
 def _epsilon_pld(history: tuple[Event, ...], delta: float, interval: float) -> float:
+    from common.privacy import losses  # noqa: PLC0415 - imports dp-accounting: a second
+
     if all(event.sample_rate == 1 for event in history):
-        return _epsilon_of_gaussian(history, delta)
+        return losses.epsilon_of_gaussians(history, delta) + ROUNDING
     surely = delta - _noise(history)
     if surely <= 0:  # below what such sums can tell
         return _epsilon_rdp(history, delta, None)
     with _transforms_forgotten():
-        return float(_losses(history, interval).get_epsilon_for_delta(surely))
-
-
-def _epsilon_of_gaussian(history: tuple[Event, ...], delta: float) -> float:
-    from dp_accounting import get_epsilon_gaussian  # noqa: PLC0415 - a second
-
-    precision = sum(event.steps / _deviation(event) ** 2 for event in history)
-    with np.errstate(divide="ignore"):  # the logarithm of a delta of 0
-        return float(get_epsilon_gaussian(1 / math.sqrt(precision), delta)) + ROUNDING
+        return float(losses.composed(history, interval).get_epsilon_for_delta(surely))
 
 
 def _noise(history: tuple[Event, ...]) -> float:
     """By how much the delta of a history that is composed on a grid may be too small."""
     return max(NOISE, NOISE_OF_STEP * sum(event.steps for event in history))
-
-
-def _losses(history: tuple[Event, ...], interval: float) -> "PrivacyLossDistribution":
-    """What the steps of a history lose together, rounded up to a grid."""
-    from dp_accounting.pld import privacy_loss_distribution as pld  # noqa: PLC0415 - a second
-
-    together = pld.identity(interval)
-    for event in history:
-        if event.sample_rate < 1:
-            small = event.noise_multiplier >= REMEMBERED_SIGMA and interval >= REPORT_INTERVAL
-            made = _losses_of_step if small else _losses_of_step.__wrapped__
-            losses = made(_deviation(event), event.sample_rate, interval)
-            together = together.compose(losses.self_compose(event.steps))
-        else:  # so many Gaussians are one, with less noise
-            deviation = _deviation(event) / math.sqrt(event.steps)
-            together = together.compose(_losses_of_step.__wrapped__(deviation, 1.0, interval))
-    return together
-
-
-@functools.lru_cache(maxsize=8)
-def _losses_of_step(
-    deviation: float, sample_rate: float, interval: float
-) -> "PrivacyLossDistribution":
-    """Most of the time of a price, and the same for every round of a run."""
-    from common.privacy.losses import losses_of_step  # noqa: PLC0415 - a second
-
-    return losses_of_step(deviation, sample_rate, interval)
-
-
-def _deviation(event: Event) -> float:
-    """Of the noise, as the libraries can compute with it."""
-    return min(event.noise_multiplier, MAX_SIGMA)
 
 
 def deltas_pld(events: Iterable[Event], epsilons: Sequence[float]) -> list[float]:
@@ -197,9 +161,11 @@ def deltas_pld(events: Iterable[Event], epsilons: Sequence[float]) -> list[float
     history = coalesce(events)
     if not history or _unprotected(history):
         raise ConfigError("events: none, or without noise; there is no curve")
+    from common.privacy import losses  # noqa: PLC0415 - imports dp-accounting: a second
+
     with _transforms_forgotten():
-        losses = _losses(history, LIVE_INTERVAL)
-        deltas = [float(losses.get_delta_for_epsilon(epsilon)) for epsilon in epsilons]
+        together = losses.composed(history, LIVE_INTERVAL)
+        deltas = [float(together.get_delta_for_epsilon(epsilon)) for epsilon in epsilons]
     return [min(1.0, delta + _noise(history)) for delta in deltas]
 
 
@@ -284,25 +250,17 @@ def epsilon_of_group(events: Iterable[Event], size: int, delta: float) -> float:
 
 @functools.lru_cache(maxsize=64)
 def _epsilon_of_group(history: tuple[Event, ...], size: int, delta: float) -> float:
-    from dp_accounting.pld import privacy_loss_distribution as pld  # noqa: PLC0415 - a second
+    from common.privacy import losses  # noqa: PLC0415 - imports dp-accounting: a second
 
-    few = sum(event.steps for event in history) <= FEW_STEPS
-    interval = COARSE_INTERVAL if few else LIVE_INTERVAL
     surely = delta - _noise(history)
     if surely <= 0:
         return math.inf
-    together = pld.identity(interval)
+    few = sum(event.steps for event in history) <= FEW_STEPS
+    interval = COARSE_INTERVAL if few else LIVE_INTERVAL
     with _transforms_forgotten():
-        for event in history:
-            q, sizes = event.sample_rate, range(size + 1)
-            step = pld.from_mixture_gaussian_mechanism(
-                standard_deviation=_deviation(event),
-                sensitivities=list(sizes),
-                sampling_probs=[math.comb(size, j) * q**j * (1 - q) ** (size - j) for j in sizes],
-                value_discretization_interval=interval,
-            )
-            together = together.compose(step.self_compose(event.steps))
-        return float(together.get_epsilon_for_delta(surely))
+        return float(
+            losses.composed_of_group(history, size, interval).get_epsilon_for_delta(surely)
+        )
 
 
 def epsilons(events: Iterable[Event], delta: float) -> Epsilons:
@@ -487,7 +445,7 @@ def _as_dp_event(event: Event) -> "DpEvent":
     """One step of it, as dp-accounting names it."""
     from dp_accounting import dp_event  # noqa: PLC0415 - a second
 
-    noise = dp_event.GaussianDpEvent(_deviation(event))
+    noise = dp_event.GaussianDpEvent(event.deviation)
     if event.sample_rate == 1:
         return noise
     return dp_event.PoissonSampledDpEvent(event.sample_rate, noise)

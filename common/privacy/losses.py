@@ -1,19 +1,73 @@
-"""Privacy losses of one step of the sampled Gaussian mechanism, rounded up to a grid.
+"""Privacy losses of steps of the sampled Gaussian mechanism, rounded up to a grid.
 
-What dp-accounting's `from_gaussian_mechanism` makes, by its own parts, but for one: there each of
-the grid's points (a hundred thousand, or millions where there is little noise) is a call in Python,
-here they are arrays. Source: Doroshenko et al. (2022), arXiv:2207.04380, algorithm 1.
+Of one step it is what dp-accounting's `from_gaussian_mechanism` makes, by its own parts, but for
+one: there each of the grid's points (a hundred thousand, or millions where there is little noise)
+is a call in Python, here they are arrays. Source: Doroshenko et al. (2022), arXiv:2207.04380,
+algorithm 1. `common.privacy.accounting` imports this late: dp-accounting takes a second.
 """
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
+from dp_accounting import get_epsilon_gaussian
 from dp_accounting.pld import pld_pmf
+from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 from numpy.typing import NDArray
 
+from common.privacy.accounting import REPORT_INTERVAL, Event
+
 Floats = NDArray[np.float64]
+REMEMBERED_SIGMA = 0.5
+"""Of less noise the losses of a step take many megabytes, and are made anew for each price."""
+
+
+def epsilon_of_gaussians(history: Sequence[Event], delta: float) -> float:
+    """Of steps that nothing samples, which are one Gaussian mechanism: exact, to rounding.
+
+    Source: Balle and Wang (2018), arXiv:1805.06530.
+    """
+    with np.errstate(divide="ignore"):  # the logarithm of a delta of 0
+        return float(get_epsilon_gaussian(_joined(history), delta))
+
+
+def composed(history: Sequence[Event], interval: float) -> PrivacyLossDistribution:
+    """What the steps of a history lose together."""
+    together = pld.identity(interval)
+    if whole := [event for event in history if event.sample_rate == 1]:
+        together = losses_of_step(_joined(whole), 1.0, interval)
+    for event in history:
+        if event.sample_rate < 1:
+            small = event.deviation >= REMEMBERED_SIGMA and interval >= REPORT_INTERVAL
+            made = _remembered if small else losses_of_step
+            step = made(event.deviation, event.sample_rate, interval)
+            together = together.compose(step.self_compose(event.steps))
+    return together
+
+
+def composed_of_group(
+    history: Sequence[Event], size: int, interval: float
+) -> PrivacyLossDistribution:
+    """The same for `size` records that come and go together, each drawn by itself."""
+    together = pld.identity(interval)
+    for event in history:
+        q, sizes = event.sample_rate, range(size + 1)
+        step = pld.from_mixture_gaussian_mechanism(
+            standard_deviation=event.deviation,
+            sensitivities=list(sizes),
+            sampling_probs=[math.comb(size, j) * q**j * (1 - q) ** (size - j) for j in sizes],
+            value_discretization_interval=interval,
+        )
+        together = together.compose(step.self_compose(event.steps))
+    return together
+
+
+def _joined(history: Sequence[Event]) -> float:
+    """Deviation of the one Gaussian that these are: their precisions add up."""
+    return 1 / math.sqrt(sum(event.steps / event.deviation**2 for event in history))
 
 
 def losses_of_step(
@@ -32,6 +86,10 @@ def losses_of_step(
         return PrivacyLossDistribution(removed)
     added = _on_grid(deviation, sample_rate, AdjacencyType.ADD, interval)
     return PrivacyLossDistribution(removed, added)
+
+
+_remembered = lru_cache(maxsize=8)(losses_of_step)
+"""Most of the time of a price, and the same for every round of a run."""
 
 
 def _on_grid(deviation: float, rate: float, side: AdjacencyType, interval: float) -> pld_pmf.PLDPmf:

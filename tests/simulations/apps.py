@@ -66,6 +66,14 @@ class Restless:
         return True
 
 
+class Upset(Restless):
+    """Fails when it rests."""
+
+    def rest(self):
+        super().rest()
+        raise ValueError("a secret of the site")
+
+
 def raising():
     def train(message, context):
         raise ValueError("a secret of the site")

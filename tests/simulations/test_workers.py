@@ -100,6 +100,15 @@ def test_a_worker_makes_ready_what_comes_next_until_it_comes(started):
     assert all(before < after for before, after in zip(first, then, strict=True))
 
 
+def test_a_worker_that_fails_while_it_rests_lives_on(started, caplog):
+    grid = started(apps.Upset, sites=4)
+    asked(grid)
+    time.sleep(0.2)
+    assert all(count >= 1 for count in metrics(asked(grid), "rests"))
+    assert "could not make its next answers ready" in caplog.text
+    assert "died" not in caplog.text
+
+
 def test_only_the_messages_asked_for_are_given(started):
     grid = started(apps.adding)
     ids = grid.push_messages(outgoing(grid))

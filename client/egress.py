@@ -35,6 +35,8 @@ ALLOWED: dict[str, dict[str, frozenset[str]]] = {
     MessageType.EVALUATE: {messages.FACTS: messages.COUNT_FACTS},
 }
 """By kind of message, the records of a reply and the names in them."""
+UNMEASURED = (ArrayRecord, ConfigRecord)
+"""Kinds of record that may leave at all; measurements do not."""
 
 
 def egress(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -63,8 +65,8 @@ def egress(message: Message, context: Context, call_next: ClientAppCallable) -> 
 
 def _is_listed(name: str, record: Record, allowed: Allowed) -> bool:
     """Whether all of a record may leave, so that nothing need be copied and checked anew."""
-    may = allowed.get(name, frozenset())
-    return bool(record) and not isinstance(record, MetricRecord) and record.keys() <= may
+    names = record.keys()
+    return bool(names) and type(record) in UNMEASURED and names <= allowed.get(name, frozenset())
 
 
 def _listed(content: RecordDict, allowed: Allowed) -> RecordDict:

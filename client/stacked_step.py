@@ -86,6 +86,12 @@ class Stack:
             )
         return torch.cat([torch.full((p.numel(),), sizes[p]) for p in self.engine.parameters])
 
+    @cached_property
+    def rate(self) -> float | None:
+        """The step size, where it is the same for all."""
+        first = float(self.rates[0])
+        return first if bool((self.rates == first).all()) else None
+
 
 @torch.no_grad()
 def private_steps_together(
@@ -223,7 +229,11 @@ class _Walk:
         """
         slots = slice(place, place + len(gradients))
         at = self._start if self._moved is None else self._moved[slots]
-        there = torch.addcmul(at, gradients, self._rates, value=-scale, out=gradients)
+        rate = self._stack.rate
+        if rate is None:
+            there = torch.addcmul(at, gradients, self._rates, value=-scale, out=gradients)
+        else:  # a third less to read
+            there = torch.add(at, gradients, alpha=-scale * rate, out=gradients)
         if len(self._pull):  # the penalty's implicit step, as the loop's
             there.lerp_(self._start.expand_as(there), self._pull)
         if self._moved is not None and self._left:
@@ -283,11 +293,13 @@ class _Walk:
 
 def _read(seat: Seat, piece: Drawn, like: Inputs) -> Inputs:
     """(B, ...) what is read of some records of a seat, each of the type and shape of `like`."""
-    own = seat.rows_at(piece)
+    own, found = seat.rows_at(piece), {}
     for name, tensor in like.items():
-        if own[name].shape != (len(piece), *tensor.shape[1:]):
+        part = own[name]
+        if len(part) != len(piece) or part.shape[1:] != tensor.shape[1:]:
             raise ValueError(f"{name}: of another shape than a made record's")
-    return {name: own[name].to(tensor.dtype) for name, tensor in like.items()}
+        found[name] = part if part.dtype == tensor.dtype else part.to(tensor.dtype)
+    return found
 
 
 def _each(seats: Iterable[Seat], act: Callable[[int, Seat], Found]) -> dict[int, Found]:

@@ -8,7 +8,7 @@ Speed and memory only; a library without `mallopt` is left alone.
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
+from time import monotonic, process_time
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 """Names of the settings in glibc's malloc.h."""
@@ -16,9 +16,10 @@ NEVER = -1
 """As a trim threshold."""
 GROWTH = 1.02
 """Of a process's memory, up to which it is left alone."""
-SELDOM_S = 1.0
+SELDOM_S, BUSY_S = 1.0, 5.0
 """After so long what is free goes back in any case: where each round leaves a small gap a process
-touches a quarter of a megabyte more in each, and never grows by enough at once."""
+touches a quarter of a megabyte more in each, and never grows by enough at once. The second where
+more than half of the time was work: forty megabytes cost 50 ms to map in again, a hundredth."""
 STATM = Path("/proc/self/statm")
 
 
@@ -51,33 +52,40 @@ def trim_freed_memory() -> bool:
 
 
 class Trimming:
-    """Gives freed memory back after a round in which the process grew, and after no other: what is
-    given back is zeroed and mapped in again in the next, a twentieth of a round of small sites.
+    """Gives freed memory back after a round in which the process grew, and seldom after another:
+    what is given back is zeroed and mapped in again in the next, a tenth of a round of small sites.
 
     Guarantee: whatever was freed is given back once a round ends with more than `GROWTH` times the
-    memory that the round after the last trim had, or `SELDOM_S` later. Where the kernel is silent,
-    every other round.
+    memory that the round after the last trim had, or `SELDOM_S` later, or `BUSY_S` where nobody
+    waited. Where the kernel is silent, every other round.
     """
 
     def __init__(
         self,
         resident: Callable[[], int] | None = None,
         clock: Callable[[], float] = monotonic,
+        worked: Callable[[], float] = process_time,
     ) -> None:
-        """Args: resident: pages that the process has in memory; by default the kernel's word."""
-        self._resident, self._clock = resident or resident_pages, clock
-        self._level, self._has_trimmed, self._at = 0, False, clock()
+        """Args: resident: pages that the process has in memory; by default the kernel's word;
+        worked: seconds of processor that it has taken.
+        """
+        self._resident, self._clock, self._worked = resident or resident_pages, clock, worked
+        self._level, self._has_trimmed, self._at = 0, False, (clock(), worked())
 
     def after_round(self) -> bool:
         """Whether memory was given back."""
         pages = self._resident()
-        due = self._clock() - self._at >= SELDOM_S
+        due = self._is_due()
         if self._has_trimmed and not due:
             self._level, self._has_trimmed = pages, False
         elif due or not pages or pages > GROWTH * self._level:
-            self._has_trimmed, self._at = True, self._clock()
+            self._has_trimmed, self._at = True, (self._clock(), self._worked())
             trim_freed_memory()
         return self._has_trimmed
+
+    def _is_due(self) -> bool:
+        passed, worked = self._clock() - self._at[0], self._worked() - self._at[1]
+        return passed >= (SELDOM_S if worked < passed / 2 else BUSY_S)
 
 
 def resident_pages() -> int:

@@ -14,13 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import VerificationError
-from common.parameters import MAX_MAGNITUDE, Vector
+from common.parameters import MAX_MAGNITUDE, Vector, largest_magnitude
 
 ROOM = 49
 """Bits for number of vectors and fraction together: 2^63 holds 2^49 times `MAX_MAGNITUDE`."""
+SMALL = 2.0 ** (53 - ROOM)
+"""Size of values up to which a float64, of 53 bits, holds every sum that fits, and each on the way
+to it."""
 MOST = 1 << 17
 """Vectors one sum may hold."""
-CHUNK = 1 << 15
+CHUNK = 1 << 16
 """Values converted at a time: they stay in the processor's cache."""
 
 
@@ -52,8 +55,8 @@ class ExactSum:
         """Vectors added so far."""
         self._weights: list[float] = []
         self._fraction = ROOM - (capacity - 1).bit_length()
-        self.total: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
-        """(P,) the sum, in multiples of `resolution`."""
+        self.total: NDArray[np.float64] | NDArray[np.int64] = np.zeros(size)
+        """(P,) the sum, in whole multiples of `resolution`; int64 once a value was not `SMALL`."""
 
     @property
     def resolution(self) -> float:
@@ -67,14 +70,17 @@ class ExactSum:
         counts in the mean, above 0 and at most 1.
         Raises: VerificationError if it is another one, or one more than fit; nothing was added.
         """
-        # An extreme per vector, and no copy of all magnitudes. Of NaN neither holds.
-        if vector.size and not (vector.min() >= -MAX_MAGNITUDE and vector.max() <= MAX_MAGNITUDE):
+        largest = largest_magnitude(vector)
+        if not largest <= MAX_MAGNITUDE:  # nor where it is no number
             raise VerificationError(f"sum: a value is not within {MAX_MAGNITUDE:g}")
-        self.add_checked(vector, weight)
+        self.add_checked(vector, weight, largest=largest)
 
-    def add_checked(self, vector: Vector, weight: float = 1.0) -> None:
+    def add_checked(
+        self, vector: Vector, weight: float = 1.0, *, largest: float = MAX_MAGNITUDE
+    ) -> None:
         """As `add`, of a vector that `check_vector` let pass: its values are not looked at again.
 
+        Args: largest: no value is of a larger size.
         Raises: VerificationError if its type or size is another, or it is one more than fit.
         """
         self._check_room(1)
@@ -85,14 +91,15 @@ class ExactSum:
         # By a power of two no bit is lost in float32 either; by another factor some would be.
         kind = np.float32 if weight == 1 else np.float64
         scale = kind(2.0**self._fraction * weight)
-        scaled, whole = np.empty(CHUNK, dtype=kind), np.empty(CHUNK, dtype=np.int64)
+        if largest > SMALL:
+            self._widen()
+        scaled = np.empty(min(CHUNK, vector.size), dtype=kind)
         for start in range(0, len(vector), CHUNK):
             part, target = vector[start : start + CHUNK], self.total[start : start + CHUNK]
-            real, units = scaled[: len(part)], whole[: len(part)]
-            np.multiply(part, scale, out=real)
-            np.rint(real, out=real)
-            np.copyto(units, real, casting="unsafe")
-            target += units
+            units = scaled[: len(part)]
+            np.multiply(part, scale, out=units)
+            np.rint(units, out=units)
+            np.add(target, units, out=target, dtype=target.dtype, casting="unsafe")
         self.count += 1
         self._weights.append(weight)
 
@@ -104,7 +111,9 @@ class ExactSum:
         if (other.total.shape, other._capacity) != (self.total.shape, self._capacity):
             raise VerificationError("sum: of another size, or capacity, than what it is added to")
         self._check_room(other.count)
-        self.total += other.total
+        if other.total.dtype == np.int64:
+            self._widen()
+        np.add(self.total, other.total, out=self.total, dtype=self.total.dtype, casting="unsafe")
         self.count += other.count
         self._weights += other._weights
 
@@ -122,6 +131,10 @@ class ExactSum:
             part = self.total[start : start + CHUNK].astype(np.float64)
             mean[start : start + CHUNK] = part / weight * self.resolution
         return mean
+
+    def _widen(self) -> None:
+        """To whole numbers of 63 bits; of those that are there none changes."""
+        self.total = self.total.astype(np.int64, copy=False)
 
     def _check_room(self, more: int) -> None:
         if self.count + more > self._capacity:

@@ -7,8 +7,10 @@ that was measured on private records.
 
 import math
 from collections.abc import Set
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from flwr.app import (
@@ -247,12 +249,12 @@ def _is_one(arrays: object, other: object) -> bool:
 def pack_update(update: Update) -> RecordDict:
     """The message content of an update: the whole egress of a round."""
     alike = _update_alike(update.run_id, update.round, update.layout_digest, update.charge)
-    facts = _config_record(alike).copy()
-    if update.books is not None:
-        facts.update(_pack_books(update.books))
     content, coded = alike.copy(), update.coded
     content[VECTOR] = pack_vector(update.vector) if coded is None else _pack_bytes(coded)
-    content[FACTS] = facts
+    if update.books is not None:  # without, the facts of all are one record, which nobody writes
+        facts = _config_record(alike).copy()
+        facts.update(_pack_books(update.books))
+        content[FACTS] = facts
     return content
 
 
@@ -321,35 +323,34 @@ class UpdateReader:
         they are coded as the way from these.
         """
         self._coding, self._start = coding, start
-        self._known: dict[str, object] = {}
-        self._update: Update | None = None
+        self._known: list[tuple[str, object]] = []
+        self._common: dict[str, Any] = {}
+        """Fields of an update with the facts that are known, but for its vector."""
 
     def read(self, message: Message) -> Update:
         """Parses an update. Raises: VerificationError, never anything else."""
         facts = _facts(message, UPDATE_FACTS)
-        if self._update is not None and _are_equal(facts, self._known):
-            return self._with_vector(self._update, message)
-        update = _update_of(facts, _NOTHING)
-        if update.books is None:
+        if self._common and _are_equal(facts, self._known):
+            return self._with_vector(self._common, message)
+        common = _common_of(facts)
+        if common["books"] is None:
             # Whoever sent them may still hold them; of lists this is a copy.
-            self._known = {n: [*v] if isinstance(v, list) else v for n, v in facts.items()}
-            self._update = update
-        return self._with_vector(update, message)
+            self._known = [(n, [*v] if isinstance(v, list) else v) for n, v in facts.items()]
+            self._common = common
+        return self._with_vector(common, message)
 
-    def _with_vector(self, update: Update, message: Message) -> Update:
+    def _with_vector(self, common: dict[str, Any], message: Message) -> Update:
         if self._coding is Coding.float32:
-            return replace(update, vector=_unpack_vector(message))
+            return Update(vector=_unpack_vector(message), **common)
         assert self._start is not None
         data = _unpack_bytes(message)
-        return replace(update, vector=decoded(data, self._start, self._coding), coded=data)
+        return Update(vector=decoded(data, self._start, self._coding), coded=data, **common)
 
 
-_NOTHING: Vector = np.zeros(0, dtype=np.float32)
-
-
-def _are_equal(facts: ConfigRecord, known: dict[str, object]) -> bool:
-    """Whether facts of the same names are the same, 1 and 1.0 and True being three things."""
-    return all(type(value) is type(known[n]) and value == known[n] for n, value in facts.items())
+def _are_equal(facts: ConfigRecord, known: list[tuple[str, object]]) -> bool:
+    """Whether facts are the same in the same order, 1 and 1.0 and True being three things."""
+    found = [*facts.items()]
+    return found == known and [type(v) for _, v in found] == [type(v) for _, v in known]
 
 
 def read_update(message: Message) -> Update:
@@ -357,7 +358,8 @@ def read_update(message: Message) -> Update:
     return UpdateReader().read(message)
 
 
-def _update_of(facts: ConfigRecord, vector: Vector) -> Update:
+def _common_of(facts: ConfigRecord) -> dict[str, Any]:
+    """Fields of an update, but for its vector."""
     try:
         books = _read_books(facts)
         charge = Event(
@@ -367,14 +369,13 @@ def _update_of(facts: ConfigRecord, vector: Vector) -> Update:
         )
     except ConfigError as error:
         raise VerificationError(f"update: {error}") from error
-    return Update(
-        run_id=_text(facts, "run-id"),
-        round=_whole(facts, "round"),
-        layout_digest=_text(facts, "layout-digest"),
-        charge=charge,
-        vector=vector,
-        books=books,
-    )
+    return {
+        "run_id": _text(facts, "run-id"),
+        "round": _whole(facts, "round"),
+        "layout_digest": _text(facts, "layout-digest"),
+        "charge": charge,
+        "books": books,
+    }
 
 
 def _read_books(facts: ConfigRecord) -> SiteBooks | None:
@@ -402,12 +403,19 @@ def pack_vector(vector: Vector) -> ArrayRecord:
     """A flat vector as the record Flower's strategies average: what `Array(vector)` holds."""
     if vector.dtype.str != "<f4" or vector.ndim != 1:
         return ArrayRecord({VECTOR: Array(vector)})
-    record = _EMPTY.copy()  # a new one, given a dict, would build its arrays anew
-    record[VECTOR] = Array("float32", vector.shape, SType.NUMPY, frame_of(vector))
+    # Copies of what Flower has checked before: built anew, both cost more than their frame.
+    record, array = _EMPTY.copy(), copy(_array_of(vector.shape))
+    array.data = frame_of(vector)
+    record[VECTOR] = array
     return record
 
 
 _EMPTY = ArrayRecord()
+
+
+@lru_cache(maxsize=4)
+def _array_of(shape: tuple[int, ...]) -> Array:
+    return Array("float32", shape, SType.NUMPY, b"")
 
 
 def unpack_arrays(arrays: ArrayRecord) -> Vector:
@@ -467,8 +475,11 @@ def let_go(message: Message) -> None:
 
 def content_bytes(content: RecordDict) -> int:
     """Bytes of the arrays of a message; its few facts are not counted."""
-    arrays = [record for record in content.values() if isinstance(record, ArrayRecord)]
-    return sum(len(array.data) for record in arrays for array in record.values())
+    count = 0
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            count += sum([len(array.data) for array in record.values()])
+    return count
 
 
 def _unpack_vector(message: Message) -> Vector:

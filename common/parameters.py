@@ -1,5 +1,6 @@
 """The trainable parameters as one flat vector with a layout both sides can compare."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,15 +80,26 @@ def write(model: nn.Module, vector: Vector) -> None:
             start += parameter.numel()
 
 
-def check_vector(vector: Vector, layout: Layout) -> None:
-    """Refuses a vector that is not one of `layout`, or of no model. Raises: VerificationError."""
+def largest_magnitude(vector: Vector) -> float:
+    """Of its values; NaN where one of them is, 0 where there is none."""
+    if not vector.size:
+        return 0.0
+    # The two ends stand for all values, and need no copy: of a NaN both are NaN.
+    return max(-float(vector.min()), float(vector.max()))
+
+
+def check_vector(vector: Vector, layout: Layout) -> float:
+    """Refuses a vector that is not one of `layout`, or of no model.
+
+    Returns: the largest magnitude of its values. Raises: VerificationError.
+    """
     if vector.dtype != np.float32 or vector.shape != (layout.size,):
         raise VerificationError(
             f"parameters: {vector.dtype} of shape {vector.shape}, expected float32 ({layout.size},)"
         )
-    # The two ends stand for all values, and need no copy: of a NaN both are NaN.
-    ends = (float(vector.min()), float(vector.max())) if vector.size else (0.0, 0.0)
-    if not np.isfinite(ends).all():
+    largest = largest_magnitude(vector)
+    if not math.isfinite(largest):
         raise VerificationError("parameters: not finite")
-    if max(map(abs, ends)) > MAX_MAGNITUDE:
+    if largest > MAX_MAGNITUDE:
         raise VerificationError(f"parameters: larger than {MAX_MAGNITUDE:g}, as no model's are")
+    return largest

@@ -98,12 +98,14 @@ class Judge:
             return
         try:
             update = self._reader.read(reply)
-            _check(update, self._instruction, self._layout, self._charges[node])
+            largest = _check(update, self._instruction, self._layout, self._charges[node])
             if update.books is not None:
                 check_continuation(self._receipts.get(node), update.books)
         except VerificationError as error:
             self._refused[node] = str(error)
             return
+        weight = self._weights.get(node, 1.0)
+        self._gathered.add(node, update.vector, largest=largest, weight=weight)
         self._accept(node, update, messages.content_bytes(reply.content))
 
     def has(self, needed: int) -> bool:
@@ -122,7 +124,6 @@ class Judge:
         return Verdicts(accepted, refused, books, self._bytes_up, self._late)
 
     def _accept(self, node: int, update: Update, size: int) -> None:
-        self._gathered.add(node, update.vector, weight=self._weights.get(node, 1.0))
         self._refused.pop(node, None)
         self._accepted.add(node)
         self._bytes_up += size
@@ -130,7 +131,8 @@ class Judge:
             self._books[node] = update.books
 
 
-def _check(update: Update, instruction: Instruction, layout: Layout, charge: Event) -> None:
+def _check(update: Update, instruction: Instruction, layout: Layout, charge: Event) -> float:
+    """Returns: the largest magnitude of its values. Raises: VerificationError."""
     if (update.run_id, update.round) != (instruction.run_id, instruction.round):
         raise VerificationError("update: of another run or round")
     if update.layout_digest != instruction.layout_digest:
@@ -141,7 +143,7 @@ def _check(update: Update, instruction: Instruction, layout: Layout, charge: Eve
         raise VerificationError(
             "update: comes without the books of its site, or with needless ones"
         )
-    check_vector(update.vector, layout)
+    return check_vector(update.vector, layout)
 
 
 def reason_of(reply: Message) -> str:

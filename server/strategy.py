@@ -44,11 +44,11 @@ class Gathered(Protocol):
     def count(self) -> int:
         """How many there are."""
 
-    def add(self, node: int, vector: Vector, *, weight: float = 1.0) -> None:
+    def add(self, node: int, vector: Vector, *, largest: float, weight: float = 1.0) -> None:
         """One more update, of `node`; a view of a message need not outlive the call.
 
-        Args: vector: one that `check_vector` let pass; weight: what it counts where a mean is
-        taken.
+        Args: vector: one that `check_vector` let pass; largest: what that found; weight: what it
+        counts where a mean is taken.
         """
 
 
@@ -63,9 +63,9 @@ class Summed:
         """How many there are."""
         return self.sum.count
 
-    def add(self, node: int, vector: Vector, *, weight: float = 1.0) -> None:
+    def add(self, node: int, vector: Vector, *, largest: float, weight: float = 1.0) -> None:
         """One more update."""
-        self.sum.add_checked(vector, weight)
+        self.sum.add_checked(vector, weight, largest=largest)
 
 
 class Kept:
@@ -79,7 +79,7 @@ class Kept:
         """How many there are."""
         return len(self._vectors)
 
-    def add(self, node: int, vector: Vector, *, weight: float = 1.0) -> None:
+    def add(self, node: int, vector: Vector, *, largest: float, weight: float = 1.0) -> None:
         """One more update."""
         self._vectors[node] = vector
 

@@ -310,8 +310,11 @@ MUTATIONS = {
         "agreement:",
         AssertionError,
     ),
-    "sums of all slots": Mutation(
-        edit(stacked.LinearLayers._sums, ("return sums", "return sums * 0 + sums.sum(0)")),
+    "sums of other slots": Mutation(
+        edit(
+            stacked.LinearLayers._sum_up,
+            ("given.transpose(1, 2), read,", "given.transpose(1, 2).flip(0), read.flip(0),"),
+        ),
         agree,
         "agreement:",
         AssertionError,
@@ -459,7 +462,7 @@ PROMISED = {
     "one stream of noise for all sites",
     "one set of coins for all sites",
     "realised batch size as divisor",
-    "sums of all slots",
+    "sums of other slots",
     "fillers that count",
     "trained before it is charged",
     "noise for one record of a person",

@@ -59,10 +59,10 @@ def test_memory_that_creeps_is_given_back_again_and_again(monkeypatch):
     assert 10 < sum(rounds) < 40
 
 
-def test_what_is_free_goes_back_once_a_second_at_least_whatever_there_is(monkeypatch):
+def test_of_who_waits_what_is_free_goes_back_once_a_second_whatever_there_is(monkeypatch):
     monkeypatch.setattr(allocation, "trim_freed_memory", lambda: True)
     now = [0.0]
-    trimming = allocation.Trimming(lambda: 1000, lambda: now[0])
+    trimming = allocation.Trimming(lambda: 1000, lambda: now[0], lambda: 0.4 * now[0])
     given_at = []
     for step in range(20):
         now[0] = 0.25 * step
@@ -73,6 +73,18 @@ def test_what_is_free_goes_back_once_a_second_at_least_whatever_there_is(monkeyp
     assert trimming.after_round()
     now[0] = 12.0
     assert trimming.after_round()  # a round of two seconds: after each
+
+
+def test_of_who_works_it_goes_back_after_five_seconds(monkeypatch):
+    monkeypatch.setattr(allocation, "trim_freed_memory", lambda: True)
+    now, worked = [0.0], [0.0]
+    trimming = allocation.Trimming(lambda: 1000, lambda: now[0], lambda: worked[0])
+    given_at = []
+    for step in range(60):
+        now[0], worked[0] = 0.25 * step, 0.25 * min(step, 40)  # after ten seconds it waits
+        if trimming.after_round():
+            given_at.append(now[0])
+    assert given_at == [0.0, 5.0, 10.0, 11.0, 12.0, 13.0, 14.0]
 
 
 def test_where_nobody_says_how_much_is_there_memory_is_given_back(monkeypatch, tmp_path):

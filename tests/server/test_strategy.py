@@ -10,7 +10,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from common import messages
 from common.composition import CONF
 from common.errors import FederationError
-from common.parameters import Layout
+from common.parameters import Layout, largest_magnitude
 from common.strategies import StrategyName
 from server.checkpoint import RunState, read_checkpoint, write_checkpoint
 from server.strategy import _built, _put, aggregate, gathering
@@ -48,7 +48,7 @@ def updates_of(number, sites=SITES):
 def gathered(strategy, updates):
     collected = gathering(strategy, SIZE, capacity=max(SITES, len(updates)))
     for node, vector in updates.items():
-        collected.add(node, vector)
+        collected.add(node, vector, largest=largest_magnitude(vector))
     return collected
 
 

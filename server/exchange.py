@@ -13,13 +13,14 @@ from common.config import Config
 from common.messages import Instruction
 from common.privacy.chain import Receipt
 from server.cohort import POLL_S
+from server.stragglers import Spared
 
 GONE = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
 """What Flower answers for a node it has given up, or whose reply it lost half of."""
 FIRST_POLL_S = 0.02
 """Seconds to the next look for replies, after some came; doubled up to `POLL_S` while none do."""
 GONE_POLL_S = 2.0
-"""Seconds between two looks for sites that Flower has given up."""
+"""Seconds between two looks for sites that Flower has given up, or that were at work."""
 
 
 class Exchange:
@@ -56,7 +57,7 @@ class Exchange:
         """On the monotonic clock; no reply is taken after it."""
         self._gone: set[int] = set()
         """Nodes that Flower has given up, and that may be asked once more."""
-        self._look_at = 0.0
+        self._look_at, self._look_for_spared_at = 0.0, monotonic() + GONE_POLL_S
         self._waiting: dict[str, None] = {}
 
     def send(self, nodes: tuple[int, ...], kind: str = MessageType.TRAIN) -> list[str]:
@@ -72,19 +73,21 @@ class Exchange:
         self,
         enough: Callable[[], bool] = lambda: True,
         closed: Callable[[], bool] = lambda: False,
+        spared: Spared | None = None,
     ) -> Iterator[Message]:
         """The last reply of each site, as they come; ends when all have, or at the deadline.
 
         Args: enough: whether the replies so far will do. If not, sites are waited for that Flower
         has given up: a machine that starts again does so within minutes; closed: whether nobody is
-        waited for any more: who has not answered then stays in `left`.
+        waited for any more: who has not answered then stays in `left`; spared: sites that are asked
+        as soon as they are through with another round, if this one still waits then.
         """
         self._waiting = waiting = dict.fromkeys(self.sent)  # in the order sent
         pause = FIRST_POLL_S
         while (
             monotonic() < self.deadline
             and not closed()
-            and (waiting or (self._gone and not enough()))
+            and (waiting or ((self._gone or spared) and not enough()))
         ):
             nothing = True
             for reply in self._grid.pull_messages(waiting.keys()) if waiting else ():
@@ -101,6 +104,7 @@ class Exchange:
                     yield reply
                 del reply  # the next may be as large, and is fetched now
             waiting.update(dict.fromkeys(self._returned()))
+            waiting.update(dict.fromkeys(self._freed(spared)))
             pause = min(2 * pause, POLL_S) if nothing else FIRST_POLL_S
             if nothing:
                 sleep(min(pause, max(self.deadline - monotonic(), 0)))
@@ -133,6 +137,15 @@ class Exchange:
         back = sorted(self._gone & {*self._grid.get_node_ids()})
         self._gone -= {*back}
         return [sent for node in back for sent in self._repeated(node)]
+
+    def _freed(self, spared: Spared | None) -> list[str]:
+        """Asks those that were at work on another round, and are through; a round that ends soon
+        never looks.
+        """
+        if not spared or monotonic() < self._look_for_spared_at:
+            return []
+        self._look_for_spared_at = monotonic() + GONE_POLL_S
+        return self.send(spared.freed())
 
     def _repeated(self, node: int) -> list[str]:
         if self._spares.get(node, 0) < 1 or monotonic() >= self.deadline:

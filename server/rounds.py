@@ -25,7 +25,7 @@ from server.exchange import Exchange
 from server.heads import HeadBook, receipts_of
 from server.plan import RunPlan
 from server.resume import asked_before, without_spare
-from server.stragglers import Stragglers
+from server.stragglers import Spared, Stragglers
 from server.strategy import aggregate, gathering
 
 OnReply = Callable[[int, str], None]
@@ -90,7 +90,7 @@ def run_rounds(
     stragglers = Stragglers(grid)
     for number in range(state.round + 1, config.federation.rounds + 1):
         # 1. Sample the cohort: the plan did, from public coins. Who is still at work on a round
-        # before is not asked.
+        # before is not asked, or later, once it is through.
         cohort = in_order(run_plan.cohort(number, nodes))
         enough = share_of(len(cohort), config.federation.enough)
         asked = stragglers.spared(cohort, enough=enough)
@@ -110,6 +110,7 @@ def run_rounds(
             configs={node: own.config for node, own in terms.items()},
         )
         exchange.send(asked)
+        spared = Spared(stragglers, (node for node in cohort if node not in asked))
         needed = share_of(len(cohort), config.federation.quorum)
         # 8. Collect replies until enough have come, or the deadline; 9. validate each by itself,
         # and gather its update.
@@ -124,7 +125,7 @@ def run_rounds(
             weights={node: run_plan.weight_of(nodes[node]) for node in cohort},
             enough=enough if enough < len(cohort) else None,
         )
-        for reply in exchange.replies(partial(judge.has, needed), judge.is_closed):
+        for reply in exchange.replies(partial(judge.has, needed), judge.is_closed, spared):
             judge.read(reply)
             on_reply(number, nodes[exchange.sent[reply.metadata.reply_to_message_id]])
         sites_s, verdicts = perf_counter() - started, judge.verdicts()
@@ -151,7 +152,7 @@ def run_rounds(
         write_checkpoint(checkpoints, state, private=is_private(config))
         # Those of earlier rounds, who have had this one to send what they had to send.
         late = (*verdicts.late, *stragglers.heard())
-        stragglers.remember(exchange)
+        stragglers.remember(exchange.left, exchange.deadline)
         # 11. Record.
         yield RoundOutcome(
             state=state,

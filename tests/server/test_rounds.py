@@ -3,7 +3,6 @@
 import json
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -656,9 +655,36 @@ def test_who_is_still_at_work_is_asked_again_once_it_has_answered(go, planned):
     assert next(rounds).asked == ("site-1", "site-2", "site-3")
 
 
+def test_who_was_late_is_asked_for_the_round_under_way_once_it_is_through(go, planned):
+    """The first is late, and then another one hangs: two of three are enough, and two are there."""
+    grid = FakeGrid(named(3), nodes_that(n1=silent))
+    rounds = go(grid, planned(rounds=3, quorum=0.6, enough=0.6, round_timeout_s=60.0))
+    assert next(rounds).refused == {"site-1": LATE}
+    grid.answer = nodes_that(n2=silent)
+    grid.unsolicited = [update(1, grid.pushed["m-1"])]  # of the first round, while the second waits
+    began = time.monotonic()
+    second = next(rounds)
+    assert time.monotonic() - began < 20  # and not at the deadline
+    assert second.asked == ("site-2", "site-3", "site-1")
+    assert second.refused == {"site-2": LATE}
+    assert second.late == ("site-1",)
+    assert second.vector == pytest.approx(np.full(4, 2.5 + 2.0))  # of sites 3 and 1
+
+
+def test_where_all_have_answered_and_more_are_needed_who_is_at_work_is_waited_for(go, planned):
+    grid = FakeGrid(named(3), nodes_that(n1=silent))
+    rounds = go(grid, planned(rounds=3, quorum=0.6, enough=0.6, round_timeout_s=60.0))
+    next(rounds)
+    grid.answer = nodes_that(n2=refuse)
+    grid.unsolicited = [update(1, grid.pushed["m-1"])]
+    second = next(rounds)
+    assert second.asked == ("site-2", "site-3", "site-1")
+    assert set(second.refused) == {"site-2"}
+
+
 def test_no_round_asks_fewer_sites_than_are_enough():
     stragglers, left = Stragglers(FakeGrid({}, silent)), {"m-1": 4, "m-2": 2, "m-3": 3}
-    stragglers.remember(SimpleNamespace(left=left, deadline=time.monotonic() + 60))
+    stragglers.remember(left, time.monotonic() + 60)
     assert stragglers.spared((1, 2, 3, 4), enough=1) == (1,)
     assert stragglers.spared((1, 2, 3, 4), enough=3) == (1, 2, 4)  # 4 began first, 3 last
     assert stragglers.spared((1, 2, 3, 4), enough=4) == (1, 2, 3, 4)
@@ -668,8 +694,8 @@ def test_nobody_is_at_work_any_more_when_the_time_of_the_instruction_is_over():
     grid = FakeGrid({}, silent)
     grid.handled = {"m-1", "m-2"}
     stragglers, soon = Stragglers(grid), time.monotonic() + 0.05
-    stragglers.remember(SimpleNamespace(left={"m-1": 1}, deadline=time.monotonic() - 1))
-    stragglers.remember(SimpleNamespace(left={"m-2": 2}, deadline=soon))
+    stragglers.remember({"m-1": 1}, time.monotonic() - 1)
+    stragglers.remember({"m-2": 2}, soon)
     assert stragglers.spared((1, 2), enough=1) == (1,)
     time.sleep(0.06)
     assert stragglers.heard() == ()

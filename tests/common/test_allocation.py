@@ -43,20 +43,12 @@ def test_a_c_library_without_the_setting_is_left_alone(monkeypatch):
 def test_memory_is_given_back_where_it_grew_and_not_each_round(monkeypatch):
     trimmed = []
     monkeypatch.setattr(allocation, "trim_freed_memory", lambda: trimmed.append(True))
-    pages = iter([100, 90, 91, 90, 92, 80, 81, 82])
+    pages = iter([100, 90, 107, 90, 109, 80, 96, 97])
     trimming = allocation.Trimming(lambda: next(pages))
     rounds = [trimming.after_round() for _ in range(8)]
-    # The first, which prepares; the one above 1.02 times what was there a round later.
+    # The first, which prepares; the one above 1.2 times what was there a round later.
     assert rounds == [True, False, False, False, True, False, False, True]
     assert len(trimmed) == 3
-
-
-def test_memory_that_creeps_is_given_back_again_and_again(monkeypatch):
-    monkeypatch.setattr(allocation, "trim_freed_memory", lambda: True)
-    held = iter(range(1000, 2000, 5))
-    trimming = allocation.Trimming(lambda: next(held))
-    rounds = [trimming.after_round() for _ in range(100)]
-    assert 10 < sum(rounds) < 40
 
 
 def test_of_who_waits_what_is_free_goes_back_once_a_second_whatever_there_is(monkeypatch):

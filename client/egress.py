@@ -36,7 +36,7 @@ ALLOWED: dict[str, dict[str, frozenset[str]]] = {
 }
 """By kind of message, the records of a reply and the names in them."""
 UNMEASURED = (ArrayRecord, ConfigRecord)
-"""Kinds of record that may leave at all; measurements do not."""
+"""Kinds of record that may leave as they are; measurements do not leave at all."""
 
 
 def egress(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -33,7 +33,7 @@ class ExactSum:
     Guarantee: `total`, and so `mean()`, is a function of the multiset of vectors that were added,
     here or in sums merged into this one; order and grouping change no bit. Each value is off by
     half of `resolution` at most, and one that is at least 2^23 times `resolution` is exact.
-    Memory: 8 bytes a value, whatever the number of vectors.
+    Memory: 8 bytes a value, whatever the number of vectors; 16 for a moment, once a sum.
 
     >>> one, other = ExactSum(1, capacity=3), ExactSum(1, capacity=3)
     >>> for value in (1e4, 0.5):

@@ -57,7 +57,8 @@ class Exchange:
         """On the monotonic clock; no reply is taken after it."""
         self._gone: set[int] = set()
         """Nodes that Flower has given up, and that may be asked once more."""
-        self._look_at, self._look_for_spared_at = 0.0, monotonic() + GONE_POLL_S
+        self._look_at, self._spared_at = 0.0, monotonic() + timeout_s / 2
+        self._spared_until = monotonic() + 0.75 * timeout_s
         self._waiting: dict[str, None] = {}
 
     def send(self, nodes: tuple[int, ...], kind: str = MessageType.TRAIN) -> list[str]:
@@ -80,14 +81,15 @@ class Exchange:
         Args: enough: whether the replies so far will do. If not, sites are waited for that Flower
         has given up: a machine that starts again does so within minutes; closed: whether nobody is
         waited for any more: who has not answered then stays in `left`; spared: sites that are asked
-        as soon as they are through with another round, if this one still waits then.
+        once they are through with another round, where this one is about to fail: half of its time
+        is over, and what has come will not do.
         """
         self._waiting = waiting = dict.fromkeys(self.sent)  # in the order sent
         pause = FIRST_POLL_S
         while (
             monotonic() < self.deadline
             and not closed()
-            and (waiting or ((self._gone or spared) and not enough()))
+            and (waiting or (self._gone and not enough()))
         ):
             nothing = True
             for reply in self._grid.pull_messages(waiting.keys()) if waiting else ():
@@ -104,7 +106,8 @@ class Exchange:
                     yield reply
                 del reply  # the next may be as large, and is fetched now
             waiting.update(dict.fromkeys(self._returned()))
-            waiting.update(dict.fromkeys(self._freed(spared)))
+            if spared and not enough() and not closed():
+                waiting.update(dict.fromkeys(self._freed(spared)))
             pause = min(2 * pause, POLL_S) if nothing else FIRST_POLL_S
             if nothing:
                 sleep(min(pause, max(self.deadline - monotonic(), 0)))
@@ -138,14 +141,15 @@ class Exchange:
         self._gone -= {*back}
         return [sent for node in back for sent in self._repeated(node)]
 
-    def _freed(self, spared: Spared | None) -> list[str]:
-        """Asks those that were at work on another round, and are through; a round that ends soon
-        never looks.
+    def _freed(self, spared: Spared) -> list[str]:
+        """Asks those that were at work on another round, and are through; in the third quarter of
+        the round's time, so that one that goes well does not look, and they have time to answer.
         """
-        if not spared or monotonic() < self._look_for_spared_at:
+        if not self._spared_at <= monotonic() < self._spared_until:
             return []
-        self._look_for_spared_at = monotonic() + GONE_POLL_S
-        return self.send(spared.freed())
+        self._spared_at = monotonic() + GONE_POLL_S
+        freed = spared.freed()  # which may take its time, where a late update is still on its way
+        return self.send(freed) if monotonic() < self._spared_until else []
 
     def _repeated(self, node: int) -> list[str]:
         if self._spares.get(node, 0) < 1 or monotonic() >= self.deadline:

@@ -90,7 +90,7 @@ def run_rounds(
     stragglers = Stragglers(grid)
     for number in range(state.round + 1, config.federation.rounds + 1):
         # 1. Sample the cohort: the plan did, from public coins. Who is still at work on a round
-        # before is not asked, or later, once it is through.
+        # before is not asked; or later, once it is through, if the round would fail without it.
         cohort = in_order(run_plan.cohort(number, nodes))
         enough = share_of(len(cohort), config.federation.enough)
         asked = stragglers.spared(cohort, enough=enough)

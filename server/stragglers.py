@@ -3,7 +3,7 @@
 What they send is not read: the round that it is for is over. It is fetched all the same, so that
 the SuperLink keeps it no longer, and counted. As long as nothing has come a site is not asked for
 another round: it would answer the old one first, and be late in every round from there on. Once it
-has come the site is asked for the round that is under way by then, if that still waits.
+has come the site is asked for the round that is under way by then, if that would otherwise fail.
 """
 
 from collections.abc import Iterable, Mapping
@@ -36,10 +36,12 @@ class Stragglers:
         return late
 
     def through(self, nodes: Iterable[int]) -> tuple[int, ...]:
-        """Those of `nodes` that are not at work any more, in order."""
+        """Those of `nodes` whose late updates have come since `heard` told of the last ones, and
+        that are at work on nothing else; in order.
+        """
         self._look()
         busy = self._at_work()
-        return tuple(node for node in nodes if node not in busy)
+        return tuple(node for node in nodes if node in self._late and node not in busy)
 
     def spared(self, cohort: tuple[int, ...], *, enough: int) -> tuple[int, ...]:
         """Of a cohort those to ask: without who is still at work, but never fewer than `enough`.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from common.errors import VerificationError
-from common.exact_sum import MOST, ExactSum
+from common.exact_sum import MOST, SMALL, ExactSum
 from common.parameters import MAX_MAGNITUDE
 
 VALUES = st.one_of(
@@ -75,6 +75,35 @@ def test_the_largest_sum_there_may_be_fits():
             total.merge(total)
         assert total.count == MOST
         assert total.mean().tolist() == [sign * MAX_MAGNITUDE]
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 1000, MOST])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_while_values_are_small_the_sum_is_the_one_of_whole_numbers(capacity, sign):
+    """As many of the largest odd value as fit: the bound of what a float64 holds."""
+    total = ExactSum(2, capacity=capacity)
+    value = np.float32([sign * SMALL, sign * np.nextafter(np.float32(SMALL), np.float32(0))])
+    for _ in range(min(capacity, 999)):
+        total.add(value)
+    while 2 * total.count <= capacity:
+        total.merge(total)
+    assert total.total.dtype == np.float64
+    units = [int(Fraction(float(each)) / Fraction(total.resolution)) for each in value]
+    assert [int(each) for each in total.total] == [unit * total.count for unit in units]
+
+
+@pytest.mark.parametrize("large_first", [True, False])
+def test_the_first_large_value_takes_the_sum_to_whole_numbers_and_changes_none(large_first):
+    larger = np.nextafter(np.float32(SMALL), np.float32(np.inf))
+    parts = [np.float32([larger]), np.float32([2.0**-20])]
+    one, other = (ExactSum(1, capacity=2) for _ in parts)
+    for exact, part in zip((one, other), parts if large_first else parts[::-1], strict=True):
+        exact.add(part)
+    one.merge(other)
+    assert one.total.dtype == np.int64
+    assert Fraction(int(one.total[0])) * Fraction(one.resolution) == sum(
+        Fraction(float(part[0])) for part in parts
+    )
 
 
 @pytest.mark.parametrize(("sites", "bits"), [(1, 49), (2, 48), (5, 46), (1000, 39), (100_000, 32)])

@@ -138,7 +138,7 @@ def _count(site: Site, trainer: Trainer, instruction: Instruction) -> Count:
             noised = noisy_count(correct, count_std(config), coins)
             ledger.prepare(reservation, np.float64(noised).tobytes(), steps=1)
     released = np.frombuffer(ledger.release(reservation), dtype=np.float64)
-    ledger.books.spent()  # the same
+    ledger.books.spent()  # priced while nobody waits for the file, as a round is
     return Count(instruction.run_id, float(released[0]), books_of(ledger, instruction))
 
 

@@ -38,6 +38,7 @@ from client.train import Trained, Trainer
 from common import messages
 from common.config import PrivacyMode
 from common.device import CPU
+from common.envelopes import Envelopes
 from common.messages import Instruction, Update
 from common.privacy.mechanism import round_event
 
@@ -157,7 +158,8 @@ class Cohort:
             self._read(cases)
             for alike in _by_instruction(_going(cases)):
                 self._train(alike)
-        return [_reply(case, self.app) for case in cases]
+        envelopes = Envelopes()
+        return [_reply(case, self.app, envelopes) for case in cases]
 
     def _read(self, cases: list[_Case]) -> None:
         """What each is asked, and whether its site does that."""
@@ -229,9 +231,9 @@ def _compute(cases: list[_Case], trainer: Trainer) -> None:
 
 def _finish(cases: list[_Case]) -> None:
     """The update of each site of a run without any guarantee."""
+    charge = round_event(cases[0].asked.config)  # of one instruction, and so the same for all
     for case in _going(cases):
         assert case.trained is not None
-        charge = round_event(case.asked.config)
         case.outcome = update_of(case.asked, charge, case.trained[0])
 
 
@@ -356,7 +358,7 @@ def _by_instruction(cases: Iterable[_Case]) -> list[list[_Case]]:
     return [*alike.values()]
 
 
-def _reply(case: _Case, app: ClientApp) -> Message:
+def _reply(case: _Case, app: ClientApp, envelopes: Envelopes) -> Message:
     """What leaves; of a case that nobody has looked at, what the ClientApp answers."""
     outcome = case.outcome
     if outcome is None:
@@ -365,6 +367,6 @@ def _reply(case: _Case, app: ClientApp) -> Message:
     def answer(message: Message, _: Context) -> Message:
         if isinstance(outcome, Exception):
             raise outcome
-        return Message(messages.pack_update(outcome), reply_to=message)
+        return envelopes.reply(messages.pack_update(outcome), message)
 
     return egress(case.message, case.context, answer)

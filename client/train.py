@@ -329,7 +329,7 @@ class Trainer:
         except Exception as fault:
             return Seat(lambda _: {}, 0, Randomness.from_entropy(), fault=fault)
         return Seat(
-            held.prepared.rows,
+            held.prepared.lent,
             len(held.prepared),
             randomness_of(self._config, site.name, round_number),
             held.owners,

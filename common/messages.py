@@ -7,7 +7,6 @@ that was measured on private records.
 
 import math
 from collections.abc import Set
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -403,9 +402,10 @@ def pack_vector(vector: Vector) -> ArrayRecord:
     """A flat vector as the record Flower's strategies average: what `Array(vector)` holds."""
     if vector.dtype.str != "<f4" or vector.ndim != 1:
         return ArrayRecord({VECTOR: Array(vector)})
-    # Copies of what Flower has checked before: built anew, both cost more than their frame.
-    record, array = _EMPTY.copy(), copy(_array_of(vector.shape))
-    array.data = frame_of(vector)
+    # Copies of what Flower has checked before: built anew, both cost more than their frame. What is
+    # copied never leaves, and so has no id of its own that would be copied, too.
+    record, array = _EMPTY.copy(), Array.__new__(Array)
+    array.__dict__.update(_array_of(vector.shape).__dict__, data=frame_of(vector))
     record[VECTOR] = array
     return record
 

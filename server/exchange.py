@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 
 from common import messages
 from common.config import Config
+from common.envelopes import Envelopes
 from common.messages import Instruction
 from common.privacy.chain import Receipt
 from server.cohort import POLL_S
@@ -63,7 +64,7 @@ class Exchange:
 
     def send(self, nodes: tuple[int, ...], kind: str = MessageType.TRAIN) -> list[str]:
         """Pushes the instruction to these nodes; returns the ids of the messages that went."""
-        outgoing = [self._addressed(node, kind) for node in nodes]
+        outgoing = [*self._addressed(nodes, kind)]
         ids = self._grid.push_messages(outgoing)
         went = {sent: node for sent, node in zip(ids, nodes, strict=True) if sent}
         self.sent.update(went)
@@ -165,12 +166,8 @@ class Exchange:
             self._on_terms[id(config)] = messages.on_terms(self._content, config)
         return self._on_terms[id(config)]
 
-    def _addressed(self, node: int, kind: str) -> Message:
-        content: RecordDict = messages.addressed(self._told(node), self._receipts.get(node))
-        return Message(
-            content,
-            dst_node_id=node,
-            message_type=kind,
-            ttl=max(self.deadline - monotonic(), POLL_S),
-            group_id=self._group,
-        )
+    def _addressed(self, nodes: tuple[int, ...], kind: str) -> Iterator[Message]:
+        envelopes, ttl = Envelopes(), max(self.deadline - monotonic(), POLL_S)
+        for node in nodes:
+            content = messages.addressed(self._told(node), self._receipts.get(node))
+            yield envelopes.instruction(content, node, kind, ttl=ttl, group=self._group)

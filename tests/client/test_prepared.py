@@ -75,6 +75,30 @@ def test_rows_are_the_same_kept_or_not(config):
             assert torch.equal(tensor, others[name]), name
 
 
+@pytest.mark.parametrize("at", [range(RECORDS), range(RECORDS - 1), [1, 0, *range(2, RECORDS)], []])
+def test_rows_that_are_lent_are_those_that_would_be_copied(config, at):
+    prepared_records, at = prepared_of(config, records_of(config)), np.array(at, dtype=np.int64)
+    lent, rows = prepared_records.lent(at), prepared_records.rows(at)
+    assert lent.keys() == rows.keys()
+    assert all(torch.equal(lent[name], rows[name]) for name in rows)
+
+
+def test_all_rows_in_order_are_lent_without_a_copy_and_others_are_not(config):
+    different = records_of(config).subset(first_of_each(records_of(config)))
+    count = len(different)
+    prepared_records = prepared_of(config, different)
+    one, two = (prepared_records.lent(np.arange(count)) for _ in range(2))
+    assert all(one[name].data_ptr() == two[name].data_ptr() for name in one)
+    part = prepared_records.lent(np.arange(count - 1))
+    assert all(one[name].data_ptr() != part[name].data_ptr() for name in one)
+
+
+def first_of_each(records):
+    """Of records of which some are equal: those lie in one place."""
+    digests = [each.tobytes() for each in records.digests()]
+    return np.array(sorted({key: at for at, key in reversed([*enumerate(digests)])}.values()))
+
+
 def test_training_is_the_same_kept_or_not(config):
     records = records_of(config)
     for batch in (1, 16, 48):

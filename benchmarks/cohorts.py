@@ -1,6 +1,6 @@
 """What a site costs where a thousand of them are small: together, one by one, and in a bare loop.
 
-    python -m benchmarks.cohorts --json FILE [--quick] [--only NAME ...]
+    python -m benchmarks.cohorts --json FILE [--quick] [--only NAME ...] [--models NAME ...]
 
 CPU milliseconds a site and round, messages and aggregation included, medians over interleaved
 rounds after a first one. The same work everywhere: a site holds 32 images of 8 x 8, and takes one
@@ -9,6 +9,7 @@ model, no messages, no charges, no checks. One thread.
 """
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the sites")
     parser.add_argument("--sites", type=int, default=1000)
     parser.add_argument("--only", nargs="*", help="ways, as `together bare`")
+    parser.add_argument("--models", nargs="*", choices=WIDTHS, default=[*WIDTHS])
     parser.add_argument("--repeats", type=int, default=3, help="runs of each way, in turns")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -119,7 +121,7 @@ def main() -> None:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     sites = options.sites // (10 if options.quick else 1)
     rows: list[Row] = []
-    for model in WIDTHS:
+    for model in options.models:
         for private in (False, True):
             found = measured(model, sites, options.repeats, options.only, private=private)
             rows += found
@@ -142,6 +144,7 @@ def measured(
     taken: dict[str, list[float]] = {how: [] for how in ways}
     for _ in range(repeats):
         for how, run in ways.items():
+            gc.collect()  # what the run before left behind is not at the expense of this one
             taken[how] += [1e3 * seconds / sites for seconds in run()]
     for how, each in taken.items():
         low, middle, high = min(each), statistics.median(each), max(each)

@@ -1,6 +1,7 @@
 """The simulation engine: what messages cost, how soon the first round is there, what workers gain.
 
     python -m benchmarks.workers sites|loop|first|speedup|books|interrupt --json FILE [--repeats 3]
+        [--peers PYTHON]
 
 Each figure is of a process of its own (`benchmarks.workers_run`), one after the other; what is
 compared takes turns. Wall times depend on what else the machine does, which `load` tells: the
@@ -18,8 +19,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from benchmarks import processes
+from benchmarks.simulation import installed
 
 QUIET = {"HF_HUB_OFFLINE": "1", "FLWR_TELEMETRY_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
 TELLING = """
@@ -43,6 +48,8 @@ LocalGrid.pull_messages = telling
 sys.exit(main())
 """
 """The command, which also says when the first reply of a site is there."""
+PEERS = "COTERIE_BENCHMARK_PEERS"
+"""Where the environment names the interpreter of peers."""
 WORK = ("digits", "lora")
 """See `benchmarks.workers_run`."""
 READY_S = 25.0
@@ -66,8 +73,9 @@ def main() -> None:
     parser.add_argument("what", choices=[*MEASUREMENTS])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peers", default=sys.executable, help="an interpreter that has Ray")
     arguments = parser.parse_args()
-    os.environ.update(QUIET)
+    os.environ.update(QUIET | {PEERS: arguments.peers})
     rows = [*MEASUREMENTS[arguments.what](arguments.repeats)]
     text = "\n".join(json.dumps({"what": arguments.what, **row}) for row in rows)
     print(text)
@@ -103,12 +111,17 @@ def loop(repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def first(repeats: int) -> Iterator[dict[str, Any]]:
-    """From the start of the command to the first reply of a site, and of the imports alone."""
+    """From the start of the command to the first reply of a site, and of the imports alone; where
+    Ray is, also of the same command and ClientApp with `engine=ray`.
+    """
     cases: dict[str, Callable[[], float]] = {
         "imports": _import_seconds,
         "1 worker": lambda: _first_reply_seconds(1),
         "2 workers": lambda: _first_reply_seconds(2),
     }
+    if "ray" in installed(os.environ[PEERS]):
+        cases["1 actor of Ray"] = lambda: _first_reply_seconds(1, "engine=ray")
+        cases["2 actors of Ray"] = lambda: _first_reply_seconds(2, "engine=ray")
     found: list[dict[str, Found]] = []
     for _ in range(repeats):
         turn = {}
@@ -209,27 +222,35 @@ def _import_seconds() -> float:
     return time.perf_counter() - started
 
 
-def _first_reply_seconds(workers: int) -> float:
-    settings = measured_settings(workers)
+def _first_reply_seconds(workers: int, *engine: str) -> float:
+    python = os.environ[PEERS] if engine else sys.executable
+    settings = measured_settings(workers, *engine)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", TELLING, "simulate", *settings, f"run_dir={folder}/run"]
+        command = [python, "-c", TELLING, "simulate", *settings, f"run_dir={folder}/run"]
         started = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith("first reply"):
                     break
+            else:
+                raise RuntimeError(f"no reply came: {' '.join(command[3:])}")
             spent = time.perf_counter() - started
-            process.kill()
+            members = processes.family(process.pid)
+            for pid in members:  # Ray's own among them
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
     return spent
 
 
-def measured_settings(workers: int) -> list[str]:
-    """Overrides of a small run, found by a process of its own."""
+def measured_settings(workers: int, *engine: str) -> list[str]:
+    """Overrides of a small run, found by a process of its own. `engine` is that of Hydra's group,
+    which comes first, where it is another than the default.
+    """
     command = [sys.executable, "-m", "benchmarks.workers_run", "settings", str(workers)]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     settings: list[str] = json.loads(answer.stdout.splitlines()[-1])
-    return settings
+    return [*engine, *settings]
 
 
 MEASUREMENTS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {

@@ -296,7 +296,7 @@ def _read(seat: Seat, piece: Drawn, like: Inputs) -> Inputs:
     own, found = seat.rows_at(piece), {}
     for name, tensor in like.items():
         part = own[name]
-        if len(part) != len(piece) or part.shape[1:] != tensor.shape[1:]:
+        if part.shape != (len(piece), *tensor.shape[1:]):
             raise ValueError(f"{name}: of another shape than a made record's")
         found[name] = part if part.dtype == tensor.dtype else part.to(tensor.dtype)
     return found

@@ -420,7 +420,7 @@ def _array_of(shape: tuple[int, ...]) -> Array:
 
 def unpack_arrays(arrays: ArrayRecord) -> Vector:
     """The flat vector of a record. Raises: VerificationError."""
-    if set(arrays) != {VECTOR}:
+    if arrays.keys() != {VECTOR}:
         raise VerificationError("message: must hold one vector")
     array = arrays[VECTOR]
     if array.dtype != "float32" or len(array.data) > MAX_VECTOR_BYTES:
@@ -443,7 +443,7 @@ def _unpack_bytes(message: Message) -> bytes:
     """The coded parameters of a message. Raises: VerificationError."""
     record = message.content[VECTOR]
     assert isinstance(record, ArrayRecord)  # as _facts has seen
-    if set(record) != {VECTOR}:
+    if record.keys() != {VECTOR}:
         raise VerificationError("message: must hold one vector")
     array = record[VECTOR]
     header = header_of(max(len(array.data) - len(header_of(0, CODED_KIND)), 0), CODED_KIND)
@@ -480,6 +480,13 @@ def content_bytes(content: RecordDict) -> int:
         if isinstance(record, ArrayRecord):
             count += sum([len(array.data) for array in record.values()])
     return count
+
+
+def update_bytes(update: Update) -> int:
+    """The same of the message of an update, which need not be there any more."""
+    if update.coded is not None:
+        return len(header_of(len(update.coded), CODED_KIND)) + len(update.coded)
+    return len(header_of(update.vector.size)) + update.vector.nbytes
 
 
 def _unpack_vector(message: Message) -> Vector:

@@ -7,11 +7,10 @@ come from a seed in a config. `seeded` exists for tests and stamps a run NOT PRI
 import hashlib
 import math
 import os
-from functools import cached_property
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,11 +32,7 @@ class Randomness:
 
     def __init__(self, key: bytes) -> None:
         assert len(key) == KEY_BYTES
-
-        def stream() -> CipherContext:
-            return Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
-
-        self._open = stream
+        self._stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
 
     @classmethod
     def from_entropy(cls) -> "Randomness":
@@ -49,13 +44,6 @@ class Randomness:
         """NOT PRIVATE: the stream that belongs to these labels, the same every time."""
         text = "\x1f".join(map(str, labels))
         return cls(hashlib.sha256(f"coterie not private\x1f{text}".encode()).digest())
-
-    @cached_property
-    def _stream(self) -> CipherContext:
-        """Opened by the first draw: at a rate of 1 and without noise there is none."""
-        stream = self._open()
-        del self._open  # and with it the key
-        return stream
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """(count,) independent multiples of 2^-53, uniform in [0, 1)."""

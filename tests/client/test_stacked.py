@@ -123,6 +123,23 @@ def test_sites_get_what_the_loop_gives_them(way):
     assert_same(alone, beside, start)
 
 
+@pytest.mark.parametrize("privacy", ["record", "none"])
+def test_rows_of_all_records_are_read_where_they_lie_and_stay_as_they_are(
+    compose_config, tiny_overrides, privacy
+):
+    more = ["tuning=head", "privacy.sample_rate=1", f"privacy={privacy}"]
+    config = settings_of(compose_config, tiny_overrides, *more)
+    trainer = Trainer(config)
+    start = parameters.flatten(trainer._model)
+    alone = [trainer.train(site, start, round_number=1) for site in SITES]
+    held, everything = trainer._held["site-3"].prepared, np.arange(SIZES[3])
+    before, lent = held.rows(everything), held.lent(everything)
+    assert lent.keys() == before.keys()
+    assert_same(alone, together(config, SITES, start), start)
+    assert_same(alone, together(config, SITES, start), start)
+    assert all(torch.equal(lent[name], tensor) for name, tensor in before.items())
+
+
 def test_persons_are_drawn_together_as_in_the_loop(compose_config, person_overrides):
     config = settings_of(compose_config, person_overrides, "tuning=head")
     trainer = Trainer(config)

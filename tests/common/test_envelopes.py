@@ -66,7 +66,9 @@ def test_a_reply_to_another_instruction_is_made_anew(name, value):
     envelopes.reply(content("first"), asked(5))
     question.metadata.__dict__[name] = value
     made = envelopes.reply(content("second"), question)
-    assert facts_of(made) == facts_of(Message(content("second"), reply_to=question))
+    theirs = Message(content("second"), reply_to=question)
+    assert facts_of(made) == facts_of(theirs)
+    assert made.metadata.ttl == pytest.approx(theirs.metadata.ttl, abs=1.0)
 
 
 def test_an_instruction_of_another_group_or_kind_is_made_anew():

@@ -231,7 +231,8 @@ class SamplerMeter:
             _alarm("sampler-repeat")
         self._rate.toss(units, len(sample))
         self._rate.judge("sampler-rate")
-        self._read_dispersion(len(sample), units)
+        if self._sample_rate < 1:  # else a size has no chance in it, and the dither alone is judged
+            self._read_dispersion(len(sample), units)
         if self._last is not None:
             common = len(np.intersect1d(sample, self._last, assume_unique=True))
             self._overlap.toss(len(self._last), common)

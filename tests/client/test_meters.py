@@ -245,6 +245,21 @@ def fixed_size(draw, records, rate):
         yield draw.choice(records, round(records * rate), replace=False)
 
 
+class EvenCoins:
+    """Dither that could not fall flatter: by itself as rare as noise that is too small."""
+
+    def uniform(self, count):
+        return np.full(count, 0.5)
+
+
+def test_where_all_are_in_each_step_there_is_nothing_to_alarm_for_but_who_is_missing():
+    meter = SamplerMeter(1.0, dither=EvenCoins())
+    for _ in range(50):
+        meter.read(np.arange(40), units=40)
+    with pytest.raises(PrivacyRefusedError, match="sampler-rate"):
+        meter.read(np.arange(39), units=40)
+
+
 def epochs(draw, records, rate):
     """What a shuffling loader gives: each record once before any comes again."""
     size = round(records * rate)

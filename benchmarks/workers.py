@@ -224,7 +224,7 @@ def _import_seconds() -> float:
 
 def _first_reply_seconds(workers: int, *engine: str) -> float:
     python = os.environ[PEERS] if engine else sys.executable
-    settings = measured_settings(workers, *engine)
+    settings = [*engine, *measured_settings(workers)]
     with tempfile.TemporaryDirectory() as folder:
         command = [python, "-c", TELLING, "simulate", *settings, f"run_dir={folder}/run"]
         started = time.perf_counter()
@@ -236,21 +236,18 @@ def _first_reply_seconds(workers: int, *engine: str) -> float:
             else:
                 raise RuntimeError(f"no reply came: {' '.join(command[3:])}")
             spent = time.perf_counter() - started
-            members = processes.family(process.pid)
-            for pid in members:  # Ray's own among them
+            for pid in processes.family(process.pid):  # Ray's own among them
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
     return spent
 
 
-def measured_settings(workers: int, *engine: str) -> list[str]:
-    """Overrides of a small run, found by a process of its own. `engine` is that of Hydra's group,
-    which comes first, where it is another than the default.
-    """
+def measured_settings(workers: int) -> list[str]:
+    """Overrides of a small run, found by a process of its own."""
     command = [sys.executable, "-m", "benchmarks.workers_run", "settings", str(workers)]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     settings: list[str] = json.loads(answer.stdout.splitlines()[-1])
-    return [*engine, *settings]
+    return settings
 
 
 MEASUREMENTS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {

@@ -13,7 +13,7 @@ goes off only if an engine breaks its own guarantee. Statistical tests of DP cod
 | `noise-correlation` | coordinates of one step that depend on each other |
 | `noise-reuse` | the noise of the step before, or of the piece before |
 | `sampler-rate` | too many records, or persons, drawn, too few |
-| `sampler-dispersion` | batches whose sizes vary too little, or too much |
+| `sampler-dispersion` | batches whose sizes vary too little, or too much, where chance decides |
 | `sampler-overlap` | steps that avoid, or repeat, those drawn in the step before |
 | `sampler-passes` | batches of one size, or passes in which nobody comes twice: shuffling |
 | `sampler-repeat` | a record, or person, twice in one step |

@@ -482,13 +482,6 @@ def content_bytes(content: RecordDict) -> int:
     return count
 
 
-def update_bytes(update: Update) -> int:
-    """The same of the message of an update, which need not be there any more."""
-    if update.coded is not None:
-        return len(header_of(len(update.coded), CODED_KIND)) + len(update.coded)
-    return len(header_of(update.vector.size)) + update.vector.nbytes
-
-
 def _unpack_vector(message: Message) -> Vector:
     record = message.content[VECTOR]
     assert isinstance(record, ArrayRecord)  # as _facts has seen

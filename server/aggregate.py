@@ -106,7 +106,7 @@ class Judge:
             return
         weight = self._weights.get(node, 1.0)
         self._gathered.add(node, update.vector, largest=largest, weight=weight)
-        self._accept(node, update, messages.update_bytes(update))
+        self._accept(node, update, messages.content_bytes(reply.content))
 
     def has(self, needed: int) -> bool:
         """Whether so many updates were accepted so far."""

@@ -62,8 +62,10 @@ def test_replies_are_what_flower_makes_of_the_same():
     ],
 )  # fmt: skip
 def test_a_reply_to_another_instruction_is_made_anew(name, value):
-    envelopes, question = Envelopes(), asked(6)
-    envelopes.reply(content("first"), asked(5))
+    """Alike but for one fact, which is that of the reply."""
+    envelopes, first, question = Envelopes(), asked(5), asked(6)
+    question.metadata.__dict__[APART] = first.metadata.created_at
+    envelopes.reply(content("first"), first)
     question.metadata.__dict__[name] = value
     made = envelopes.reply(content("second"), question)
     theirs = Message(content("second"), reply_to=question)

@@ -30,7 +30,6 @@ from common.messages import (
     read_instruction,
     read_update,
     unpack_arrays,
-    update_bytes,
 )
 from common.privacy.accounting import Event
 from common.privacy.chain import Head
@@ -470,13 +469,6 @@ def test_for_aggregation_every_reply_weighs_one():
     assert set(reply.content) == {VECTOR, WEIGHT}
     assert dict(reply.content.metric_records[WEIGHT]) == {WEIGHT: 1.0}
     assert np.array_equal(unpack_arrays(reply.content.array_records[VECTOR]), VALUES)
-
-
-@pytest.mark.parametrize("coded", [None, b"", b"x", bytes(4097)])
-@pytest.mark.parametrize("values", [VALUES, VALUES[:0], np.zeros(1000, np.float32)])
-def test_the_bytes_of_an_update_are_those_of_its_message(values, coded):
-    sent_update = update(vector=values, coded=coded)
-    assert update_bytes(sent_update) == content_bytes(pack_update(sent_update))
 
 
 def test_content_bytes_count_the_arrays():
